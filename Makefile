@@ -1,0 +1,48 @@
+# The commands of this project. `make help` lists them; scripts/setup.sh does the setting up that they share.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench build wheel env clean
+
+SETUP := bash scripts/setup.sh
+export PYTHON TORCH
+
+help:
+	@echo "make demo     train recurrent nets on navigation while pruning them, then show a table and plots"
+	@echo "              QUICK=1 (under a minute)  FULL=1 (3 seeds)  TASK=navigation|adding"
+	@echo "make test     run the test suite                   ARGS='-k torus' is passed on to pytest"
+	@echo "make bench    run the benchmarks                   ARGS as above"
+	@echo "make build    compile the C++ kernels in place     make wheel   a wheel in dist/"
+	@echo "make env      what is installed and active, to paste in a bug report"
+	@echo "make clean    remove what was built (not .venv)"
+	@echo
+	@echo "All but clean first set up what they need, once. If \$$(PYTHON) (default python3) imports torch >= 2.10, it is"
+	@echo "used as it is; else .venv is made and torch installed there. Variables:"
+	@echo "  PYTHON=python3.12    the Python to use, 3.10 or newer"
+	@echo "  TORCH='torch==2.13.0'    what pip installs as torch. On Linux the package index's build brings several GB of"
+	@echo "      CUDA libraries; without an NVIDIA GPU, give the CPU build's arguments from PyTorch's \"Get started\" page:"
+	@echo "      TORCH='torch==2.13.0 --index-url <the CPU index it names>', or TORCH=/path/to/torch-...-cpu-....whl"
+	@echo "  MODULI_KERNELS_BUILD=python    do without a compiler (slower);  MAX_JOBS=1    compile one file at a time"
+
+demo:
+	@$(SETUP) -m examples.demo $(if $(QUICK),--quick) $(if $(FULL),--full) $(if $(TASK),--task $(TASK))
+
+test:
+	@$(SETUP) -m pytest $(ARGS)
+
+bench:
+	@$(SETUP) -m pytest benchmarks $(ARGS)
+
+build:
+	@$(SETUP)
+
+wheel:
+	@rm -rf build/lib* build/bdist.* dist
+	@$(SETUP) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
+env:
+	@$(SETUP) -m moduli_kernels.env_report
+
+clean:
+	rm -rf build dist *.egg-info moduli_kernels/_cpu_ops.* moduli_kernels/_functors.* .pytest_cache .benchmarks .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
