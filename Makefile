@@ -15,13 +15,14 @@ help:
 	@echo "make env      what is installed and active, to paste in a bug report"
 	@echo "make clean    remove what was built (not .venv)"
 	@echo
-	@echo "All but clean first set up what they need, once. If \$$(PYTHON) (default python3) imports torch >= 2.10, it is"
-	@echo "used as it is; else .venv is made and torch installed there. Variables:"
+	@echo "All but clean first set up what they need, once. If \$$(PYTHON) (default python3) imports torch"
+	@echo ">= 2.10, it is used as it is; else .venv is made and torch installed there. Variables:"
 	@echo "  PYTHON=python3.12    the Python to use, 3.10 or newer"
-	@echo "  TORCH='torch==2.13.0'    what pip installs as torch. On Linux the package index's build brings several GB of"
-	@echo "      CUDA libraries; without an NVIDIA GPU, give the CPU build's arguments from PyTorch's \"Get started\" page:"
-	@echo "      TORCH='torch==2.13.0 --index-url <the CPU index it names>', or TORCH=/path/to/torch-...-cpu-....whl"
-	@echo "  MODULI_KERNELS_BUILD=python    do without a compiler (slower);  MAX_JOBS=1    compile one file at a time"
+	@echo "  TORCH='torch==2.13.0'    what pip installs as torch, options included. On Linux the default brings"
+	@echo "      several GB of CUDA libraries. Without an NVIDIA GPU, give the arguments that PyTorch's page"
+	@echo "      'Get started' lists for CPU: TORCH='torch==2.13.0 --index-url <the CPU index it names>'"
+	@echo "  MODULI_KERNELS_BUILD=python    do without a compiler (slower)"
+	@echo "  MAX_JOBS=1           compile one file at a time"
 
 demo:
 	@$(SETUP) -m examples.demo $(if $(QUICK),--quick) $(if $(FULL),--full) $(if $(TASK),--task $(TASK))
@@ -44,5 +45,6 @@ env:
 	@$(SETUP) -m moduli_kernels.env_report
 
 clean:
-	rm -rf build dist *.egg-info moduli_kernels/_cpu_ops.* moduli_kernels/_functors.* .pytest_cache .benchmarks .hypothesis
+	rm -rf build dist *.egg-info moduli_kernels/_cpu_ops.* moduli_kernels/_functors.*
+	rm -rf .pytest_cache .benchmarks .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,10 +1,10 @@
-"""Build script: which native parts are built, and how the wheel is named.  How they are compiled: scripts/native_build.py.
+"""Build script: which native parts are built, how the wheel is named. scripts/native_build.py compiles them.
 
 Environment variables
-    MODULI_KERNELS_BUILD     auto (default): the C++ kernels if a compiler and torch are found, else none, with a message;
-                             python: nothing is compiled;  cpu: the C++ kernels, or an error;  cuda: see build_mode().
-    MODULI_KERNELS_FUNCTORS  1 or 0: build the NumPy test module `moduli_kernels._functors`, or not. Default: in-place and
-                             editable builds have it, wheels do not (it ties a wheel to one CPython version).
+    MODULI_KERNELS_BUILD     auto (default): the C++ kernels if a compiler and torch are found, or a message;
+                             python: nothing is compiled; cpu: the C++ kernels or an error; cuda: reserved.
+    MODULI_KERNELS_FUNCTORS  1 or 0: build the NumPy module `moduli_kernels._functors`, or not. By default
+                             in-place and editable builds have it, wheels do not (it ties them to one CPython).
     MAX_JOBS                 compilers run at the same time (default: the cores).
     TORCH_CUDA_ARCH_LIST     reserved for the CUDA kernels.
 
@@ -29,7 +29,7 @@ import native_build  # noqa: E402
 
 @cache
 def build_mode() -> str:
-    """"cpu" or "python", from MODULI_KERNELS_BUILD and what this machine has; exits with a sentence if it cannot be."""
+    """The choice between "cpu" and "python"; exits with a sentence if what is asked for cannot be."""
     mode = os.environ.get("MODULI_KERNELS_BUILD") or "auto"
     if mode not in ("auto", "python", "cpu", "cuda"):
         native_build.fail(f"MODULI_KERNELS_BUILD must be auto, python, cpu or cuda, got {mode!r}")
@@ -51,12 +51,12 @@ def functors_wanted(in_place: bool) -> bool:
     asked = os.environ.get("MODULI_KERNELS_FUNCTORS") or ("1" if in_place else "0")
     obstacle = native_build.functors_obstacle() if asked == "1" else None
     if obstacle:
-        native_build.say(f"leaving out moduli_kernels._functors, which only tests and NumPy users need: {obstacle}")
+        native_build.say(f"leaving out moduli_kernels._functors (for tests and NumPy users): {obstacle}")
     return asked == "1" and obstacle is None
 
 
 class NativeDistribution(Distribution):
-    """The native files are no setuptools Extensions: one is no Python module, and each source has its own flags."""
+    """Its native files are no setuptools Extensions: one is no Python module, and sources differ in flags."""
 
     def has_ext_modules(self) -> bool:
         return build_mode() == "cpu"
@@ -72,7 +72,7 @@ class BuildNative(build_ext):
         products = [native_build.ops_library()]
         if functors_wanted(in_place):
             products.append(native_build.functors_module())
-        # In-place products go straight to the source folder: a file left in build_lib would slip into later wheels.
+        # In-place products go straight to the source folder: left in build_lib, they would slip into wheels.
         target = ROOT / "moduli_kernels" if in_place else Path(self.build_lib) / "moduli_kernels"
         if not in_place:
             native_build.remove_products(target)

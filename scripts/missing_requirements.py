@@ -1,6 +1,6 @@
 """Prints, one per line, the requirements of pyproject.toml that this Python does not meet, but for torch.
 
-Usage: python scripts/missing_requirements.py extra ...    (the project's own dependencies are always looked at)
+Usage: python scripts/missing_requirements.py extra ...   (the project's own dependencies are always read)
 """
 
 import sys

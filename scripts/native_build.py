@@ -1,6 +1,6 @@
-"""Compiles csrc/: the flags, the list of sources, and an incremental build through ninja (or without it, if it is missing).
+"""Compiles csrc/: the flags, the list of sources, and an incremental build through ninja, or without it.
 
-Uses the standard library only, and does not import torch (2 s): its headers and libraries are found beside its package.
+Uses the standard library only, and does not import torch (2 s): its headers and libraries lie in its package.
 """
 
 import hashlib
@@ -26,13 +26,15 @@ MIN_TORCH = (2, 10)
 
 COMMON_FLAGS = [
     "-std=c++20", "-O3", "-fPIC", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
-    # No -ffast-math: NaN and Inf must reach the value. What is given up is errno, floating-point exception flags,
-    # and the rounding between a product and its sum.
+    # No -ffast-math: NaN and Inf must reach the value. What is given up is errno, floating-point exception
+    # flags, and the rounding between a product and its sum.
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd",
 ]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS, "-mprefer-vector-width=512"]
-ISA_FLAGS = {"_avx2.cpp": AVX2_FLAGS, "_avx512.cpp": AVX512_FLAGS}  # by the end of the file's name, x86-64 only
+AVX512_FLAGS = [
+    *AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
+]
+ISA_FLAGS = {"_avx2.cpp": AVX2_FLAGS, "_avx512.cpp": AVX512_FLAGS}  # by the end of a file's name, x86-64 only
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"moduli_kernels: {message}")
 
 
-# ---- What is on this machine ---------------------------------------------------------------------------------------
+# ---- What is on this machine --------------------------------------------------------------------------
 
 def compiler() -> list[str] | None:
-    """The C++ compiler's command line: $CXX, else the first of c++, g++, clang++ on the PATH; None if there is none."""
+    """The C++ compiler's command line: $CXX, else the first of c++, g++, clang++ on the PATH, or None."""
     if os.environ.get("CXX"):
         command = shlex.split(os.environ["CXX"])
         return command if shutil.which(command[0]) else None
@@ -80,8 +82,9 @@ def obstacle() -> str | None:
     if sys.platform == "win32":
         return "Windows is not supported yet; the PyTorch reference runs there, or use WSL"
     if compiler() is None:
-        return (f"the compiler CXX={os.environ['CXX']} was not found; correct or unset CXX" if os.environ.get("CXX")
-                else "no C++ compiler was found; install g++ or clang++, or name yours in CXX")
+        if os.environ.get("CXX"):
+            return f"the compiler CXX={os.environ['CXX']} was not found; correct or unset CXX"
+        return "no C++ compiler was found; install g++ or clang++, or name yours in CXX"
     folder = torch_folder()
     if folder is None:
         return (f"torch is not installed for {sys.executable}; install torch >= 2.10 first, "
@@ -101,17 +104,17 @@ def functors_obstacle() -> str | None:
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is missing; install it with pip"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return None if header.is_file() else "Python.h is missing; install python3-dev or your system's name for it"
+    return None if header.is_file() else "Python.h is missing; install python3-dev or its like"
 
 
-# ---- What is built -------------------------------------------------------------------------------------------------
+# ---- What is built ------------------------------------------------------------------------------------
 
 def isa_flags(source: Path) -> list[str]:
     return next((flags for ending, flags in ISA_FLAGS.items() if source.name.endswith(ending)), [])
 
 
 def ops_library() -> Product:
-    """The CPU operators: no Python module, torch.ops.load_library opens it. Only LibTorch's stable ABI is used."""
+    """The CPU operators: no Python module, torch.ops.load_library opens it. LibTorch's stable ABI only."""
     folder = torch_folder()
     assert folder is not None  # obstacle() has looked
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
@@ -122,7 +125,7 @@ def ops_library() -> Product:
         f"-I{ROOT / 'csrc'}", "-isystem", str(folder / "include"),
         f"-DMODULI_KERNELS_X86={int(X86)}",
     ]
-    # The library names libtorch_cpu as needed, without a path: torch is loaded before it and the name is enough.
+    # No path to libtorch_cpu is stored: torch is loaded before this library, so the name is enough.
     libraries = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     link_flags = libraries if MACOS else ["-Wl,--no-undefined", "-Wl,--as-needed", *libraries]
     return Product(OPS_FILE, sources, flags, link_flags)
@@ -148,16 +151,17 @@ def remove_products(folder: Path) -> None:
             path.unlink()
 
 
-# ---- How it is built -----------------------------------------------------------------------------------------------
+# ---- How it is built ----------------------------------------------------------------------------------
 
 def build(products: list[Product], build_folder: Path, target: Path) -> None:
-    """Brings every product in `target` up to date. Objects are kept in `build_folder`, one subfolder per toolchain."""
+    """Brings every product in `target` up to date; `build_folder` keeps the objects of each toolchain."""
     cxx = compiler()
     assert cxx is not None  # obstacle() has looked
     folder = torch_folder()
-    # Another Python, torch or compiler gets another subfolder, so that switching between them rebuilds nothing twice.
-    toolchain = f"{sysconfig.get_config_var('EXT_SUFFIX')} {folder} {torch_version(folder) if folder else ''} {cxx}"
-    work = build_folder / f"native-{hashlib.sha256(toolchain.encode()).hexdigest()[:12]}"
+    # Each Python, torch and compiler has its own subfolder: switching between them rebuilds nothing twice.
+    version = torch_version(folder) if folder else None
+    toolchain = (sysconfig.get_config_var("EXT_SUFFIX"), folder, version, cxx)
+    work = build_folder / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:12]}"
     work.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     with exclusive(work / "lock"):
@@ -182,7 +186,7 @@ def exclusive(path: Path):
 
 
 def install(built: Path, target: Path) -> None:
-    """Copies by rename: a kill leaves the old file or the new one, and a process that has the old one open keeps it."""
+    """Copies by rename: a kill leaves the old file or the new one, and who uses the old one keeps it."""
     if target.exists() and target.stat().st_mtime_ns == built.stat().st_mtime_ns:
         return
     partial = target.with_name(f".{target.name}.partial")
@@ -241,7 +245,7 @@ def run_ninja(ninja: list[str], cxx: list[str], products: list[Product], work: P
 
 
 def build_without_ninja(cxx: list[str], product: Product, work: Path) -> None:
-    """One source after the other, all of them if anything is newer than the library or the commands have changed."""
+    """One source after the other: all of them if any is newer than the library or a command has changed."""
     objects = [object_name(product, source) for source in product.sources]
     commands = [compile_command(cxx, product, str(source), obj, isa_flags(source))
                 for source, obj in zip(product.sources, objects)]
@@ -252,8 +256,8 @@ def build_without_ninja(cxx: list[str], product: Product, work: Path) -> None:
             and all(path.stat().st_mtime_ns < library.stat().st_mtime_ns for path in inputs)):
         return
     record.unlink(missing_ok=True)
-    for command, name in zip(commands, [*(f"C++ {source.name}" for source in product.sources), product.filename]):
-        say(f"{name} (install ninja for faster builds)" if command is commands[0] else name)
+    say(f"compiling {product.filename} without ninja, one file after the other (pip install ninja is faster)")
+    for command in commands:
         if subprocess.run(command, cwd=work).returncode:
             fail("the C++ kernels did not compile; the compiler's messages are above")
     record.write_text(repr(commands))  # last, so that an interrupted build is done again

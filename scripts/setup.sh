@@ -4,37 +4,37 @@
 # Called by the Makefile, which documents the variables PYTHON, TORCH and MODULI_KERNELS_BUILD.
 #
 #   1. A Python >= 3.10: $PYTHON, else python3.
-#   2. If it imports torch >= 2.10, it is used as it is. Else .venv is made with it, and torch installed there.
-#   3. What pyproject.toml asks for and is missing is installed; nothing is asked of the network if nothing is missing.
+#   2. If it imports torch >= 2.10, it is used as it is. Else .venv is made with it and torch installed there.
+#   3. What pyproject.toml asks for and is missing is installed; if nothing is missing, no network is needed.
 #   4. The C++ kernels are compiled in place (again only where a source has changed).
-# Steps 2 and 3 are skipped while their stamp agrees with the files they depend on. Every failure is one sentence.
+# Steps 2 and 3 are skipped while their stamp agrees with the files they depend on. A failure is one sentence.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 TORCH=${TORCH:-torch==2.13.0}
 BUILD=${MODULI_KERNELS_BUILD:-auto}
 EXTRAS="test examples"
-NEEDED_GB=4   # torch's CPU build, test tools and room for pip to unpack: about 2 GB; its CUDA build takes more
+NEEDED_GB=4   # torch's CPU build, the tools and room for pip to unpack them; its CUDA build takes more
 LOG=build/setup.log
-VENV_UNFINISHED=.venv/moduli-setup-unfinished   # holds the process that is setting up; left behind if that is killed
+VENV_UNFINISHED=.venv/moduli-setup-unfinished   # the process that sets up; stays behind if that is killed
 VENV_DONE=.venv/moduli-setup-done   # line 1: what it was made from; line 2: the Python it was made with
 BASE_DONE=build/setup-done          # the same for a Python that had torch
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { printf 'setup failed: %s\n' "$*" >&2; exit 1; }
 
-# ---- 1. Python -----------------------------------------------------------------------------------------------------
+# ---- 1. Python ----------------------------------------------------------------------------------------
 
 find_python() {
     local asked=${PYTHON:-python3} version
     version=$("$asked" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || fail \
-        "Python 3.10 or newer is needed, but '$asked' does not run; install it, or name yours: make ... PYTHON=python3.11"
+        "Python 3.10 or newer is needed, but '$asked' does not run; install it or set PYTHON=python3.11"
     "$asked" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail \
-        "Python 3.10 or newer is needed, but '$asked' is $version; name a newer one: make ... PYTHON=python3.11"
+        "Python 3.10 or newer is needed, but '$asked' is Python $version; name a newer one: PYTHON=python3.11"
     BASE=$("$asked" -c 'import sys; print(sys.executable)')
 }
 
-# ---- Checks before anything is written -----------------------------------------------------------------------------
+# ---- Checks before anything is written ----------------------------------------------------------------
 
 check_compiler() {
     [ "$BUILD" = python ] && return
@@ -42,7 +42,8 @@ check_compiler() {
     for probe in c++ g++ clang++; do
         [ -z "$cxx" ] && command -v "$probe" >/dev/null 2>&1 && cxx=$probe
     done
-    [ -n "$cxx" ] || fail "no C++ compiler was found; install g++ or clang++ (or go without: MODULI_KERNELS_BUILD=python)"
+    [ -n "$cxx" ] || fail \
+        "no C++ compiler was found; install g++ or clang++ (or do without: MODULI_KERNELS_BUILD=python)"
     probe=$(mktemp -d) || fail "no temporary file can be written; is the disk full?"
     printf '#include <vector>\nint main() { return std::vector<int>().size(); }\n' >"$probe/a.cpp"
     # CXX may hold options, hence no quotes
@@ -50,7 +51,8 @@ check_compiler() {
     local result=$? first
     first=$(head -n 1 "$probe/log")
     rm -rf "$probe"
-    [ $result -eq 0 ] || fail "the C++ compiler '$cxx' cannot compile a small C++20 program ($first); install g++ 10 or newer"
+    [ $result -eq 0 ] || fail \
+        "the C++ compiler '$cxx' cannot compile a small C++20 program ($first); install g++ 10 or newer"
 }
 
 check_venv() {
@@ -65,7 +67,7 @@ check_disk() {
         "about $NEEDED_GB GB of free disk are needed to install torch, but $(pwd) has $((free_kb / 1024)) MB"
 }
 
-# ---- 2 and 3. Packages ---------------------------------------------------------------------------------------------
+# ---- 2 and 3. Packages --------------------------------------------------------------------------------
 
 has_torch() {
     "$1" - 2>/dev/null <<'PY'
@@ -82,11 +84,12 @@ pip_install() {   # pip_install PYTHON what...   (progress is shown on a termina
     local python=$1 show=/dev/null
     shift
     [ -t 2 ] && show=/dev/stderr
-    "$python" -m pip --version >/dev/null 2>&1 || fail "pip is missing for $python; install it, then run make again"
-    "$python" -m pip install --no-input --disable-pip-version-check --log "$LOG" "$@" >"$show" 2>/dev/null && return
+    local pip=("$python" -m pip --no-input --disable-pip-version-check --log "$LOG")
+    "${pip[@]}" --version >/dev/null 2>&1 || fail "pip is missing for $python; install it and run make again"
+    "${pip[@]}" install "$@" >"$show" 2>/dev/null && return
     local reason="no network, or no such package?"
     grep -q "No space left" "$LOG" && reason="the disk is full"
-    grep -q "externally-managed" "$LOG" && reason="the system's package manager owns this Python: use a virtual environment"
+    grep -q "externally-managed" "$LOG" && reason="the system owns this Python: use a virtual environment"
     fail "pip could not install $* for $python ($reason); its messages are in $LOG"
 }
 
@@ -109,7 +112,7 @@ clear_venv() {   # removes a .venv that this script made and that cannot be used
     [ -e .venv ] || return
     if [ ! -e "$VENV_DONE" ]; then
         [ -e "$VENV_UNFINISHED" ] || fail \
-            "there is a .venv that make did not create; install torch into it and activate it, or move it away"
+            "there is a .venv that make did not create; activate it and install torch, or move it away"
         maker=$(cat "$VENV_UNFINISHED")
         if [ -n "$maker" ] && kill -0 "$maker" 2>/dev/null; then
             fail "process $maker is already setting up .venv; wait for it, or end it, then run make again"
@@ -126,6 +129,7 @@ prepare_venv() {
     clear_venv
     check_venv
     check_compiler
+    rm -f "$LOG"
     if [ -e .venv ]; then
         say "bringing .venv up to date with pyproject.toml (log: $LOG)"
         echo $$ >"$VENV_UNFINISHED" && BASE=$(sed -n 2p "$VENV_DONE") && rm "$VENV_DONE"
@@ -138,9 +142,10 @@ prepare_venv() {
     # shellcheck disable=SC2086   # TORCH may hold several arguments for pip
     pip_install .venv/bin/python $TORCH
     has_torch .venv/bin/python || fail \
-        "$TORCH was installed, but it is not a torch >= 2.10 that imports; see: .venv/bin/python -c 'import torch'"
+        "$TORCH is not a torch >= 2.10 that imports here; see: .venv/bin/python -c 'import torch'"
     install_missing .venv/bin/python
-    { stamp_key && echo "$BASE"; } >"$VENV_DONE.new" && mv "$VENV_DONE.new" "$VENV_DONE" && rm "$VENV_UNFINISHED"
+    { stamp_key && echo "$BASE"; } >"$VENV_DONE.new"
+    mv "$VENV_DONE.new" "$VENV_DONE" && rm "$VENV_UNFINISHED"
 }
 
 venv_is_ready() {
@@ -160,9 +165,9 @@ prepare() {
         PY=$PWD/.venv/bin/python
         return
     fi
-    rm -f "$LOG"
     if has_torch "$BASE"; then
         check_compiler
+        rm -f "$LOG"
         say "using $BASE, which has torch"
         install_missing "$BASE"
         echo "$(stamp_key) $BASE" >"$BASE_DONE"
@@ -172,7 +177,7 @@ prepare() {
     fi
 }
 
-# ---- 4. Kernels ----------------------------------------------------------------------------------------------------
+# ---- 4. Kernels ---------------------------------------------------------------------------------------
 
 build_kernels() {
     [ "$BUILD" = auto ] && BUILD=cpu   # here a missing compiler is an error: see check_compiler

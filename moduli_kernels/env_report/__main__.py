@@ -1,0 +1,3 @@
+from . import env_report
+
+print(env_report())
