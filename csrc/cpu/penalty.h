@@ -1,0 +1,85 @@
+// The fused CPU penalty: what the registration (penalty.cpp) hands to the loops (penalty_loops.h), which are compiled
+// once per instruction set. Plain pointers only: no std container may be instantiated in an ISA's translation unit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moduli {
+
+enum class WeightType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+// The work is a grid of tasks, row chunks x column chunks; its size depends on the shape alone, so that the order of
+// every addition does too: results are bitwise equal for any number of threads.
+struct TaskGrid {
+  int64_t row_chunks, column_chunks;
+};
+
+template <typename T>
+struct PenaltyProblem {
+  // Weight (blocks*rows, columns, inner), strides row_stride, inner, 1 (in elements); mask like it but contiguous,
+  // or null: 1 = kept.
+  const void* weight;
+  WeightType weight_type;
+  const uint8_t* mask;
+  int64_t rows, columns, blocks, inner, row_stride;
+
+  // Points, one array a coordinate: row_points[c * rows + i], column_points[c * columns + j]. Flat coordinates
+  // reduced into their period, sphere points normalized, non-finite points all NaN.
+  const T* row_points;
+  const T* column_points;
+  int64_t coordinates;
+  const int64_t* factors;  // kind and coordinates of each factor
+  int64_t factor_count;
+  const double* factor_parameters;
+
+  int64_t inhibitor;
+  const double* inhibitor_parameters;
+  const T* table;
+  int64_t table_samples;
+
+  double power, scale;
+
+  // Outputs. dweight like weight, contiguous, or null. Sums over entries without scale, for value, and, where
+  // need_points, sum of f'(s) |w|^l (1/2) ds/dx:
+  void* dweight;
+  bool need_points, stream;  // stream: dweight is larger than the caches
+  double* value_parts;       // one a task
+  T* row_parts;              // [column chunk][coordinate][row]
+  T* column_parts;           // [row chunk][coordinate][column]
+  TaskGrid grid;
+};
+
+constexpr int64_t TILE = 512;  // columns a tile: its buffers stay in the first-level cache
+
+constexpr int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t size, int64_t multiple) {
+  const int64_t units = (size + multiple - 1) / multiple;
+  const int64_t begin = units * chunk / chunks * multiple;
+  return begin < size ? begin : size;
+}
+
+// One task; `scratch` holds scratch_size<T>() elements and is the thread's own.
+template <typename T>
+using RunTask = void (*)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
+
+template <typename T>
+constexpr size_t scratch_size(int64_t coordinates) {
+  return static_cast<size_t>((3 * coordinates + 8) * TILE);
+}
+
+// grads *= factor
+using Scale = void (*)(void* data, WeightType type, int64_t count, double factor);
+
+#define MODULI_DECLARE_ISA(isa)                                                        \
+  namespace isa {                                                                      \
+  void run_task_f32(const PenaltyProblem<float>& problem, int64_t task, float* scratch);    \
+  void run_task_f64(const PenaltyProblem<double>& problem, int64_t task, double* scratch);  \
+  void scale(void* data, WeightType type, int64_t count, double factor);               \
+  }
+MODULI_DECLARE_ISA(portable)
+#ifdef MODULI_KERNELS_X86
+MODULI_DECLARE_ISA(avx2)
+MODULI_DECLARE_ISA(avx512)
+#endif
+
+}  // namespace moduli

@@ -1,0 +1,36 @@
+"""moduli_kernels: moduli regularization for recurrent nets, with fused kernels.
+
+    import moduli_kernels as mk
+    reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
+    loss = criterion(model(x), y) + reg()
+
+Importing touches neither CUDA nor Triton, and works without a compiler; `mk.env_report()` says what is available.
+"""
+from . import plots
+from ._backend import backend
+from ._version import __version__
+from .embedding import ManifoldEmbedding
+from .env_report import env_report
+from .inhibitors import (
+    Constant,
+    DifferenceOfGaussians,
+    Diffusion,
+    Inhibitor,
+    RickerWavelet,
+    Sinusoid,
+    TabulatedInhibitor,
+)
+from .manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Product, Sphere, manifold
+from .ordering import manifold_order
+from .penalty import moduli_penalty
+from .pruning import MagnitudePruner, linear_schedule, reinitialize_, rewind_
+from .regularize import Regularization, Target, regularize
+from .regularizer import CoefficientRegularizer, ModuliRegularizer
+
+__all__ = [
+    "Circle", "CoefficientRegularizer", "Constant", "DifferenceOfGaussians", "Diffusion", "Euclidean", "FlatTorus",
+    "Inhibitor", "KleinBottle", "MagnitudePruner", "Manifold", "ManifoldEmbedding", "ModuliRegularizer", "Product",
+    "Regularization", "RickerWavelet", "Sinusoid", "Sphere", "TabulatedInhibitor", "Target", "__version__", "backend",
+    "env_report", "linear_schedule", "manifold", "manifold_order", "moduli_penalty", "plots", "regularize",
+    "reinitialize_", "rewind_",
+]

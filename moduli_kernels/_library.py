@@ -1,0 +1,136 @@
+"""Every op: schema, fake kernel, autograd formula and the reference as fallback; loads the compiled kernels.
+
+Present without a compiler too. csrc/cpu/penalty.cpp registers the CPU implementations of the same schemas.
+
+    penalty             value only
+    penalty_with_grads  value and the gradients in one pass; those not needed come back with no elements
+    penalty_grads       gradients times `grad` (0-d): the stateless partner of `penalty` under torch.compile
+    scale_grads_        multiplies in place by the 0-d `grad`, returning at once where it is 1
+
+weight (blocks*R, C, *kernel): any row stride, all else contiguous. rows (R, k), cols (C, k) or None (= rows, and the
+gradient of the rows then holds both parts): contiguous, float64 for a float64 weight, else float32, as is the
+value. mask: like weight, contiguous. table: (samples, 2) for the tabulated inhibitor, like the points. factors,
+factor_parameters, inhibitor, inhibitor_parameters: see _encoding.py. scale: strength over the number of entries.
+"""
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import torch
+from torch import Tensor
+
+from . import _encoding, reference
+
+PENALTY = (
+    "Tensor weight, Tensor rows, Tensor? cols, Tensor? mask, Tensor? table, int[] factors, float[] factor_parameters, "
+    "int inhibitor, float[] inhibitor_parameters, float power, int blocks, float scale"
+)
+NEEDS = "bool need_weight, bool need_points"
+SCHEMAS = {
+    "penalty": f"({PENALTY}) -> Tensor",
+    "penalty_with_grads": f"({PENALTY}, {NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "penalty_grads": f"(Tensor grad, {PENALTY}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    "scale_grads_": "(Tensor(a!)[] grads, Tensor grad) -> ()",
+}
+
+_lib = torch.library.Library("moduli_kernels", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _lib.define(_name + _schema, tags=() if _name.endswith("_") else (torch.Tag.pt2_compliant_tag,))
+
+
+# --- the reference as the implementation for every device that has no kernel ------------------------------------
+
+def _what(factors, factor_parameters, inhibitor, inhibitor_parameters, table, power, blocks, scale):
+    return reference.Penalty(
+        _encoding.decode_manifold(factors, factor_parameters),
+        _encoding.decode_inhibitor(inhibitor, inhibitor_parameters, table), power, blocks, scale,
+    )
+
+
+def _penalty_with_grads(weight, rows, cols, mask, table, factors, factor_parameters, inhibitor, inhibitor_parameters,
+                        power, blocks, scale, need_weight, need_points):
+    what = _what(factors, factor_parameters, inhibitor, inhibitor_parameters, table, power, blocks, scale)
+    value, grads = reference.penalty_with_grads(weight, rows, cols, mask, what, need_weight, need_points)
+    none_weight, none_points = weight.new_empty(0), rows.new_empty(0)
+    return (value, none_weight if grads.weight is None else grads.weight,
+            none_points if grads.rows is None else grads.rows, none_points.clone() if grads.cols is None else grads.cols)
+
+
+def _penalty(*arguments):
+    return _penalty_with_grads(*arguments, False, False)[0]
+
+
+def _penalty_grads(grad, *arguments):
+    *rest, scale, need_weight, need_points = arguments
+    return _penalty_with_grads(*rest, scale * grad, need_weight, need_points)[1:]
+
+
+def _scale_grads_(grads, grad):
+    for tensor in grads:
+        tensor.mul_(grad)
+
+
+for _name, _function in (("penalty", _penalty), ("penalty_with_grads", _penalty_with_grads),
+                         ("penalty_grads", _penalty_grads), ("scale_grads_", _scale_grads_)):
+    _lib.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# --- fake kernels and autograd ---------------------------------------------------------------------------------
+
+def _fake_penalty(weight, rows, *_):
+    return rows.new_empty(())
+
+
+def _fake_grads(weight, rows, cols, need_weight, need_points):
+    nothing = rows.new_empty(0)
+    return (
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
+        torch.empty_like(rows) if need_points else nothing,
+        torch.empty_like(cols) if need_points and cols is not None else nothing.clone(),
+    )
+
+
+torch.library.register_fake("moduli_kernels::penalty", _fake_penalty, lib=_lib)
+torch.library.register_fake(
+    "moduli_kernels::penalty_with_grads",
+    lambda *a: (a[1].new_empty(()), *_fake_grads(a[0], a[1], a[2], a[-2], a[-1])), lib=_lib,
+)
+torch.library.register_fake(
+    "moduli_kernels::penalty_grads", lambda grad, *a: _fake_grads(a[0], a[1], a[2], a[-2], a[-1]), lib=_lib,
+)
+torch.library.register_fake("moduli_kernels::scale_grads_", lambda grads, grad: None, lib=_lib)
+
+
+def _setup_context(ctx, inputs, output):
+    weight, rows, cols, mask, table, *ctx.rest = inputs
+    ctx.save_for_backward(weight, rows, cols, mask, table)
+
+
+def _backward(ctx, grad):
+    needs = ctx.needs_input_grad
+    dweight, drows, dcols = torch.ops.moduli_kernels.penalty_grads(
+        grad, *ctx.saved_tensors, *ctx.rest, needs[0], needs[1] or needs[2])
+    return (dweight if needs[0] else None, drows if needs[1] else None, dcols if needs[2] else None,
+            *(None,) * (2 + len(ctx.rest)))
+
+
+torch.library.register_autograd("moduli_kernels::penalty", _backward, setup_context=_setup_context, lib=_lib)
+
+
+# --- the compiled kernels --------------------------------------------------------------------------------------
+
+def _load_cpu_ops() -> str | None:
+    """Loads the shared library; None, or in words why it cannot be."""
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    path = pathlib.Path(__file__).with_name("_cpu_ops" + suffix)
+    if not path.exists():
+        return "the extension is not built (run `make build`, or pip install with a C++ compiler present)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load ({error}); rebuild it with `make build`"
+    return None
+
+
+cpu_ops_error = _load_cpu_ops()

@@ -1,0 +1,193 @@
+"""`moduli_penalty`: the penalty as a differentiable function."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _backend, _checks, _encoding, reference
+from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
+from .manifolds import Manifold, manifold as resolve_manifold
+
+_ops = torch.ops.moduli_kernels
+
+
+def moduli_penalty(
+    weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, manifold: Manifold | str,
+    inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None, power: float = 1.0, blocks: int = 1,
+    mask: Tensor | None = None, reduction: str = "mean", strength: float = 1.0,
+) -> Tensor:
+    """strength * sum or mean over entries of f(d(rows_i, cols_j)) |w_ij|^power   (paper, eq. 6).
+
+    Args:
+        weight: (blocks*R, C), or (R, C, *kernel), where |w| is the L2 norm of the kernel slice. float32, float64,
+            bfloat16, float16; any row stride, else one copy. Or (blocks*R, C) torch.sparse_csr: only stored entries
+            count, and the gradient has the same pattern.
+        rows: (R, k) points of the rows; cols: (C, k) points of the columns, None = rows.
+        manifold: a Manifold or a preset's name. inhibitor: None = DifferenceOfGaussians(); a bare callable d -> f(d)
+            or a Manifold subclass runs through the tiled PyTorch path.
+        power: l >= 1. blocks: gate blocks stacked in rows that share the points (LSTM 4, GRU 3).
+        mask: bool, weight's shape: True entries count, the others cost nothing.
+        reduction: "mean" divides by blocks*R*C, with or without a mask; "sum" is eq. 6.
+        strength: lambda, finite.
+
+    Returns:
+        0-d tensor: float64 for float64 weights, else float32. Differentiable once in weight, rows and cols. The
+        gradients are made together with the value, in one pass over the weight, and handed over to the first
+        backward. NaN or infinity in weight or points reach the value.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which, and what to do.
+        NotImplementedError: on a second derivative. torch.func transforms are not supported.
+    """
+    manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
+    _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    scale = _checks.finite("strength", strength)
+    if reduction == "mean":
+        scale /= max(1, weight.shape[0] * weight.shape[1])
+    what = reference.Penalty(manifold, inhibitor, _checks.power(power), blocks, scale)
+    dtype = reference.compute_dtype(weight)
+    rows, cols = rows.to(dtype), None if cols is None else cols.to(dtype)
+    run = _runner(what, weight)
+    if torch.compiler.is_compiling():
+        return run.traced(weight, rows, cols, mask)
+    tensors = (weight, rows) if cols is None else (weight, rows, cols)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _PenaltyFunction.apply(weight, rows, cols, mask, run)
+    return run.value(weight, rows, cols, mask)
+
+
+class _PenaltyFunction(torch.autograd.Function):
+    """One pass in forward makes value and gradients; the first backward takes the gradients and scales them in place
+    (free where grad is 1), a repeated one (retain_graph) computes them again. They hang on ctx as a plain attribute:
+    saved tensors would keep them until the graph dies."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, cols, mask, run):
+        ctx.run = run
+        ctx.need_weight, ctx.need_points = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(weight, rows, cols, mask)
+        if weight.dtype == torch.float16:
+            # The gradient of a mean underflows in float16 unless it meets the loss scale before it is rounded.
+            ctx.grads = None
+            return run.value(weight, rows, cols, mask)
+        value, ctx.grads = run.value_and_grads(weight, rows, cols, mask, ctx.need_weight, ctx.need_points)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.grads is not None:
+            grads, ctx.grads = ctx.grads, None
+            ctx.run.scale_(grads, grad)
+        else:
+            grads = ctx.run.grads(grad, *ctx.saved_tensors, ctx.need_weight, ctx.need_points)
+        if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
+            grads = [None if g is None else _OnceDifferentiable.apply(g, grad, *ctx.saved_tensors[:3]) for g in grads]
+        return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Hands its first argument through; a derivative of it is refused."""
+
+    @staticmethod
+    def forward(ctx, gradient, *sources):
+        return gradient.view_as(gradient) if gradient.layout == torch.strided else gradient.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(
+            "moduli_penalty is differentiable once, got a second derivative (double backward); leave the penalty out "
+            "of the loss you differentiate twice, or use moduli_kernels.reference.penalty_formula."
+        )
+
+
+class _OpRunner:
+    """Through the registered ops (compiled kernels)."""
+
+    def __init__(self, what: reference.Penalty, code: _encoding.ManifoldCode, inhibitor: _encoding.InhibitorCode):
+        self.table_source = what.inhibitor if isinstance(what.inhibitor, TabulatedInhibitor) else None
+        self.code = (*code, *inhibitor, what.power, what.blocks, what.scale)
+
+    def _arguments(self, weight, rows, cols, mask):
+        table = None if self.table_source is None else self.table_source.table(rows.dtype, rows.device)
+        return (_row_strided(weight), rows.contiguous(), None if cols is None else cols.contiguous(),
+                None if mask is None else mask.contiguous(), table, *self.code)
+
+    def value(self, *tensors) -> Tensor:
+        return _ops.penalty(*self._arguments(*tensors))
+
+    traced = value  # `penalty` has a registered autograd formula
+
+    def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
+        value, *grads = _ops.penalty_with_grads(*self._arguments(weight, rows, cols, mask), need_weight, need_points)
+        return value, self._present(grads, need_weight, need_points, cols)
+
+    def grads(self, grad, weight, rows, cols, mask, need_weight, need_points):
+        grads = _ops.penalty_grads(grad, *self._arguments(weight, rows, cols, mask), need_weight, need_points)
+        return self._present(grads, need_weight, need_points, cols)
+
+    @staticmethod
+    def _present(grads, need_weight, need_points, cols):
+        present = (need_weight, need_points, need_points and cols is not None)
+        return tuple(g if p else None for g, p in zip(grads, present))
+
+    @staticmethod
+    def scale_(grads, grad) -> None:
+        _ops.scale_grads_([g for g in grads if g is not None], grad)
+
+
+class _ReferenceRunner:
+    """Through `reference.py`, for what no kernel knows and where none is built."""
+
+    def __init__(self, what: reference.Penalty):
+        self.what = what
+
+    def value(self, weight, rows, cols, mask) -> Tensor:
+        with torch.no_grad():
+            return reference.penalty_with_grads(weight, rows, cols, mask, self.what, False, False)[0]
+
+    def traced(self, weight, rows, cols, mask) -> Tensor:
+        if weight.layout != torch.strided:
+            raise NotImplementedError(
+                "weight must be dense under torch.compile, got torch.sparse_csr; call the penalty outside the "
+                "compiled function."
+            )
+        return reference.penalty_formula(weight, rows, cols, mask, self.what)
+
+    def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
+        return reference.penalty_with_grads(weight, rows, cols, mask, self.what, need_weight, need_points)
+
+    def grads(self, grad, weight, rows, cols, mask, need_weight, need_points):
+        what = self.what._replace(scale=self.what.scale * grad)
+        return reference.penalty_with_grads(weight, rows, cols, mask, what, need_weight, need_points)[1]
+
+    @staticmethod
+    def scale_(grads, grad) -> None:
+        for g in grads:
+            if g is not None:
+                (g if g.layout == torch.strided else g.values()).mul_(grad)
+
+
+def _runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRunner:
+    backend = _backend.active(weight.device.type)
+    code, inhibitor = _encoding.encode_manifold(what.manifold), _encoding.encode_inhibitor(what.inhibitor)
+    if not torch.compiler.is_compiling():
+        if code is None:
+            Manifold.warn_tiled(type(what.manifold).__name__, "the manifold")
+        if inhibitor is None:
+            Manifold.warn_tiled(repr(what.inhibitor), "the inhibitor")
+    if backend == "reference" or code is None or inhibitor is None or weight.layout != torch.strided:
+        return _ReferenceRunner(what)
+    return _OpRunner(what, code, inhibitor)
+
+
+def _row_strided(weight: Tensor) -> Tensor:
+    """weight with any row stride and the rest of it contiguous: itself where it is so, else one copy."""
+    expected = 1
+    for size, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:])):
+        if size != 1 and stride != expected:
+            return weight.contiguous()
+        expected *= size
+    return weight

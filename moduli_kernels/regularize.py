@@ -1,0 +1,160 @@
+"""`regularize`: one line that puts the penalty on every recurrent weight of a model."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from .regularizer import CoefficientRegularizer, ModuliRegularizer
+
+_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to regularize.
+
+    module, name: the weight is getattr(module, name), read afresh at each call. columns: a slice of the columns (a
+    cell on concatenated input and state: slice(input_size, None)). blocks: gate blocks stacked in rows.
+    recurrent: rows and columns are the same neurons and share one embedding. None decides: True for weight_hh of
+    recurrent modules and where `columns` picks a square matrix, else False.
+    """
+
+    module: nn.Module
+    name: str
+    columns: slice | None = None
+    blocks: int = 1
+    recurrent: bool | None = None
+
+
+class Regularization(nn.Module):
+    """What `regularize` returns: the sum of the penalties of its targets. Its parameters are the embeddings only; the
+    model's modules are referred to, not held as submodules.
+
+    reg() -> 0-d tensor; reg.losses() -> {name: 0-d}; reg.items() -> (name, regularizer) pairs; reg.shuffled() and
+    reg.matched() -> the same with the controls.
+    """
+
+    def __init__(self, regularizers: dict[str, tuple[Target, nn.Module]]):
+        super().__init__()
+        self._targets = {name: target for name, (target, _) in regularizers.items()}
+        self._key = {name: name.replace(".", "_") for name in regularizers}  # module names may not hold dots
+        self.regularizers = nn.ModuleDict({self._key[name]: module for name, (_, module) in regularizers.items()})
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name of the weight, its regularizer)."""
+        return ((name, self.regularizers[key]) for name, key in self._key.items())
+
+    def losses(self) -> dict[str, Tensor]:
+        """The penalty of each weight, 0-d and differentiable, by the weight's name."""
+        return {name: regularizer(_read(self._targets[name])) for name, regularizer in self.items()}
+
+    def forward(self) -> Tensor:
+        """The sum of all penalties, 0-d; on the first weight's device."""
+        first, *others = self.losses().values()
+        for loss in others:
+            first = first + loss.to(first.device)
+        return first
+
+    def _map(self, make: Callable[[ModuliRegularizer], CoefficientRegularizer]) -> Regularization:
+        return Regularization({name: (self._targets[name], make(r)) for name, r in self.items()})
+
+    def shuffled(self, generator: torch.Generator | None = None) -> Regularization:
+        """The control with each weight's coefficients permuted at random."""
+        return self._map(lambda r: r.shuffled(generator))
+
+    def matched(self) -> Regularization:
+        """The control with one constant coefficient a weight, of equal mean."""
+        return self._map(lambda r: r.matched())
+
+
+def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str]] | None = None,
+               **settings) -> Regularization:
+    """A module whose call gives the penalty of a model's recurrent weights.
+
+    Args:
+        model: searched for RNN, GRU, LSTM (weight_hh_l*, each layer and direction its own embedding) and their cells.
+        targets: instead of the search, Targets or (module, name) pairs. A plain pair of a Linear or convolution gets
+            row and column points of its own.
+        **settings: keyword arguments of ModuliRegularizer, the same for all.
+
+    Weights are read afresh at each call (also `orig * mask` of torch.nn.utils.prune), tied weights once. Points are
+    made on the weight's device, in float64 for float64 weights, else float32.
+
+    Raises:
+        ValueError: no matching weight, a name that is none, an LSTM with proj_size. TypeError: unknown settings.
+
+        >>> reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
+        >>> loss = criterion(model(x), y) + reg()
+    """
+    found = _search(model) if targets is None else [
+        target if isinstance(target, Target) else Target(*target) for target in targets]
+    if not found:
+        _checks.no_target(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    made: dict[str, tuple[Target, nn.Module]] = {}
+    seen: set[tuple] = set()
+    for target in found:
+        weight = _checks.target_weight(target.module, target.name)
+        _checks.target_columns(target.name, target.columns)
+        identity = (id(_parameter(target)), repr(target.columns))
+        if identity in seen:
+            continue
+        seen.add(identity)
+        path = names.get(id(target.module), type(target.module).__name__)
+        name = f"{path}.{target.name}" if path else target.name
+        made[_unused(name, made)] = (target, _regularizer(target, weight, settings))
+    return Regularization(made)
+
+
+def _search(model: nn.Module) -> list[Target]:
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            _checks.no_projection(module)
+            names = [n.removesuffix("_orig") for n, _ in module.named_parameters(recurse=False)]
+            gates = _GATES["RNN" if module.mode.startswith("RNN") else module.mode]
+            found += [Target(module, n, blocks=gates, recurrent=True) for n in names if n.startswith("weight_hh_l")]
+        elif isinstance(module, nn.RNNCellBase):
+            gates = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
+            found.append(Target(module, "weight_hh", blocks=gates, recurrent=True))
+    return found
+
+
+def _regularizer(target: Target, weight: Tensor, settings: dict) -> ModuliRegularizer:
+    blocks = target.blocks
+    _checks.target_blocks(target.name, weight.shape[0], blocks)
+    rows = weight.shape[0] // blocks
+    columns = len(range(*(target.columns or slice(None)).indices(weight.shape[1])))
+    recurrent = target.recurrent
+    if recurrent is None:
+        recurrent = rows == columns and (target.columns is not None or target.name.startswith("weight_hh"))
+    defaults = {"dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32, "device": weight.device}
+    return ModuliRegularizer(rows, None if recurrent else columns, blocks=blocks, **{**defaults, **settings})
+
+
+def _unused(name: str, made: dict) -> str:
+    candidate, k = name, 1
+    while candidate in made or any(candidate.replace(".", "_") == other.replace(".", "_") for other in made):
+        k += 1
+        candidate = f"{name}#{k}"
+    return candidate
+
+
+def _parameter(target: Target) -> Tensor:
+    """The tensor a weight lives in: torch prune's `_orig` where there is one."""
+    original = getattr(target.module, target.name + "_orig", None)
+    return original if isinstance(original, Tensor) else getattr(target.module, target.name)
+
+
+def _read(target: Target) -> Tensor:
+    """The weight as it is now; under torch prune orig * mask, which the attribute holds only after a forward."""
+    original = getattr(target.module, target.name + "_orig", None)
+    if isinstance(original, Tensor):
+        weight = original * getattr(target.module, target.name + "_mask").to(original.dtype)
+    else:
+        weight = getattr(target.module, target.name)
+    return weight if target.columns is None else weight[:, target.columns]
