@@ -4,7 +4,7 @@ Environment variables
     MODULI_KERNELS_BUILD     auto (default): the C++ kernels if a compiler and torch are found, or a message;
                              python: nothing is compiled; cpu: the C++ kernels or an error; cuda: reserved.
     MODULI_KERNELS_FUNCTORS  1 or 0: build the NumPy module `moduli_kernels._functors`, or not. By default
-                             in-place and editable builds have it, wheels do not (it ties them to one CPython).
+                             in-place and editable builds have it, wheels do not (tied to one CPython).
     MAX_JOBS                 compilers run at the same time (default: the cores).
     TORCH_CUDA_ARCH_LIST     reserved for the CUDA kernels.
 
