@@ -1,0 +1,114 @@
+"""env_report and environment(): the facts are right, and anything optional may be absent."""
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moduli_kernels as mk
+from moduli_kernels import _backend
+from moduli_kernels.env_report import env_report, environment
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def git(folder, *command):
+    return subprocess.run(
+        ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@localhost", *command],
+        check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_environment_is_json_with_the_facts_of_this_process():
+    facts = environment()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["versions"]["moduli_kernels"] == mk.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["python"] == platform.python_version()
+    assert facts["threads"] == torch.get_num_threads() and 1 <= facts["cores"] <= os.cpu_count()
+    assert facts["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    assert facts["backends"] == {name: list(state) for name, state in _backend.availability().items()}
+    assert facts["backends"]["reference"][0] and facts["backend"] in facts["backends"]
+
+
+def test_vector_units_agree_with_torch():
+    isa = environment()["isa"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if "AVX2" in capability or "AVX512" in capability:
+        assert "avx2" in isa and "fma" in isa
+    if "AVX512" in capability:
+        assert {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(isa)
+
+
+def test_report_names_every_backend_and_why(monkeypatch):
+    monkeypatch.setattr(_backend, "availability", lambda: {
+        "reference": (True, "plain PyTorch"), "cpp": (False, "the extension is not built"),
+        "triton": (False, "no GPU"), "cuda": (False, "no GPU")})
+    lines = [line.split(None, 2) for line in env_report().splitlines()]
+    assert ["cpp", "no", "the extension is not built"] in lines
+    assert ["reference", "yes", "plain PyTorch"] in lines
+
+
+def test_report_says_which_backend_is_active():
+    with mk.backend("reference"):
+        assert "active          reference for cpu tensors" in env_report().splitlines()
+        assert environment()["backend"] == "reference" or torch.cuda.is_available()
+
+
+def test_a_backend_that_cannot_be_had_is_reported_not_raised(monkeypatch):
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [active] = [line for line in env_report().splitlines() if line.startswith("active")]
+    assert "none (backend 'cuda'" in active
+
+
+def test_gpus_are_listed(monkeypatch):
+    from types import SimpleNamespace
+
+    gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    facts, report = environment(), env_report()
+    assert facts["device"] == "NVIDIA H100"
+    assert facts["gpus"] == [{"name": "NVIDIA H100", "memory_gib": 80.0, "capability": "9.0"}] * 2
+    assert "GPU 1           NVIDIA H100, 80.0 GiB, capability 9.0" in report and "for cuda tensors" in report
+
+
+def test_module_runs_alone_without_compiler_git_or_triton(tmp_path):
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
+    shutil.copytree(ROOT / "moduli_kernels", tmp_path / "moduli_kernels", ignore=ignore)
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "moduli_kernels.env_report"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PATH": str(tmp_path / "empty"), "CXX": "no-such-cxx"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"moduli_kernels  {mk.__version__}\n" in done.stdout  # no commit: this copy is in no checkout
+    assert "compiler        none found" in done.stdout
+    assert "\nactive          reference for cpu tensors\n" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_commit_and_uncommitted_changes(tmp_path, monkeypatch):
+    def state():
+        facts = environment()
+        return facts["commit"], facts["dirty"]
+
+    source = tmp_path / "moduli_kernels" / "source.py"
+    source.parent.mkdir()
+    source.write_text("one = 1\n")
+    monkeypatch.setattr(sys.modules[environment.__module__], "_package_folder", lambda: source.parent)
+    assert state() == (None, None)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "results.json").touch()
+    assert state() == (commit, False)  # new files, results for instance, do not count
+    source.write_text("one = 2\n")
+    assert state() == (commit, True)
