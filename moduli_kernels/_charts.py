@@ -1,0 +1,255 @@
+"""How each manifold is drawn in the plane: where points go, and how shortest geodesics between them run.
+
+A chart draws one factor of a manifold (`part`, its columns `columns` of the points) and says in `label`
+what is shown. Coordinates come from `ordering.fundamental`, as float64 NumPy arrays:
+
+    place(x)      points (n, c) -> positions (n, 2)
+    links(a, b)   pairs of points (l, c) -> polylines [(m, 2)], cut where a geodesic crosses the border
+    mesh(size)    corners X, Y of a grid of cells, the points (cells, c) at their middles, and a reference
+                  point (1, c); None where there is no such grid
+    frame(ax)     border, limits and axis labels
+    shrink        height of the picture, as a part of its width, for a colour bar beside it
+"""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Sphere
+
+_ARC = np.linspace(0, 1, 33)  # parameters of the points that make a curved link
+
+
+def chart(manifold: Manifold) -> Ring | Rectangle | Globe | Plane:
+    """The chart of a manifold; of a product its first factor is drawn."""
+    factors = manifold.factors()
+    part = factors[0]
+    if isinstance(part, Circle):
+        made = Ring(part, part.radius, f"circle of radius {part.radius:g}")
+    elif isinstance(part, FlatTorus) and part.ambient_dim == 1:
+        made = Ring(part, part.periods[0] / (2 * math.pi), f"circle of length {part.periods[0]:g}")
+    elif isinstance(part, FlatTorus):
+        size = " x ".join(f"{p:g}" for p in part.periods[:2])
+        shown = "flat torus" if part.ambient_dim == 2 else f"{part.ambient_dim}-torus, first two coordinates"
+        made = Rectangle(part, part.periods[:2], f"{shown} ({size})")
+    elif isinstance(part, KleinBottle):
+        made = Rectangle(part, (part.width, part.height), f"Klein bottle ({part.width:g} x {part.height:g})")
+    elif isinstance(part, Sphere) and part.dim == 2:
+        made = Globe(part, f"sphere of radius {part.radius:g}, equal-area map")
+    elif isinstance(part, Sphere):
+        made = Plane(part, f"{part.dim}-sphere of radius {part.radius:g}, first two coordinates")
+    else:
+        name = f"R^{part.dim}" if isinstance(part, Euclidean) else type(part).__name__
+        some = ", first two coordinates" if part.ambient_dim > 2 else ""
+        made = Plane(part, name + some)
+    if len(factors) > 1:
+        made.label += f", first of {len(factors)} factors"
+    return made
+
+
+def slice_chart(manifold: Manifold) -> Ring | Rectangle | Globe | Plane:
+    """As `chart`, but with a totally geodesic slice of what has more than two dimensions, so that distances
+    within the picture are those of the manifold."""
+    made = chart(manifold)
+    part = made.part
+    if isinstance(part, Sphere) and part.dim != 2:
+        shown = f"{part.dim}-sphere of radius {part.radius:g}"
+        if part.dim == 1:
+            made = Ring(Circle(part.radius), part.radius, shown)
+        else:
+            made = Globe(Sphere(2, part.radius), f"great 2-sphere of the {shown}, equal-area map")
+    elif not isinstance(part, Sphere) and part.ambient_dim > 2 and made.mesh(1) is not None:
+        made.label += ", others held"
+    return made
+
+
+class _Chart:
+    shrink = 1.0
+
+    def __init__(self, part: Manifold, label: str):
+        self.part, self.label = part, label
+        self.columns = slice(0, part.ambient_dim)
+
+
+class Ring(_Chart):
+    """A circle of the given radius. Links bow inwards, the farther apart their ends the deeper."""
+
+    def __init__(self, part: Manifold, radius: float, label: str):
+        super().__init__(part, label)
+        self.radius = radius
+
+    def _at(self, arc: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+        angle = arc / self.radius
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
+
+    def place(self, x: np.ndarray) -> np.ndarray:
+        return self._at(x[:, 0], self.radius)
+
+    def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        delta = _wrap(b - a, 2 * math.pi * self.radius)  # (l, 1)
+        depth = 0.03 + 0.85 * np.abs(delta) / (math.pi * self.radius)
+        radius = self.radius * (1 - depth * 4 * _ARC * (1 - _ARC))
+        return list(self._at(a + _ARC * delta, radius))
+
+    def mesh(self, size: int):
+        edges = np.linspace(0, 2 * math.pi * self.radius, 4 * size + 1)
+        corners = np.stack([self._at(edges, 0.8 * self.radius), self._at(edges, 1.2 * self.radius)])
+        return corners[..., 0], corners[..., 1], _middles(edges)[:, None], np.zeros((1, 1))
+
+    def frame(self, ax) -> None:
+        around = self._at(np.linspace(0, 2 * math.pi * self.radius, 361), self.radius)
+        ax.plot(*around.T, color="0.8", linewidth=1, zorder=0)
+        _equal(ax, 1.25 * self.radius, 1.25 * self.radius)
+        ax.set(xlabel="x (manifold units)", ylabel="y (manifold units)")
+
+
+class Rectangle(_Chart):
+    """The first two coordinates of a flat torus, or the Klein bottle, in the fundamental rectangle."""
+
+    def __init__(self, part: Manifold, sides: tuple[float, ...], label: str):
+        super().__init__(part, label)
+        self.sides = np.array(sides)
+        self.glide = isinstance(part, KleinBottle)
+
+    def place(self, x: np.ndarray) -> np.ndarray:
+        return x[:, :2]
+
+    def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        a, b = a[:, :2], b[:, :2]
+        delta = _wrap(b - a, self.sides)
+        if self.glide:  # b's images: (x + 2 i width, y + j height) and (x + (2 i + 1) width, -y + j height)
+            width, height = self.sides
+            delta[:, 0] = _wrap(b[:, 0] - a[:, 0], 2 * width)
+            along, across = _wrap(b[:, 0] + width - a[:, 0], 2 * width), _wrap(-b[:, 1] - a[:, 1], height)
+            flipped = np.stack([along, across], 1)
+            nearer = (flipped**2).sum(1) < (delta**2).sum(1)
+            delta = np.where(nearer[:, None], flipped, delta)
+        return self._cut(a, delta)
+
+    def _cut(self, a: np.ndarray, delta: np.ndarray) -> list[np.ndarray]:
+        """The straight lines a + t delta of the plane, cut at the rectangle's border and each piece folded
+        back. No component of delta is longer than a side, so each border is crossed at most once."""
+        end = a + delta
+        border = np.where(end < 0, 0.0, self.sides)
+        crosses = (end < 0) | (end > self.sides)
+        at = np.where(crosses, (border - a) / np.where(delta == 0, 1.0, delta), 1.0)
+        t = np.sort(np.concatenate([np.zeros_like(at[:, :1]), at, np.ones_like(at[:, :1])], 1), 1)  # (l, 4)
+        corners = a[:, None] + t[..., None] * delta[:, None]
+        pieces = np.stack([corners[:, :-1], corners[:, 1:]], 2).reshape(-1, 2, 2)
+        pieces = pieces[(np.ptp(pieces, axis=1) > 1e-12 * self.sides).any(1)]
+        turns = np.floor(pieces.mean(1, keepdims=True)[..., :1] / self.sides[0])
+        pieces[..., :1] -= turns * self.sides[0]
+        if self.glide:
+            pieces[..., 1:] *= np.where(turns % 2 == 1, -1, 1)
+        pieces[..., 1:] -= np.floor(pieces.mean(1, keepdims=True)[..., 1:] / self.sides[1]) * self.sides[1]
+        return list(pieces)
+
+    def mesh(self, size: int):
+        x, y = (np.linspace(0, side, size + 1) for side in self.sides)
+        points = np.zeros((size * size, self.part.ambient_dim))
+        points[:, :2] = np.stack(np.meshgrid(_middles(x), _middles(y)), -1).reshape(-1, 2)
+        reference = np.zeros((1, self.part.ambient_dim))
+        reference[0, :2] = 0.3 * self.sides  # in the middle, the picture would hide how borders are glued
+        return *np.meshgrid(x, y), points, reference
+
+    def frame(self, ax) -> None:
+        ax.set(xlim=(0, self.sides[0]), ylim=(0, self.sides[1]), aspect="equal", xlabel="x (manifold units)",
+               ylabel="y (manifold units)")
+
+
+class Globe(_Chart):
+    """The 2-sphere on the Hammer projection (equal area), longitudes -180 ... 180 degrees."""
+
+    shrink = 0.5
+
+    def place(self, x: np.ndarray) -> np.ndarray:
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return self._project(np.arctan2(x[..., 1], x[..., 0]), np.arcsin(np.clip(x[..., 2], -1, 1)))
+
+    @staticmethod
+    def _project(longitude: np.ndarray, latitude: np.ndarray) -> np.ndarray:
+        z = np.sqrt(1 + np.cos(latitude) * np.cos(longitude / 2))
+        return np.stack([2 * math.sqrt(2) * np.cos(latitude) * np.sin(longitude / 2),
+                         math.sqrt(2) * np.sin(latitude)], -1) / z[..., None]
+
+    def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        lines = []
+        for arc in _great_circles(a, b):
+            jumps = np.abs(np.diff(np.arctan2(arc[:, 1], arc[:, 0]))) > math.pi  # crosses the date line
+            lines += [p for p in np.split(self.place(arc), np.nonzero(jumps)[0] + 1) if len(p) > 1]
+        return lines
+
+    def mesh(self, size: int):
+        longitude = np.linspace(-math.pi, math.pi, 2 * size + 1)
+        latitude = np.linspace(-math.pi / 2, math.pi / 2, size + 1)
+        corners = self._project(*np.meshgrid(longitude, latitude))
+        lon, lat = np.meshgrid(_middles(longitude), _middles(latitude))
+        points = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
+        return corners[..., 0], corners[..., 1], points.reshape(-1, 3), np.array([[1.0, 0.0, 0.0]])
+
+    def frame(self, ax) -> None:
+        latitude = np.linspace(-math.pi / 2, math.pi / 2, 91)
+        for longitude in np.radians((-180, -120, -60, 0, 60, 120, 180)):
+            edge = abs(longitude) > 3
+            ax.plot(*self._project(np.full(91, longitude), latitude).T, color="0.5" if edge else "0.85",
+                    linewidth=1 if edge else 0.5, zorder=0)
+        for parallel in np.radians((-60, -30, 0, 30, 60)):
+            along = np.linspace(-math.pi, math.pi, 91)
+            ax.plot(*self._project(along, np.full(91, parallel)).T, color="0.85", linewidth=0.5, zorder=0)
+        _equal(ax, 1.02 * 2 * math.sqrt(2), 1.02 * math.sqrt(2))
+        ax.set(xticks=[], yticks=[], xlabel="longitude, meridians 60 degrees apart",
+               ylabel="latitude, parallels 30 degrees apart")
+        ax.spines[:].set_visible(False)
+
+
+class Plane(_Chart):
+    """Everything else: the first two columns (a single column is drawn on a line)."""
+
+    def place(self, x: np.ndarray) -> np.ndarray:
+        return np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))[:, :2]
+
+    def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+        if isinstance(self.part, Sphere):
+            return [self.place(arc) for arc in _great_circles(a, b)]
+        return list(np.stack([self.place(a), self.place(b)], 1))
+
+    def mesh(self, size: int):
+        if not isinstance(self.part, Euclidean) or self.part.dim == 1:
+            return None
+        edges = np.linspace(0, self.part.side, size + 1)
+        points = np.full((size * size, self.part.dim), self.part.side / 2)
+        points[:, :2] = np.stack(np.meshgrid(_middles(edges), _middles(edges)), -1).reshape(-1, 2)
+        return *np.meshgrid(edges, edges), points, np.full((1, self.part.dim), self.part.side / 2)
+
+    def frame(self, ax) -> None:
+        ax.set_aspect("equal", adjustable="datalim")
+        ax.set(xlabel="coordinate 1 (manifold units)", ylabel="coordinate 2 (manifold units)")
+
+
+def _wrap(d: np.ndarray, period: float | np.ndarray) -> np.ndarray:
+    return d - period * np.floor(d / period + 0.5)
+
+
+def _middles(edges: np.ndarray) -> np.ndarray:
+    return (edges[1:] + edges[:-1]) / 2
+
+
+def _equal(ax, x: float, y: float) -> None:
+    ax.set(xlim=(-x, x), ylim=(-y, y), aspect="equal")
+
+
+def _great_circles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Points along the shortest arcs from a to b (l, c), equally spaced: (l, 33, c). Antipodes have no one
+    shortest arc; any will do."""
+    radius = np.linalg.norm(a, axis=1, keepdims=True)
+    u, v = a / radius, b / np.linalg.norm(b, axis=1, keepdims=True)
+    angle = 2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1))[:, None]
+    tangent = v - (u * v).sum(1, keepdims=True) * u
+    length = np.linalg.norm(tangent, axis=1, keepdims=True)
+    spare = np.eye(a.shape[1])[np.abs(u).argmin(1)]
+    spare -= (u * spare).sum(1, keepdims=True) * u
+    tangent = np.where(length > 1e-12, tangent, spare)
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
+    t = _ARC[:, None] * angle[:, None]  # (l, 33, 1)
+    return radius[:, None] * (np.cos(t) * u[:, None] + np.sin(t) * tangent[:, None])
