@@ -64,7 +64,7 @@ check_disk() {
     local free_kb
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
     [ "${free_kb:-0}" -ge $((NEEDED_GB * 1024 * 1024)) ] || fail \
-        "about $NEEDED_GB GB of free disk are needed to install torch, but $(pwd) has $((free_kb / 1024)) MB"
+        "about $NEEDED_GB GB of free disk are needed to install torch, but $PWD has $((free_kb / 1024)) MB"
 }
 
 # ---- 2 and 3. Packages --------------------------------------------------------------------------------
@@ -184,7 +184,8 @@ build_kernels() {
     MODULI_KERNELS_BUILD=$BUILD "$PY" setup.py -q build_ext --inplace || exit 1
 }
 
-mkdir -p build || fail "the folder $(pwd) cannot be written"
+trap 'exit 130' INT TERM   # else an interrupted pip would be reported as one without network
+mkdir -p build 2>/dev/null || fail "the folder $PWD cannot be written"
 find_python
 prepare
 build_kernels
