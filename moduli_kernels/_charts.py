@@ -88,9 +88,11 @@ class Ring(_Chart):
 
     def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
         delta = _wrap(b - a, 2 * math.pi * self.radius)  # (l, 1)
-        depth = 0.03 + 0.85 * np.abs(delta) / (math.pi * self.radius)
-        radius = self.radius * (1 - depth * 4 * _ARC * (1 - _ARC))
-        return list(self._at(a + _ARC * delta, radius))
+        pull = self.radius * (0.88 - 0.83 * np.abs(delta) / (math.pi * self.radius))
+        begin, end = self._at(a, self.radius), self._at(b, self.radius)
+        control = self._at(a + delta / 2, pull)
+        t = _ARC[:, None]
+        return list((1 - t) ** 2 * begin + 2 * t * (1 - t) * control + t**2 * end)  # quadratic Bezier curves
 
     def mesh(self, size: int):
         edges = np.linspace(0, 2 * math.pi * self.radius, 4 * size + 1)
@@ -165,20 +167,34 @@ class Globe(_Chart):
 
     def place(self, x: np.ndarray) -> np.ndarray:
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)
-        return self._project(np.arctan2(x[..., 1], x[..., 0]), np.arcsin(np.clip(x[..., 2], -1, 1)))
+        longitude = np.arctan2(x[..., 1] + 0.0, x[..., 0])  # y = -0.0 is on the y >= 0 side of the date line
+        return self._project(longitude, np.arcsin(np.clip(x[..., 2], -1, 1)))
 
     @staticmethod
     def _project(longitude: np.ndarray, latitude: np.ndarray) -> np.ndarray:
         z = np.sqrt(1 + np.cos(latitude) * np.cos(longitude / 2))
-        return np.stack([2 * math.sqrt(2) * np.cos(latitude) * np.sin(longitude / 2),
-                         math.sqrt(2) * np.sin(latitude)], -1) / z[..., None]
+        x = 2 * math.sqrt(2) * np.cos(latitude) * np.sin(longitude / 2)
+        return np.stack([x, math.sqrt(2) * np.sin(latitude)], -1) / z[..., None]
 
     def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-        lines = []
-        for arc in _great_circles(a, b):
-            jumps = np.abs(np.diff(np.arctan2(arc[:, 1], arc[:, 0]))) > math.pi  # crosses the date line
-            lines += [p for p in np.split(self.place(arc), np.nonzero(jumps)[0] + 1) if len(p) > 1]
-        return lines
+        return [piece for arc in _great_circles(a, b) for piece in self._cut(arc)]
+
+    def _cut(self, arc: np.ndarray) -> list[np.ndarray]:
+        """One arc (m, 3) on the map, in pieces that end at the border where it crosses the date line (y = 0
+        and x < 0)."""
+        pieces, line = [], self.place(arc)
+        side = arc[:, 1] >= 0
+        begin = line[:0]
+        start = 0
+        for i in np.nonzero(side[1:] != side[:-1])[0]:
+            p, q = arc[i], arc[i + 1]
+            x, _, z = p + (q - p) * p[1] / (p[1] - q[1])
+            if x < 0:
+                edges = self._project(np.array([1, -1]) * math.pi, np.full(2, math.atan2(z, -x)))
+                leave, enter = edges if side[i] else edges[::-1]
+                pieces.append(np.concatenate([begin, line[start:i + 1], leave[None]]))
+                begin, start = enter[None], i + 1
+        return [*pieces, np.concatenate([begin, line[start:]])]
 
     def mesh(self, size: int):
         longitude = np.linspace(-math.pi, math.pi, 2 * size + 1)
@@ -198,8 +214,8 @@ class Globe(_Chart):
             along = np.linspace(-math.pi, math.pi, 91)
             ax.plot(*self._project(along, np.full(91, parallel)).T, color="0.85", linewidth=0.5, zorder=0)
         _equal(ax, 1.02 * 2 * math.sqrt(2), 1.02 * math.sqrt(2))
-        ax.set(xticks=[], yticks=[], xlabel="longitude, meridians 60 degrees apart",
-               ylabel="latitude, parallels 30 degrees apart")
+        ax.set(xticks=[], yticks=[], xlabel="longitude (meridian every 60°)",
+               ylabel="latitude (parallel every 30°)")
         ax.spines[:].set_visible(False)
 
 

@@ -231,8 +231,8 @@ TORUS = "FlatTorus(periods=(10.0, 10.0))"
     (torch.tensor([[1.0, math.inf]]), "klein", ValueError,
      "points must be finite, got NaN or infinity among them; clean the rows first."),
     (torch.zeros(2, 3), "sphere", ValueError,
-     "points must not hold a zero vector on Sphere(dim=2, radius=5.0) (it cannot be normalized), got one at row "
-     "0; give every row a direction."),
+     "points must not hold a zero vector on Sphere(dim=2, radius=5.0) (it cannot be normalized), got one at "
+     "row 0; give every row a direction."),
     (torch.zeros(2, 3), "ball", ValueError,
      "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', "
      "'mixed', got 'ball'; pick one of them."),
