@@ -17,24 +17,28 @@ namespace MODULI_NAMESPACE {
 // One flat axis, periodic unless period is 0. s = delta^2, g = delta = wrap(x - y, period) in [-period/2, period/2).
 template <typename T>
 struct FlatAxis {
-  T period, half;
+  T period, half, minus_half;
   bool periodic;
 
   MODULI_HD explicit FlatAxis(T p)
-      : period(p), half(p > 0 ? p / 2 : std::numeric_limits<T>::infinity()), periodic(p > 0) {}
+      : period(p), half(p > 0 ? p / 2 : std::numeric_limits<T>::infinity()), minus_half(-half), periodic(p > 0) {}
 
-  // Into [0, period]; difference() wants both coordinates so.
+  // Into [0, period]; difference() and sum() want both coordinates so.
   MODULI_HD T reduce(T x) const { return periodic ? x - period * std::floor(x / period) : x; }
 
-  MODULI_HD T difference(T x, T y) const {
-    T d = x - y;
+  // wrap(x - y, period). Comparisons, not a product with 1/period: exactly half a period then falls on the same side
+  // as in the reference.
+  template <typename V>
+  MODULI_HD V difference(T x, V y) const {
+    V d = x - y;
     d = d >= half ? d - period : d;
-    return d < -half ? d + period : d;
+    return d < minus_half ? d + period : d;
   }
 
   // wrap(x + y, period)
-  MODULI_HD T sum(T x, T y) const {
-    T d = x + y;
+  template <typename V>
+  MODULI_HD V sum(T x, V y) const {
+    V d = x + y;
     d = d >= half ? d - period : d;
     return d >= half ? d - period : d;
   }
@@ -50,19 +54,18 @@ struct KleinBottle {
   MODULI_HD KleinBottle(T w, T h) : width(w), across(2 * w), along(h) {}
 
   // ga = g of xa (that of xb is -ga), gya and gyb = g of ya and yb
-  MODULI_HD void eval(T xa, T ya, T xb, T yb, T& s, T& ga, T& gya, T& gyb) const {
-    const T dx = across.difference(xa, xb);
-    const T straight = along.difference(ya, yb);
-    const T flipped = along.sum(ya, yb);
-    const T other = width - std::fabs(dx);
-    const T s1 = dx * dx + straight * straight;
-    const T s2 = other * other + flipped * flipped;
-    const bool second = s2 < s1;
-    const T toward = dx > 0 ? -other : (dx < 0 ? other : T(0));
-    s = second ? s2 : s1;
-    ga = second ? toward : dx;
-    gya = second ? flipped : straight;
-    gyb = second ? flipped : -straight;
+  template <typename V>
+  MODULI_HD void eval(T xa, T ya, V xb, V yb, V& s, V& ga, V& gya, V& gyb) const {
+    const V dx = across.difference(xa, xb);
+    const V straight = along.difference(ya, yb);
+    const V flipped = along.sum(ya, yb);
+    const V other = width - absolute(dx);
+    const V s1 = dx * dx + straight * straight;
+    const V s2 = other * other + flipped * flipped;
+    s = s2 < s1 ? s2 : s1;
+    ga = s2 < s1 ? signed_by(-other, dx) : dx;
+    gya = s2 < s1 ? flipped : straight;
+    gyb = s2 < s1 ? flipped : -straight;
   }
 };
 
@@ -75,15 +78,16 @@ struct Sphere {
 
   MODULI_HD explicit Sphere(T r) : radius(r) {}
 
-  MODULI_HD void eval(T minus, T plus, T& s, T& factor) const {
-    const T a = std::sqrt(minus), b = std::sqrt(plus);
-    const T angle = atan2_positive(a, b);
-    const T d = 2 * radius * angle;
+  template <typename V>
+  MODULI_HD void eval(V minus, V plus, V& s, V& factor) const {
+    const V a = square_root(minus), b = square_root(plus);
+    const V angle = atan2_positive(a, b);
+    const V d = 2 * radius * angle;
     s = d * d;
-    // theta / sin theta = 4 angle / (2 sin theta), 2 sin theta = a b
-    const T product = a * b;
-    const T ratio = 4 * angle / (product == 0 ? T(1) : product);
-    factor = radius * radius * (minus == 0 ? T(1) : (plus == 0 ? T(0) : ratio));
+    // theta = 2 angle and 2 sin theta = a b
+    const V product = a * b;
+    const V ratio = 4 * angle / (product == 0 ? splat<V>(T(1)) : product);
+    factor = radius * radius * (minus == 0 ? splat<V>(T(1)) : (plus == 0 ? splat<V>(T(0)) : ratio));
   }
 };
 

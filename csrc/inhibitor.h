@@ -30,8 +30,9 @@ struct DifferenceOfGaussians {
     narrow_slope = T(p[0] / sigma1);
     wide_slope = T(p[0] / sigma2);
   }
-  MODULI_HD void eval(T s, T& f, T& slope) const {
-    const T e1 = exp2_(s * narrow), e2 = exp2_(s * wide);
+  template <typename V>
+  MODULI_HD void eval(V s, V& f, V& slope) const {
+    const V e1 = exp2_of_nonpositive(s * narrow), e2 = exp2_of_nonpositive(s * wide);
     f = offset - c * (e2 - e1);
     slope = wide_slope * e2 - narrow_slope * e1;
   }
@@ -44,18 +45,19 @@ struct Diffusion {
 
   explicit Diffusion(const double* p) : c(T(p[0])), half(T(p[1] / 2)), scaled(T(p[0] * p[1] / 2)) {}
 
-  MODULI_HD void eval(T s, T& f, T& slope) const {
+  template <typename V>
+  MODULI_HD void eval(V s, V& f, V& slope) const {
     if (EXPONENT == 2) {
       f = c * s;
-      slope = s == s ? c : s;
+      slope = s == s ? splat<V>(c) : s;
     } else if (EXPONENT == 1) {
-      const T d = std::sqrt(s);
+      const V d = square_root(s);
       f = c * d;
-      slope = s == 0 ? T(0) : scaled / d;
+      slope = s == 0 ? splat<V>(T(0)) : scaled / d;
     } else {
-      const T power = power_positive(s, half);
+      const V power = power_positive(s, half);
       f = c * power;
-      slope = s == 0 ? T(0) : scaled * power / s;
+      slope = s == 0 ? splat<V>(T(0)) : scaled * power / s;
     }
   }
 };
@@ -67,9 +69,10 @@ struct Sinusoid {
 
   explicit Sinusoid(const double* p) : c(T(p[0])), mu(T(p[1])), scaled(T(-p[0] * p[1] * p[1] / 2)) {}
 
-  MODULI_HD void eval(T s, T& f, T& slope) const {
-    T cosine, sinc;
-    cos_sinc(mu * std::sqrt(s), cosine, sinc);
+  template <typename V>
+  MODULI_HD void eval(V s, V& f, V& slope) const {
+    V cosine, sinc;
+    cos_sinc(mu * square_root(s), cosine, sinc);
     f = c + c * cosine;
     slope = scaled * sinc;
   }
@@ -86,9 +89,10 @@ struct RickerWavelet {
     per_s = T(1 / (p[0] * p[0]));
     half_slope = T(height / (2 * p[0] * p[0]));
   }
-  MODULI_HD void eval(T s, T& f, T& slope) const {
-    const T u = s * per_s;
-    const T e = exp2_(u * T(-LOG2_E / 2));
+  template <typename V>
+  MODULI_HD void eval(V s, V& f, V& slope) const {
+    const V u = s * per_s;
+    const V e = exp2_of_nonpositive(u * T(-LOG2_E / 2));
     f = peak * (1 - (1 - u) * e);
     slope = half_slope * (3 - u) * e;
   }
@@ -101,34 +105,44 @@ struct Constant {
 
   explicit Constant(const double* p) : c(T(p[0])) {}
 
-  MODULI_HD void eval(T s, T& f, T& slope) const {
-    f = s == s ? c : s;
-    slope = s == s ? T(0) : s;
+  template <typename V>
+  MODULI_HD void eval(V s, V& f, V& slope) const {
+    f = s == s ? splat<V>(c) : s;
+    slope = s == s ? splat<V>(T(0)) : s;
   }
 };
 
-// max_distance; table (samples, 2): value and slope per step at equidistant distances. Cubic Hermite.
+// max_distance; table (samples, 4): the cubic v + t (m + t (c2 + t c3)) from each equidistant node on, t in steps.
 template <typename T>
 struct Tabulated {
   const T* table;
   T steps_per_distance, last;
 
-  Tabulated(const double* p, const T* nodes, int64_t samples)
-      : table(nodes), steps_per_distance(T((samples - 1) / p[0])), last(T(samples - 1)) {}
+  Tabulated(const double* p, const T* cubics, int64_t samples)
+      : table(cubics), steps_per_distance(T((samples - 1) / p[0])), last(T(samples - 1)) {}
 
-  MODULI_HD void eval(T s, T& f, T& slope) const {
-    const T d = std::sqrt(s);
-    const T x = d * steps_per_distance;
-    const bool inside = x < last;  // false for NaN
-    const int32_t i = inside ? static_cast<int32_t>(x) : 0;
-    const T t = inside ? x - T(i) : T(0);
-    const T v0 = table[2 * i], m0 = table[2 * i + 1], v1 = table[2 * i + 2], m1 = table[2 * i + 3];
-    const T rise = v1 - v0, c2 = 3 * rise - 2 * m0 - m1, c3 = m0 + m1 - 2 * rise;
-    const T value = v0 + t * (m0 + t * (c2 + t * c3));
-    const T change = (m0 + t * (2 * c2 + t * (3 * c3))) * steps_per_distance;
-    const T end = table[2 * static_cast<int32_t>(last)];
-    f = s == s ? (inside ? value : end) : s;
-    slope = s == s ? (inside && d > 0 ? change / (2 * d) : T(0)) : s;
+  template <typename V>
+  MODULI_HD void eval(V s, V& f, V& slope) const {
+    const V d = square_root(s);
+    const V x = d * steps_per_distance;
+    V t, v, m, c2, c3;
+    constexpr int lanes = sizeof(V) / sizeof(T);
+    T xs[lanes], ts[lanes], cubic[4][lanes];
+    std::memcpy(xs, &x, sizeof(x));
+    for (int l = 0; l < lanes; ++l) {
+      const bool inside = xs[l] < last;  // false for NaN
+      const int32_t i = static_cast<int32_t>(inside ? xs[l] : last);
+      ts[l] = inside ? xs[l] - T(i) : (xs[l] == xs[l] ? T(0) : xs[l]);
+      for (int p = 0; p < 4; ++p) cubic[p][l] = table[4 * i + p];
+    }
+    std::memcpy(&t, ts, sizeof(t));
+    std::memcpy(&v, cubic[0], sizeof(v));
+    std::memcpy(&m, cubic[1], sizeof(m));
+    std::memcpy(&c2, cubic[2], sizeof(c2));
+    std::memcpy(&c3, cubic[3], sizeof(c3));
+    f = v + t * (m + t * (c2 + t * c3));
+    const V change = (m + t * (2 * c2 + t * (3 * c3))) * steps_per_distance;
+    slope = d == 0 ? splat<V>(T(0)) : change / (2 * d);
   }
 };
 

@@ -9,7 +9,7 @@ Present without a compiler too. csrc/cpu/penalty.cpp registers the CPU implement
 
 weight (blocks*R, C, *kernel): any row stride, all else contiguous. rows (R, k), cols (C, k) or None (= rows, and the
 gradient of the rows then holds both parts): contiguous, float64 for a float64 weight, else float32, as is the
-value. mask: like weight, contiguous. table: (samples, 2) for the tabulated inhibitor, like the points. factors,
+value. mask: like weight, contiguous. table: (samples, 4) for the tabulated inhibitor, like the points. factors,
 factor_parameters, inhibitor, inhibitor_parameters: see _encoding.py. scale: strength over the number of entries.
 """
 from __future__ import annotations

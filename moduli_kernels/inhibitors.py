@@ -201,12 +201,16 @@ class TabulatedInhibitor(Inhibitor):
         return cls(lambda d: torch.tensor(values, dtype=torch.float64), max_distance, len(values))
 
     def table(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-        """(samples, 2): value and slope (per table step) at each node; made once a dtype and device."""
+        """(samples, 4): the cubic v + t (m + t (c2 + t c3)) from each node on, constant from the last; made in float64,
+        once a dtype and device. Coefficients rather than nodes: in float32 their differences would lose the slope."""
         made = self.__dict__.setdefault("_tables", {})
         key = (dtype, str(device))
         if key not in made:
             v = torch.tensor(self.values, dtype=torch.float64)
-            made[key] = torch.stack([v, _node_slopes(v)], 1).to(device, dtype)
+            m, rise = _node_slopes(v), v.diff()
+            cubics = torch.stack([v[:-1], m[:-1], 3 * rise - 2 * m[:-1] - m[1:], m[:-1] + m[1:] - 2 * rise], 1)
+            end = torch.tensor([[self.values[-1], 0, 0, 0]], dtype=torch.float64)
+            made[key] = torch.cat([cubics, end]).to(device, dtype)
         return made[key]
 
     def _interpolate(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,16 +220,10 @@ class TabulatedInhibitor(Inhibitor):
         d = sqrt_of_square(s)
         x = d * (last / self.max_distance)
         inside = x < last
-        x = torch.where(inside, x, torch.zeros_like(x))
-        i = torch.nan_to_num(x.detach()).long().clamp(0, last - 1)
-        t = x - i
-        v0, m0, v1, m1 = table[i, 0], table[i, 1], table[i + 1, 0], table[i + 1, 1]
-        rise = v1 - v0
-        c2, c3 = 3 * rise - 2 * m0 - m1, m0 + m1 - 2 * rise
-        value = v0 + t * (m0 + t * (c2 + t * c3))
-        slope = m0 + t * (2 * c2 + t * (3 * c3))
-        beyond = torch.where(torch.isnan(s), s, table[last, 0])
-        return torch.where(inside, value, beyond), torch.where(inside, slope, beyond - table[last, 0]), d
+        i = torch.where(inside, x.detach(), torch.full_like(x, last)).long()
+        v, m, c2, c3 = table[i].unbind(-1)
+        t = torch.where(inside, x - i, torch.where(torch.isnan(x), x, torch.zeros_like(x)))
+        return v + t * (m + t * (c2 + t * c3)), m + t * (2 * c2 + t * (3 * c3)), d
 
     def from_squared(self, s: Tensor) -> Tensor:
         return self._interpolate(s)[0]

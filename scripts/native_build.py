@@ -29,6 +29,8 @@ COMMON_FLAGS = [
     # No -ffast-math: NaN and Inf must reach the value. What is given up is errno, floating-point exception
     # flags, and the rounding between a product and its sum.
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd",
+    "-Wno-maybe-uninitialized",  # false alarms from GCC's own intrinsics headers
+    "-Wno-psabi",  # packs as arguments stay inside one translation unit
 ]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [

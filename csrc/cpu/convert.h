@@ -4,9 +4,7 @@
 #include "../elementary.h"
 #include "penalty.h"
 
-#ifdef __F16C__
-#include <immintrin.h>
-#else
+#ifndef __F16C__
 #include <torch/headeronly/util/Half.h>
 #endif
 

@@ -20,6 +20,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A gradient of this size would only push others out of the caches on its way.
+constexpr int64_t STREAM_BYTES = int64_t{1} << 24;
+
 struct Isa {
   RunTask<float> run_f32;
   RunTask<double> run_f64;
@@ -75,13 +78,14 @@ TaskGrid task_grid(int64_t rows, int64_t columns) {
 template <typename T>
 struct Points {
   const T* raw;  // (count, coordinates)
-  int64_t count, coordinates;
-  std::unique_ptr<T[]> ready;
+  int64_t count, coordinates, stride;
+  std::unique_ptr<T[]> ready;  // ready[c * stride + i], padded with 0 to whole packs
   std::vector<std::pair<int64_t, int64_t>> spheres;  // (first coordinate, columns)
 
   Points(const Tensor& points, const std::vector<int64_t>& factors, const std::vector<double>& parameters)
       : raw(static_cast<const T*>(points.const_data_ptr())), count(points.size(0)), coordinates(points.size(1)),
-        ready(new T[std::max<int64_t>(1, count * coordinates)]) {
+        stride((count + MAX_LANES - 1) / MAX_LANES * MAX_LANES),
+        ready(new T[std::max<int64_t>(1, stride * coordinates)]()) {
     int64_t first = 0;
     const double* parameter = parameters.data();
     for (size_t q = 0; q + 1 < factors.size(); q += 2) {
@@ -92,7 +96,7 @@ struct Points {
         const portable::FlatAxis<T> axis{T(period)};
         for (int64_t i = 0; i < count; ++i) {
           const T x = raw[i * coordinates + first + c];
-          ready[(first + c) * count + i] = kind == SPHERE ? x / norm(i, first, k) : axis.reduce(x);
+          ready[(first + c) * stride + i] = kind == SPHERE ? x / norm(i, first, k) : axis.reduce(x);
         }
       }
       parameter += kind == SPHERE ? 1 : kind == KLEIN ? 2 : k;
@@ -112,7 +116,7 @@ struct Points {
       bool finite = true;
       for (int64_t c = 0; c < coordinates; ++c) finite = finite && std::isfinite(raw[i * coordinates + c]);
       if (!finite)
-        for (int64_t c = 0; c < coordinates; ++c) ready[c * count + i] = std::numeric_limits<T>::quiet_NaN();
+        for (int64_t c = 0; c < coordinates; ++c) ready[c * stride + i] = std::numeric_limits<T>::quiet_NaN();
     }
   }
 
@@ -128,9 +132,9 @@ struct Points {
       }
       for (const auto& [first, k] : spheres) {
         double radial = 0;
-        for (int64_t c = first; c < first + k; ++c) radial += g[c] * ready[c * count + i];
+        for (int64_t c = first; c < first + k; ++c) radial += g[c] * ready[c * stride + i];
         const double length = norm(i, first, k);
-        for (int64_t c = first; c < first + k; ++c) g[c] = (g[c] - radial * ready[c * count + i]) / length;
+        for (int64_t c = first; c < first + k; ++c) g[c] = (g[c] - radial * ready[c * stride + i]) / length;
       }
       for (int64_t c = 0; c < coordinates; ++c) {
         T& out = to[i * coordinates + c];
@@ -173,9 +177,12 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.inner = 1;
   for (int64_t d = 2; d < weight.dim(); ++d) p.inner *= weight.size(d);
   p.row_stride = weight.stride(0);
+  p.weight_size = static_cast<int64_t>(weight.element_size());
   p.row_points = row_points.ready.get();
   p.column_points = column_points.ready.get();
   p.coordinates = row_points.coordinates;
+  p.row_point_stride = row_points.stride;
+  p.column_stride = column_points.stride;
   p.factors = settings.factors.data();
   p.factor_count = static_cast<int64_t>(settings.factors.size() / 2);
   p.factor_parameters = settings.factor_parameters.data();
@@ -187,6 +194,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.scale = settings.scale;
   p.need_points = need_points;
   p.grid = task_grid(p.rows, p.columns);
+  p.stream = need_weight && weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0;
 
   const std::vector<int64_t> none{0};
   Result result;

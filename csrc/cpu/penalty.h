@@ -22,13 +22,14 @@ struct PenaltyProblem {
   const void* weight;
   WeightType weight_type;
   const uint8_t* mask;
-  int64_t rows, columns, blocks, inner, row_stride;
+  int64_t rows, columns, blocks, inner, row_stride, weight_size;  // weight_size: bytes an element
 
-  // Points, one array a coordinate: row_points[c * rows + i], column_points[c * columns + j]. Flat coordinates
-  // reduced into their period, sphere points normalized, non-finite points all NaN.
+  // Points, one array a coordinate: row_points[c * row_point_stride + i], column_points[c * column_stride + j], padded with 0 so
+  // that whole packs can be read. Flat coordinates reduced into their period, sphere points normalized, non-finite
+  // points all NaN.
   const T* row_points;
   const T* column_points;
-  int64_t coordinates;
+  int64_t coordinates, row_point_stride, column_stride;
   const int64_t* factors;  // kind and coordinates of each factor
   int64_t factor_count;
   const double* factor_parameters;
@@ -51,6 +52,8 @@ struct PenaltyProblem {
 };
 
 constexpr int64_t TILE = 512;  // columns a tile: its buffers stay in the first-level cache
+
+constexpr int64_t MAX_LANES = 16;
 
 constexpr int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t size, int64_t multiple) {
   const int64_t units = (size + multiple - 1) / multiple;

@@ -2,35 +2,46 @@
 // penalty_stages.h. Included once per instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "convert.h"
 #include "penalty_stages.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
+constexpr int64_t PREFETCH_ROWS = 2;
+
+template <typename T>
+constexpr int64_t padded(int64_t n) {
+  return (n + Pack<T>::LANES - 1) / Pack<T>::LANES * Pack<T>::LANES;
+}
+
 constexpr WeightType weight_type(float) { return WeightType::FLOAT32; }
 constexpr WeightType weight_type(double) { return WeightType::FLOAT64; }
 
-// The weights of (block b, row i, columns j0 .. j0+n) as they are, or gathered into tile.w: converted, masked
-// entries 0, kernels reduced to their norm.
+// The weights of (block b, row i, columns j0 .. j0+n) as they are, or gathered into tile.w: converted, masked entries
+// 0, kernels reduced to their norm, padded with 0 to whole packs.
 template <typename T>
 inline const T* read_weights(const PenaltyProblem<T>& p, int64_t at, int64_t mask_at, int64_t n, Tile<T>& tile) {
   const int64_t q = p.inner;
   if (q == 1) {
-    if (p.weight_type == weight_type(T()) && !p.mask) return static_cast<const T*>(p.weight) + at;
+    if (p.weight_type == weight_type(T()) && !p.mask && n % Pack<T>::LANES == 0)
+      return static_cast<const T*>(p.weight) + at;
     load(p.weight, p.weight_type, at, n, tile.w);
     if (p.mask)
       for (int64_t j = 0; j < n; ++j) tile.w[j] = p.mask[mask_at + j] ? tile.w[j] : T(0);
-    return tile.w;
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    T squares = 0;
-    for (int64_t l = 0; l < q; ++l) {
-      T w = 0;
-      load(p.weight, p.weight_type, at + j * q + l, 1, &w);
-      squares += p.mask && !p.mask[mask_at + j * q + l] ? T(0) : w * w;
+  } else {
+    for (int64_t j = 0; j < n; ++j) {
+      T squares = 0;
+      for (int64_t l = 0; l < q; ++l) {
+        T w = 0;
+        load(p.weight, p.weight_type, at + j * q + l, 1, &w);
+        squares += p.mask && !p.mask[mask_at + j * q + l] ? T(0) : w * w;
+      }
+      tile.w[j] = std::sqrt(squares);
     }
-    tile.w[j] = std::sqrt(squares);
   }
+  for (int64_t j = n; j < padded<T>(n); ++j) tile.w[j] = 0;
   return tile.w;
 }
 
@@ -44,6 +55,7 @@ inline void mask_coefficients(const PenaltyProblem<T>& p, int64_t mask_at, int64
     tile.minus[j] = kept ? tile.f[j] : T(0);
     tile.plus[j] = kept ? tile.slope[j] : T(0);
   }
+  for (int64_t j = n; j < padded<T>(n); ++j) tile.minus[j] = tile.plus[j] = 0;
 }
 
 // dW of the kernels from that of their norms: dw * w / |w|, 0 where masked.
@@ -60,33 +72,19 @@ inline void write_kernels(const PenaltyProblem<T>& p, int64_t at, int64_t out, i
   }
 }
 
-template <typename T, bool DW, bool GRADS>
-inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile) {
-  distance_stage<T, GRADS>(p, i, j0, n, tile);
-  inhibitor_stage<T, GRADS>(p, n, tile);
-  double value = 0;
+// Asks for the weights (and the lines their gradient will fill) of a later row: a tile's rows are short, so that the
+// processor's own prefetcher would start anew at each.
+template <typename T>
+inline void prefetch_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n) {
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t row = b * p.rows + i;
-    const int64_t at = row * p.row_stride + j0 * p.inner, out = (row * p.columns + j0) * p.inner;
-    const T* w = read_weights(p, at, out, n, tile);
-    const bool direct = p.inner == 1 && p.weight_type == weight_type(T());
-    T* dw = DW && direct ? static_cast<T*>(p.dweight) + out : tile.dw;
-    const T *f = tile.f, *slope = tile.slope;
-    if (p.mask) {
-      mask_coefficients(p, out, n, tile);
-      f = tile.minus;
-      slope = tile.plus;
-    }
-    value += b == 0 ? weight_stage<T, DW, GRADS, false>(p, w, dw, f, slope, tile.t, n)
-                    : weight_stage<T, DW, GRADS, true>(p, w, dw, f, slope, tile.t, n);
-    if (DW && !direct) {
-      if (p.inner == 1)
-        store(p.dweight, p.weight_type, out, n, tile.dw);
-      else
-        write_kernels(p, at, out, n, tile);
-    }
+    const char* w = static_cast<const char*>(p.weight) + (row * p.row_stride + j0 * p.inner) * p.weight_size;
+    const int64_t bytes = n * p.inner * p.weight_size;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(w + at, 0, 3);
+    if (!p.dweight || p.stream) continue;
+    const char* dw = static_cast<const char*>(p.dweight) + (row * p.columns + j0) * p.inner * p.weight_size;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(dw + at, 1, 3);
   }
-  return value;
 }
 
 template <typename T>
@@ -102,6 +100,61 @@ inline void points_row(const PenaltyProblem<T>& p, int64_t i, int64_t n, Tile<T>
                                                    : points_loop<T, true>(tile.t, g, g_column, sums, n);
     }
   }
+}
+
+template <typename T, int POWER, bool DW, bool GRADS>
+inline T weight_stage(const WeightTile<T>& io, int64_t n, bool stream, bool plane, bool add, Tile<T>& tile,
+                      T* row_sums) {
+  const auto loop = [&](auto streams) {
+    constexpr bool STREAM = decltype(streams)::value;
+    if constexpr (GRADS) {
+      if (plane)
+        return weight_loop<T, POWER, DW, STREAM, true, true, false>(io, n, tile.g, tile.column_sums, row_sums);
+      if (add) return weight_loop<T, POWER, DW, STREAM, true, false, true>(io, n, nullptr, nullptr, nullptr);
+    }
+    return weight_loop<T, POWER, DW, STREAM, GRADS, false, false>(io, n, nullptr, nullptr, nullptr);
+  };
+  return DW && stream ? loop(std::bool_constant<DW>()) : loop(std::false_type());
+}
+
+// Value (without scale), dW and the sums for the points of row i against columns j0 .. j0 + n.
+template <typename T, bool DW, bool GRADS>
+inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile, T* row_parts) {
+  const int64_t packs = padded<T>(n);
+  distance_stage<T, GRADS>(p, i, j0, packs, tile);
+  inhibitor_stage<T, GRADS>(p, packs, tile);
+  const bool plane = GRADS && p.blocks == 1 && p.factor_count == 1 && p.factors[0] == FLAT && p.factors[1] == 2;
+  T row_sums[2];
+  double value = 0;
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    const int64_t row = b * p.rows + i;
+    const int64_t at = row * p.row_stride + j0 * p.inner, out = (row * p.columns + j0) * p.inner;
+    const bool direct = p.inner == 1 && p.weight_type == weight_type(T()) && packs == n;
+    WeightTile<T> io{read_weights(p, at, out, n, tile), tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
+    if (DW && direct) io.dw = static_cast<T*>(p.dweight) + out;
+    if (p.mask) {
+      mask_coefficients(p, out, n, tile);
+      io.f = tile.minus;
+      io.slope = tile.plus;
+    }
+    const bool stream = direct && p.stream;
+    value += p.power == 1   ? weight_stage<T, 1, DW, GRADS>(io, packs, stream, plane, b > 0, tile, row_sums)
+             : p.power == 2 ? weight_stage<T, 2, DW, GRADS>(io, packs, stream, plane, b > 0, tile, row_sums)
+                            : weight_stage<T, 0, DW, GRADS>(io, packs, stream, plane, b > 0, tile, row_sums);
+    if (DW && !direct) {
+      if (p.inner == 1)
+        store(p.dweight, p.weight_type, out, n, tile.dw);
+      else
+        write_kernels(p, at, out, n, tile);
+    }
+  }
+  if (plane) {
+    row_parts[i] += row_sums[0];
+    row_parts[p.rows + i] += row_sums[1];
+  } else if (GRADS) {
+    points_row(p, i, packs, tile, row_parts);
+  }
+  return value;
 }
 
 template <typename T, bool DW, bool GRADS>
@@ -123,13 +176,14 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
     if (GRADS)
       for (int64_t j = 0; j < p.coordinates * TILE; ++j) tile.column_sums[j] = 0;
     for (int64_t i = i0; i < i1; ++i) {
-      value += tile_row<T, DW, GRADS>(p, i, j0, n, tile);
-      if (GRADS) points_row(p, i, n, tile, row_parts);
+      if (i + PREFETCH_ROWS < i1) prefetch_row(p, i + PREFETCH_ROWS, j0, n);
+      value += tile_row<T, DW, GRADS>(p, i, j0, n, tile, row_parts);
     }
     if (GRADS)
       for (int64_t c = 0; c < p.coordinates; ++c)
         for (int64_t j = 0; j < n; ++j) column_parts[c * p.columns + j0 + j] = tile.column_sums[c * TILE + j];
   }
+  if (p.stream) stream_fence();
   p.value_parts[task] = value;
 }
 

@@ -1,5 +1,6 @@
-// The stages of a tile: one row point against up to TILE column points. Each stage is one vectorizable loop over
-// buffers in the first-level cache, so that manifolds, inhibitors and powers add instead of multiplying.
+// The stages of a tile: one row point against n <= TILE column points. Each stage is one loop over buffers in the
+// first-level cache, so that manifolds, inhibitors and powers add instead of multiplying. Loops run over packs; the
+// buffers, the points and their padding hold whole packs, and n is a multiple of LANES.
 #pragma once
 
 #include "../distance.h"
@@ -7,6 +8,9 @@
 #include "penalty.h"
 
 namespace moduli::MODULI_NAMESPACE {
+
+template <typename T>
+using V = typename Pack<T>::V;
 
 // Buffers of a tile, all [TILE]; per coordinate c at c * TILE.
 template <typename T>
@@ -22,50 +26,69 @@ struct Tile {
 
 // --- distance: s and g ------------------------------------------------------------------------------------------
 
-template <typename T, bool FIRST, bool GRADS>
-inline void flat_axis(const FlatAxis<T>& axis, T x, const T* y, int64_t n, T* s, T* g) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const T d = axis.difference(x, y[j]);
-    s[j] = FIRST ? d * d : s[j] + d * d;
-    if (GRADS) g[j] = d;
-  }
-}
+// s of a pack, and g stored on the way: flat factors of one and two coordinates, the Klein bottle.
+template <typename T, bool GRADS>
+struct LineDistance {
+  FlatAxis<T> axis;
+  T x;
+  const T* y;
+  T* g;
 
-// Two axes at once: the common plane, torus and their products save a pass over s.
-template <typename T, bool FIRST, bool GRADS>
-inline void flat_plane(const FlatAxis<T>& a, const FlatAxis<T>& b, T xa, T xb, const T* ya, const T* yb, int64_t n,
-                       T* s, T* ga, T* gb) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const T da = a.difference(xa, ya[j]), db = b.difference(xb, yb[j]);
-    const T square = da * da + db * db;
-    s[j] = FIRST ? square : s[j] + square;
+  V<T> operator()(int64_t j) const {
+    const V<T> d = axis.difference(x, load_pack<V<T>>(y + j));
+    if (GRADS) store_pack(g + j, d);
+    return d * d;
+  }
+};
+
+template <typename T, bool GRADS>
+struct PlaneDistance {
+  FlatAxis<T> a, b;
+  T xa, xb;
+  const T *ya, *yb;
+  T *ga, *gb;
+
+  V<T> operator()(int64_t j) const {
+    const V<T> da = a.difference(xa, load_pack<V<T>>(ya + j)), db = b.difference(xb, load_pack<V<T>>(yb + j));
     if (GRADS) {
-      ga[j] = da;
-      gb[j] = db;
+      store_pack(ga + j, da);
+      store_pack(gb + j, db);
     }
+    return da * da + db * db;
   }
-}
+};
 
-template <typename T, bool FIRST, bool GRADS>
-inline void klein_bottle(const KleinBottle<T>& klein, T xa, T xb, const T* ya, const T* yb, int64_t n, T* s, T* g,
-                         T* g_column) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    T square, ga, gx, gy;
-    klein.eval(xa, xb, ya[j], yb[j], square, ga, gx, gy);
-    s[j] = FIRST ? square : s[j] + square;
+template <typename T, bool GRADS>
+struct KleinDistance {
+  KleinBottle<T> klein;
+  T xa, xb;
+  const T *ya, *yb;
+  T *g, *g_column;
+
+  V<T> operator()(int64_t j) const {
+    V<T> s, ga, gx, gy;
+    klein.eval(xa, xb, load_pack<V<T>>(ya + j), load_pack<V<T>>(yb + j), s, ga, gx, gy);
     if (GRADS) {
-      g[j] = ga;
-      g[TILE + j] = gx;
-      g_column[TILE + j] = gy;
+      store_pack(g + j, ga);
+      store_pack(g + TILE + j, gx);
+      store_pack(g_column + TILE + j, gy);
     }
+    return s;
+  }
+};
+
+// By value here and below: members of an object behind a reference would be read again after every store.
+template <typename T, bool FIRST, typename Distance>
+inline void distance_loop(const Distance distance, int64_t n, T* s) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+    const V<T> part = distance(j);
+    store_pack(s + j, FIRST ? part : load_pack<V<T>>(s + j) + part);
   }
 }
 
 template <typename T, bool FIRST, bool GRADS>
-inline void sphere(const Sphere<T>& ball, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t k,
+inline void sphere(const Sphere<T> ball, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t k,
                    int64_t n, Tile<T>& tile, T* g) {
   T *minus = tile.minus, *plus = tile.plus, *s = tile.s;
   for (int64_t c = 0; c < k; ++c) {
@@ -73,89 +96,106 @@ inline void sphere(const Sphere<T>& ball, const T* x, int64_t x_stride, const T*
     const T* yc = y + c * y_stride;
     const bool first = c == 0;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const T d = xc - yc[j], u = xc + yc[j];
-      minus[j] = first ? d * d : minus[j] + d * d;
-      plus[j] = first ? u * u : plus[j] + u * u;
+    for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+      const V<T> yj = load_pack<V<T>>(yc + j), d = xc - yj, u = xc + yj;
+      store_pack(minus + j, first ? d * d : load_pack<V<T>>(minus + j) + d * d);
+      store_pack(plus + j, first ? u * u : load_pack<V<T>>(plus + j) + u * u);
     }
   }
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    T square, factor;
-    ball.eval(minus[j], plus[j], square, factor);
-    s[j] = FIRST ? square : s[j] + square;
-    minus[j] = factor;
+  for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+    V<T> square, factor;
+    ball.eval(load_pack<V<T>>(minus + j), load_pack<V<T>>(plus + j), square, factor);
+    store_pack(s + j, FIRST ? square : load_pack<V<T>>(s + j) + square);
+    store_pack(minus + j, factor);
   }
   if (!GRADS) return;
   for (int64_t c = 0; c < k; ++c) {
     const T xc = x[c * x_stride];
     const T* yc = y + c * y_stride;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) g[c * TILE + j] = minus[j] * (xc - yc[j]);
+    for (int64_t j = 0; j < n; j += Pack<T>::LANES)
+      store_pack(g + c * TILE + j, load_pack<V<T>>(minus + j) * (xc - load_pack<V<T>>(yc + j)));
   }
 }
 
+// Where one factor lies: its row point x[c * rows] and column points y[c * columns + j] (strides of the arrays).
+template <typename T, bool GRADS>
+struct FactorView {
+  const T *x, *y;
+  int64_t rows, columns;
+  T *g, *g_column;
+  const double* parameter;
+
+  LineDistance<T, GRADS> line(int64_t c) const {
+    return {FlatAxis<T>(T(parameter[c])), x[c * rows], y + c * columns, g + c * TILE};
+  }
+  PlaneDistance<T, GRADS> plane(int64_t c) const {
+    const LineDistance<T, GRADS> a = line(c), b = line(c + 1);
+    return {a.axis, b.axis, a.x, b.x, a.y, b.y, a.g, b.g};
+  }
+  KleinDistance<T, GRADS> klein() const {
+    return {KleinBottle<T>(T(parameter[0]), T(parameter[1])), x[0], x[rows], y, y + columns, g, g_column};
+  }
+};
+
+template <typename T, bool GRADS>
+inline FactorView<T, GRADS> factor_view(const PenaltyProblem<T>& p, int64_t first, const double* parameter, int64_t i,
+                                        int64_t j0, const Tile<T>& tile) {
+  return {p.row_points + first * p.row_point_stride + i, p.column_points + first * p.column_stride + j0,
+          p.row_point_stride, p.column_stride, tile.g + first * TILE, tile.g_column + first * TILE, parameter};
+}
+
 template <typename T, bool FIRST, bool GRADS>
-inline void factor_stage(const PenaltyProblem<T>& p, int64_t kind, int64_t k, int64_t first, const double* parameter,
-                         int64_t i, int64_t j0, int64_t n, Tile<T>& tile) {
-  const T* x = p.row_points + first * p.rows + i;
-  const T* y = p.column_points + first * p.columns + j0;
-  T* g = tile.g + first * TILE;
+inline void factor_stage(const FactorView<T, GRADS>& view, int64_t kind, int64_t k, int64_t n, Tile<T>& tile) {
   if (kind == SPHERE) {
-    sphere<T, FIRST, GRADS>(Sphere<T>(T(parameter[0])), x, p.rows, y, p.columns, k, n, tile, g);
+    sphere<T, FIRST, GRADS>(Sphere<T>(T(view.parameter[0])), view.x, view.rows, view.y, view.columns, k, n, tile,
+                            view.g);
   } else if (kind == KLEIN) {
-    klein_bottle<T, FIRST, GRADS>(KleinBottle<T>(T(parameter[0]), T(parameter[1])), x[0], x[p.rows], y,
-                                  y + p.columns, n, tile.s, g, tile.g_column + first * TILE);
+    distance_loop<T, FIRST>(view.klein(), n, tile.s);
   } else {
-    int64_t c = 0;
-    if (k % 2) {
-      flat_axis<T, FIRST, GRADS>(FlatAxis<T>(T(parameter[0])), x[0], y, n, tile.s, g);
-      c = 1;
-    }
-    for (; c < k; c += 2) {
-      const FlatAxis<T> a{T(parameter[c])}, b{T(parameter[c + 1])};
-      const T *ya = y + c * p.columns, *yb = ya + p.columns;
-      const T xa = x[c * p.rows], xb = x[(c + 1) * p.rows];
+    if (k % 2) distance_loop<T, FIRST>(view.line(0), n, tile.s);
+    for (int64_t c = k % 2; c < k; c += 2)
       if (c == 0)
-        flat_plane<T, FIRST, GRADS>(a, b, xa, xb, ya, yb, n, tile.s, g, g + TILE);
+        distance_loop<T, FIRST>(view.plane(0), n, tile.s);
       else
-        flat_plane<T, false, GRADS>(a, b, xa, xb, ya, yb, n, tile.s, g + c * TILE, g + (c + 1) * TILE);
-    }
+        distance_loop<T, false>(view.plane(c), n, tile.s);
   }
 }
 
 template <typename T, bool GRADS>
 inline void distance_stage(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile) {
   const double* parameter = p.factor_parameters;
-  int64_t coordinate = 0;
+  int64_t first = 0;
   for (int64_t q = 0; q < p.factor_count; ++q) {
     const int64_t kind = p.factors[2 * q], k = p.factors[2 * q + 1];
+    const auto view = factor_view<T, GRADS>(p, first, parameter, i, j0, tile);
     if (q == 0)
-      factor_stage<T, true, GRADS>(p, kind, k, coordinate, parameter, i, j0, n, tile);
+      factor_stage<T, true>(view, kind, k, n, tile);
     else
-      factor_stage<T, false, GRADS>(p, kind, k, coordinate, parameter, i, j0, n, tile);
+      factor_stage<T, false>(view, kind, k, n, tile);
     parameter += kind == SPHERE ? 1 : kind == KLEIN ? 2 : k;
-    coordinate += k;
+    first += k;
   }
 }
 
 // --- inhibitor: f and df/ds from s ------------------------------------------------------------------------------
 
 template <typename T, bool GRADS, typename Inhibitor>
-inline void inhibitor_loop(const Inhibitor& inhibitor, int64_t n, Tile<T>& tile) {
+inline void inhibitor_loop(const Inhibitor inhibitor, int64_t n, const Tile<T>& tile) {
   const T* s = tile.s;
   T *f = tile.f, *slope = tile.slope;
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    T value, change;
-    inhibitor.eval(s[j], value, change);
-    f[j] = value;
-    if (GRADS) slope[j] = change;
+  for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+    V<T> value, change;
+    inhibitor.eval(load_pack<V<T>>(s + j), value, change);
+    store_pack(f + j, value);
+    if (GRADS) store_pack(slope + j, change);
   }
 }
 
 template <typename T, bool GRADS>
-inline void inhibitor_stage(const PenaltyProblem<T>& p, int64_t n, Tile<T>& tile) {
+inline void inhibitor_stage(const PenaltyProblem<T>& p, int64_t n, const Tile<T>& tile) {
   const double* q = p.inhibitor_parameters;
   switch (p.inhibitor) {
     case DIFFERENCE_OF_GAUSSIANS: return inhibitor_loop<T, GRADS>(DifferenceOfGaussians<T>(q), n, tile);
@@ -170,48 +210,76 @@ inline void inhibitor_stage(const PenaltyProblem<T>& p, int64_t n, Tile<T>& tile
   }
 }
 
-// --- weight: value, dW and t = df/ds |w|^l ----------------------------------------------------------------------
+// --- weight and points: value, dW, t = df/ds |w|^l and the sums of t * g ----------------------------------------
 
-// POWER 1, 2, or 0 for any other l > 1. w and dw may be the weight and its gradient themselves. ADD: t of several
-// gate blocks is summed. `fscale` = scale. Returns sum f |w|^l.
-template <typename T, int POWER, bool DW, bool GRADS, bool ADD>
-inline T weight_loop(const T* w, T* dw, const T* f, const T* slope, T* t, int64_t n, T power, T scale) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const T a = std::fabs(w[j]);
-    const T low = POWER == 1 ? T(1) : POWER == 2 ? a : power_positive(a, power - 1);  // |w|^(l-1)
-    const T high = a * low;
-    sum += f[j] * high;
-    if (DW) {
-      const T along = POWER == 1 ? f[j] * scale : f[j] * scale * (power * low);
-      dw[j] = w[j] > 0 ? along : (w[j] < 0 ? -along : T(0));
-    }
-    if (GRADS) t[j] = ADD ? t[j] + slope[j] * high : slope[j] * high;
+// What the weights of a tile meet: coefficients in, gradients out.
+template <typename T>
+struct WeightTile {
+  const T *w, *f, *slope;
+  T *dw, *t;
+  T power, scale;
+};
+
+template <typename T, int POWER>  // POWER 1, 2, or 0 for any other l > 1
+struct Magnitude {
+  V<T> low, high;  // |w|^(l-1) and |w|^l; low unused for l = 1
+
+  Magnitude(V<T> w, T power) {
+    const V<T> a = absolute(w);
+    low = POWER == 2 ? a : POWER == 1 ? V<T>{} : power_positive(a, power - 1);
+    high = POWER == 1 ? a : a * low;
   }
-  return sum;
+};
+
+// STREAM: dw goes past the caches (aligned, whole packs). PLANE: the sums of two mirrored coordinates on the way,
+// row sums to row_sums[0..1]; t is then not stored. ADD: t of several gate blocks is summed. Returns sum f |w|^l.
+template <typename T, int POWER, bool DW, bool STREAM, bool GRADS, bool PLANE, bool ADD>
+inline T weight_loop(const WeightTile<T> io, int64_t n, const T* g, T* column_sums, T* row_sums) {
+  V<T> sum{}, sum_a{}, sum_b{};
+  const T *w = io.w, *f = io.f, *slope = io.slope;
+  T *dw = io.dw, *t = io.t;
+  const T power = io.power, scale = io.scale;
+  for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+    const V<T> wj = load_pack<V<T>>(w + j), fj = load_pack<V<T>>(f + j);
+    const Magnitude<T, POWER> m(wj, power);
+    sum += fj * m.high;
+    if (DW) {
+      const V<T> dwj = signed_by(POWER == 1 ? fj * scale : fj * scale * (power * m.low), wj);
+      if (STREAM)
+        stream_pack(dw + j, dwj);
+      else
+        store_pack(dw + j, dwj);
+    }
+    if (!GRADS) continue;
+    const V<T> tj = load_pack<V<T>>(slope + j) * m.high;
+    if (PLANE) {
+      const V<T> a = tj * load_pack<V<T>>(g + j), b = tj * load_pack<V<T>>(g + TILE + j);
+      sum_a += a;
+      sum_b += b;
+      store_pack(column_sums + j, load_pack<V<T>>(column_sums + j) - a);
+      store_pack(column_sums + TILE + j, load_pack<V<T>>(column_sums + TILE + j) - b);
+    } else {
+      store_pack(t + j, ADD ? load_pack<V<T>>(t + j) + tj : tj);
+    }
+  }
+  if (PLANE) {
+    row_sums[0] = sum_lanes(sum_a);
+    row_sums[1] = sum_lanes(sum_b);
+  }
+  return sum_lanes(sum);
 }
 
-template <typename T, bool DW, bool GRADS, bool ADD>
-inline T weight_stage(const PenaltyProblem<T>& p, const T* w, T* dw, const T* f, const T* slope, T* t, int64_t n) {
-  const T power = T(p.power), scale = T(p.scale);
-  if (p.power == 1) return weight_loop<T, 1, DW, GRADS, ADD>(w, dw, f, slope, t, n, power, scale);
-  if (p.power == 2) return weight_loop<T, 2, DW, GRADS, ADD>(w, dw, f, slope, t, n, power, scale);
-  return weight_loop<T, 0, DW, GRADS, ADD>(w, dw, f, slope, t, n, power, scale);
-}
-
-// --- points: row and column sums of t * g -----------------------------------------------------------------------
-
+// Sums of t * g over a row (returned) and into the columns, of one coordinate.
 template <typename T, bool MIRRORED>
 inline T points_loop(const T* t, const T* g, const T* g_column, T* column_sums, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const T part = t[j] * g[j];
+  V<T> sum{};
+  for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+    const V<T> tj = load_pack<V<T>>(t + j), part = tj * load_pack<V<T>>(g + j);
     sum += part;
-    column_sums[j] = MIRRORED ? column_sums[j] - part : column_sums[j] + t[j] * g_column[j];
+    const V<T> sums = load_pack<V<T>>(column_sums + j);
+    store_pack(column_sums + j, MIRRORED ? sums - part : sums + tj * load_pack<V<T>>(g_column + j));
   }
-  return sum;
+  return sum_lanes(sum);
 }
 
 }  // namespace moduli::MODULI_NAMESPACE

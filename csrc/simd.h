@@ -1,0 +1,182 @@
+// Packs: a few lanes of float as one value, so that the functors of distance.h and inhibitor.h are written once for
+// scalars and vectors. A pack is a GCC/Clang vector type (+ - * /, comparisons and ?: work lane by lane); what those
+// do not give stands here, for a scalar, AVX2 and AVX-512. Without either instruction set, and for double, a pack is
+// the scalar and the loops are left to the compiler's vectorizer.
+//
+// MODULI_NAMESPACE keeps code compiled for different instruction sets apart: an inline function shared between
+// translation units could otherwise be taken from the one with the newest instructions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef MODULI_NAMESPACE
+#define MODULI_NAMESPACE portable
+#endif
+#ifdef __CUDACC__
+#define MODULI_HD __host__ __device__ __forceinline__
+#else
+#define MODULI_HD inline
+#endif
+
+namespace moduli::MODULI_NAMESPACE {
+
+template <typename T>
+struct Pack {
+  using V = T;
+  static constexpr int LANES = 1;
+};
+
+// Scalar and unsigned type of the same width of a value (scalar or pack).
+template <typename V>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Scalar = float;
+  using Bits = uint32_t;
+};
+template <>
+struct Traits<double> {
+  using Scalar = double;
+  using Bits = uint64_t;
+};
+
+template <typename To, typename From>
+MODULI_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// every lane x
+template <typename V>
+MODULI_HD V splat(typename Traits<V>::Scalar x) {
+  return V{} + x;
+}
+
+// a > b ? a : b and a < b ? a : b, which is b where either is NaN
+template <typename V>
+MODULI_HD V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <typename V>
+MODULI_HD V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+MODULI_HD float absolute(float x) { return std::fabs(x); }
+MODULI_HD double absolute(double x) { return std::fabs(x); }
+MODULI_HD float square_root(float x) { return std::sqrt(x); }
+MODULI_HD double square_root(double x) { return std::sqrt(x); }
+
+// x + ROUND - ROUND rounds |x| < 2^22 to the nearest integer and leaves it in the low bits of x + ROUND.
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
+MODULI_HD float round_(float x) { return (x + ROUND) - ROUND; }
+
+// p * 2^n for p in [0.5, 2) and an integer n >= -126
+MODULI_HD float scale_exponent(float p, float n) {
+  return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(n + ROUND) << 23));
+}
+// y with the sign of x where x is not 0, else 0
+template <typename V>
+MODULI_HD V signed_by(V y, V x) {
+  return x > 0 ? y : (x < 0 ? -y : V{});
+}
+template <typename V>
+MODULI_HD typename Traits<V>::Scalar sum_lanes(V x) {
+  return x;
+}
+template <typename V>
+MODULI_HD V load_pack(const typename Traits<V>::Scalar* p) {
+  V x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+template <typename V>
+MODULI_HD void store_pack(typename Traits<V>::Scalar* p, V x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+// past the caches; p aligned to the pack
+template <typename V>
+MODULI_HD void stream_pack(typename Traits<V>::Scalar* p, V x) {
+  store_pack(p, x);
+}
+MODULI_HD void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+#if defined(__AVX512F__)
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef double F64 __attribute__((vector_size(64)));
+typedef uint64_t U64 __attribute__((vector_size(64)));
+
+inline F32 larger(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 smaller(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline F32 absolute(F32 x) { return _mm512_abs_ps(x); }
+inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
+inline F32 round_(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 scale_exponent(F32 p, F32 n) { return _mm512_scalef_ps(p, n); }
+inline F32 signed_by(F32 y, F32 x) {
+  const __mmask16 nonzero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  // y ^ (x & sign): one three-input operation
+  return (F32)_mm512_maskz_ternarylogic_epi32(nonzero, (__m512i)y, (__m512i)x, _mm512_set1_epi32(INT32_MIN), 0x78);
+}
+inline float sum_lanes(F32 x) { return _mm512_reduce_add_ps(x); }
+inline void stream_pack(float* p, F32 x) { _mm512_stream_ps(p, x); }
+
+#elif defined(__AVX2__)
+
+typedef float F32 __attribute__((vector_size(32)));
+typedef uint32_t U32 __attribute__((vector_size(32)));
+typedef double F64 __attribute__((vector_size(32)));
+typedef uint64_t U64 __attribute__((vector_size(32)));
+
+inline F32 larger(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 smaller(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+inline F32 absolute(F32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline F32 square_root(F32 x) { return _mm256_sqrt_ps(x); }
+inline F32 round_(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 scale_exponent(F32 p, F32 n) { return (F32)((U32)p + ((U32)(n + ROUND) << 23)); }
+inline F32 signed_by(F32 y, F32 x) {
+  const __m256 nonzero = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+  return _mm256_and_ps(nonzero, _mm256_xor_ps(y, _mm256_and_ps(x, _mm256_set1_ps(-0.0f))));
+}
+inline float sum_lanes(F32 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline void stream_pack(float* p, F32 x) { _mm256_stream_ps(p, x); }
+
+#endif
+#if defined(__AVX2__)
+
+template <>
+struct Pack<float> {
+  using V = F32;
+  static constexpr int LANES = sizeof(F32) / sizeof(float);
+};
+template <>
+struct Traits<F32> {
+  using Scalar = float;
+  using Bits = U32;
+};
+template <>
+struct Traits<F64> {
+  using Scalar = double;
+  using Bits = U64;
+};
+
+#endif
+
+}  // namespace moduli::MODULI_NAMESPACE
