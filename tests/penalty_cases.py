@@ -1,0 +1,117 @@
+"""What the tests of the penalty share: the cases, how to run one, and the float64 reference for it."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import moduli_kernels as mk
+from moduli_kernels import _library, reference
+from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
+from moduli_kernels.manifolds import PRESETS, manifold as resolve_manifold
+
+# The product has flat factors of 1 and of 3 columns, so that odd and even columns meet every kind of neighbour.
+MANIFOLDS = {
+    **PRESETS,
+    "product": mk.Product(mk.Circle(2.0), mk.KleinBottle(7.0, 9.0), mk.Sphere(3, 2.0), mk.FlatTorus((4.0, 6.0, 3.0))),
+}
+
+
+def bump(d: Tensor) -> Tensor:
+    """A smooth f that is even in d, for tables and as a bare callable."""
+    return 2 + torch.cos(0.7 * d) * torch.exp(-0.05 * d * d)
+
+
+INHIBITORS = {
+    "dog": mk.DifferenceOfGaussians(),
+    "diffusion": mk.Diffusion(),
+    "sinusoid": mk.Sinusoid(),
+    "ricker": mk.RickerWavelet(1.3, 2.0),
+    "constant": mk.Constant(3.0),
+    "tabulated": mk.TabulatedInhibitor(bump, max_distance=25.0, samples=512),
+    "callable": bump,
+}
+VARIANTS = {  # other branches of the same formulas
+    "dog_paper": mk.DifferenceOfGaussians(2.0, 1.0, 3.0, zero_min=False),
+    "distance": mk.Diffusion(0.5, 1.0),
+    "diffusion_3.5": mk.Diffusion(0.1, 3.5),
+    "diffusion_0.5": mk.Diffusion(1.0, 0.5),
+    "short_table": mk.TabulatedInhibitor(bump, max_distance=3.0, samples=8),  # distances beyond it: constant
+}
+POWERS = (1.0, 1.5, 2.0, 3.0, 2.7)
+
+needs_cpp = pytest.mark.skipif(_library.cpu_ops_error is not None, reason=str(_library.cpu_ops_error))
+BACKENDS = (pytest.param("cpp", marks=needs_cpp), "reference")
+tiled_warning = pytest.mark.filterwarnings("ignore:.* has no compiled kernel:UserWarning")
+
+
+class Result(NamedTuple):
+    """cols is None where the points are shared; a gradient not asked for is None."""
+
+    value: Tensor
+    weight: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def draw_points(manifold: str | mk.Manifold, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    manifold = MANIFOLDS[manifold] if isinstance(manifold, str) else manifold
+    return manifold.sample(n, generator=generator(1000 + seed), dtype=torch.float64).to(dtype)
+
+
+def on_a_grid(points: Tensor) -> Tensor:
+    """Rounded to multiples of 2^-10, so that float32 differences are exact. For many points: else some pair lies so
+    near a cut locus that rounding takes it across, and its gradient with it."""
+    return (points * 1024).round() / 1024
+
+
+def penalty_and_gradients(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, grad: float = 1.0,
+                          **settings) -> Result:
+    """moduli_penalty and, by backward, d(grad * value) in weight, rows and cols."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (weight, rows, cols)]
+    value = mk.moduli_penalty(*leaves, **settings)
+    value.backward(torch.tensor(grad, dtype=value.dtype))
+    return Result(value.detach(), *(None if t is None else t.grad for t in leaves))
+
+
+def expected(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, mask: Tensor | None = None, grad: float = 1.0,
+             manifold="torus", inhibitor=None, power: float = 1.0, blocks: int = 1, reduction: str = "mean",
+             strength: float = 1.0) -> Result:
+    """The same by the float64 reference, on the same (rounded) inputs."""
+    scale = strength / (max(1, weight.shape[0] * weight.shape[1]) if reduction == "mean" else 1)
+    what = reference.Penalty(resolve_manifold(manifold), resolve_inhibitor(inhibitor), power, blocks, scale)
+    double = [None if t is None else t.detach().double() for t in (weight, rows, cols)]
+    value, gradients = reference.penalty_with_grads(*double, mask, what, True, True)
+    return Result(value, *(None if g is None else grad * g for g in gradients))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in float64 (|got| where want is 0); infinite where got is not finite."""
+    got, want = got.detach().double(), want.detach().double()
+    difference = torch.linalg.vector_norm(got - want)
+    norm = torch.linalg.vector_norm(want)
+    error = float(difference / norm) if norm > 0 else float(difference)
+    return error if error == error else float("inf")
+
+
+def assert_close(got: Result, want: Result, value: float, gradient: float) -> None:
+    """Relative errors, in norm, at most `value` and `gradient`; names what is off."""
+    errors = {}
+    for name, g, w in zip(Result._fields, got, want):
+        assert (g is None) == (w is None) and (g is None or g.shape == w.shape), name
+        if g is not None and not relative_error(g, w) <= (value if name == "value" else gradient):
+            errors[name] = relative_error(g, w)
+    assert not errors, f"relative errors {errors}, allowed {value} and {gradient}"
+
+
+TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-12, 1e-11)}
