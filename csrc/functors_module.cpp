@@ -127,14 +127,12 @@ void define_inhibitors(py::module_& m) {
   using Array = py::array_t<T>;
   m.def(
       "difference_of_gaussians",
-      [](const Array& s, double c, double sigma1, double sigma2, bool zero_min) {
-        const double p[] = {c, sigma1, sigma2, double(zero_min)};
+      [](const Array& s, double c, double sigma1, double sigma2, double offset) {
+        const double p[] = {c, sigma1, sigma2, offset};
         return value_and_slope<T>(kernels::DifferenceOfGaussians<T>(p), s);
       },
-      array<T>("s"), py::arg("c") = 100.0, py::arg("sigma1") = 0.25, py::arg("sigma2") = 5.0,
-      py::arg("zero_min") = true,
-      doc<T>("(f, df/ds) at squared distances s, elementwise: offset - c (exp(-s/sigma2) - exp(-s/sigma1)), offset "
-             "= c or, with zero_min, such that the minimum is 0."));
+      array<T>("s"), py::arg("c"), py::arg("sigma1"), py::arg("sigma2"), py::arg("offset"),
+      doc<T>("(f, df/ds) at squared distances s, elementwise: offset - c (exp(-s/sigma2) - exp(-s/sigma1))."));
   m.def(
       "diffusion",
       [](const Array& s, double c, double exponent) {
@@ -143,7 +141,7 @@ void define_inhibitors(py::module_& m) {
         if (exponent == 1) return value_and_slope<T>(kernels::Diffusion<T, 1>(p), s);
         return value_and_slope<T>(kernels::Diffusion<T, 0>(p), s);
       },
-      array<T>("s"), py::arg("c") = 1.0, py::arg("exponent") = 2.0,
+      array<T>("s"), py::arg("c"), py::arg("exponent"),
       doc<T>("(f, df/ds) at squared distances s, elementwise: c s^(exponent/2); slope 0 where it diverges at 0."));
   m.def(
       "sinusoid",
@@ -151,7 +149,7 @@ void define_inhibitors(py::module_& m) {
         const double p[] = {c, mu};
         return value_and_slope<T>(kernels::Sinusoid<T>(p), s);
       },
-      array<T>("s"), py::arg("c") = 10.0, py::arg("mu") = 2.0,
+      array<T>("s"), py::arg("c"), py::arg("mu"),
       doc<T>("(f, df/ds) at squared distances s, elementwise: c + c cos(mu sqrt(s))."));
   m.def(
       "ricker_wavelet",
@@ -159,12 +157,12 @@ void define_inhibitors(py::module_& m) {
         const double p[] = {sigma, c};
         return value_and_slope<T>(kernels::RickerWavelet<T>(p), s);
       },
-      array<T>("s"), py::arg("sigma") = 1.0, py::arg("c") = 1.0,
+      array<T>("s"), py::arg("sigma"), py::arg("c"),
       doc<T>("(f, df/ds) at squared distances s, elementwise: c (psi(0) - psi(sqrt(s))), psi the Ricker wavelet."));
   m.def(
       "constant",
       [](const Array& s, double c) { return value_and_slope<T>(kernels::Constant<T>(&c), s); }, array<T>("s"),
-      py::arg("c") = 1.0, doc<T>("(f, df/ds) at squared distances s, elementwise: (c, 0), NaN where s is."));
+      py::arg("c"), doc<T>("(f, df/ds) at squared distances s, elementwise: (c, 0), NaN where s is."));
   m.def(
       "tabulated",
       [](const Array& s, const py::array_t<T, py::array::c_style | py::array::forcecast>& table, double max_distance) {
