@@ -1,0 +1,164 @@
+"""Trains recurrent nets while pruning them, side by side, and shows what came of it.
+
+    python -m examples.demo [--task navigation|adding] [--quick] [--full] [--fresh]
+
+Run it from the repository's root. Stopped with Ctrl-C or killed, it goes on from its checkpoints next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import moduli_kernels as mk
+
+from . import report
+from .trainer import Config, Result, Run
+from .workers import cores, train_all
+
+HERE = Path(__file__).resolve().parent
+CONTROLS = ("torus", "l1_matched", "none")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is trained. README.md says how sizes and lengths were chosen."""
+
+    what: str  # for the reader, above the table
+    settings: dict  # of Config
+    wanted: tuple[float, ...]  # sparsities to report
+    nets: tuple[str, ...] = CONTROLS
+    seeds: tuple[int, ...] = (0,)
+
+
+def modes(task: str) -> dict[str, Mode]:
+    if task == "navigation":
+        wanted = (0.0, 0.5, 0.75, 0.9)
+        world = {"landmarks": 128, "width_cm": 24, "batch": 50}
+        common = {"lr": 2e-3, "strength": 0.1}
+        settings = {
+            **common, "batches": 100, "sizes": {**world, "hidden": 512, "steps": 20},
+            # Steps of 5 %, so that every sparsity wanted is met; before them, at 0 until the task is learned.
+            "schedule": [0.0] * 17 + mk.linear_schedule(0.9, 19, hold=4),
+        }
+        tiny = {
+            **common, "batches": 60, "sizes": {**world, "hidden": 64, "steps": 10},
+            "schedule": [0.0] * 6 + mk.linear_schedule(0.9, 19),
+        }
+        size = "n = 512, 128 landmarks, 20 steps"
+        quick = "n = 64, 10 steps"
+        full = CONTROLS + ("shuffled",)
+    else:
+        wanted = (0.0, 0.5, 0.75, 0.9, 0.95)
+        common = {"lr": 1e-3, "strength": 1e-3, "clip": 0.5}
+        settings = {
+            **common, "batches": 313, "sizes": {"hidden": 128, "steps": 50, "batch": 32},
+            "schedule": [0.0] * 10 + mk.linear_schedule(0.95, 20, hold=5), "frozen_epochs": 5,
+        }
+        tiny = {
+            **common, "batches": 60, "sizes": {"hidden": 64, "steps": 20, "batch": 32},
+            "schedule": [0.0] * 10 + mk.linear_schedule(0.95, 20, hold=5), "frozen_epochs": 5,
+        }
+        size = "n = 128, 50 steps"
+        quick = "n = 64, 20 steps"
+        full = CONTROLS + ("shuffled", "torus_trained")
+    return {
+        "demo": Mode(f"reduced size ({size})", settings, wanted),
+        "quick": Mode(f"far too short to judge by, a check that all works ({quick})", tiny, wanted),
+        "full": Mode(f"reduced size ({size})", settings, wanted, full, (0, 1, 2)),
+    }
+
+
+def run(
+    task: str, name: str, mode: Mode, *, device: str, runs: Path, results: Path, fresh: bool = False
+) -> Path:
+    """Trains, prints the table, writes pictures and the record; returns their folder."""
+    begun = time.perf_counter()
+    configs = [
+        Config(task=task, net=net, seed=seed, device=device, **mode.settings)
+        for seed in mode.seeds for net in mode.nets
+    ]
+    if fresh:
+        for config in configs:
+            shutil.rmtree(config.folder(runs), ignore_errors=True)
+    _announce(task, mode, configs, device, runs)
+    done = train_all(configs, runs)
+    seconds = time.perf_counter() - begun
+
+    rows = report.summarize(configs, done, mode.wanted)
+    print("\n" + report.table(task, rows, mode.what, done[0].references) + "\n")
+    folder = results / (f"{task}-{name}" + ("" if device == "cpu" else "-cuda"))
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_record(folder / "record.json", name, configs, done, rows, seconds)
+    print(f"{seconds / 60:.1f} minutes in all. Record: {_short(folder / 'record.json')}")
+    for picture in _pictures(folder, configs, done, mode, runs):
+        print(f"Picture: {_short(picture)}")
+    return folder
+
+
+def _announce(task: str, mode: Mode, configs: list[Config], device: str, runs: Path) -> None:
+    at_once = min(len(configs), cores() if device == "cpu" else 2)
+    print(f"{task}: {len(configs)} nets, {at_once} at once, on {device}, {mode.what}")
+    kept = [c for c in configs if c.folder(runs).exists()]
+    if kept:
+        names = ", ".join(f"{c.net} seed {c.seed}" for c in kept)
+        print(f"Going on from, or reusing, what {_short(runs)} holds of: {names}. --fresh trains afresh.")
+
+
+def _pictures(folder: Path, configs: list[Config], done: list[Result], mode: Mode, runs: Path) -> list[Path]:
+    first = [(c, r) for c, r in zip(configs, done, strict=True) if c.seed == mode.seeds[0]]
+    whole = [c for c, r in first if not r.collapsed]
+    if not whole:
+        print("No pictures: every net collapsed.")
+        return []
+    from . import figures
+
+    nets = [Run(config, config.folder(runs)) for config in whole]
+    try:
+        return figures.draw_all(folder, configs, done, nets, mode.wanted)
+    except ImportError as error:
+        print(f"No pictures: {error}. Install matplotlib and run this again: what is trained is kept.")
+        return []
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=("navigation", "adding"), default="navigation")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="under a minute: a check that all works")
+    length.add_argument("--full", action="store_true", help="3 seeds and more controls")
+    parser.add_argument("--fresh", action="store_true", help="train afresh, also where checkpoints are kept")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
+    options = parser.parse_args(arguments)
+    name = "quick" if options.quick else "full" if options.full else "demo"
+    try:
+        run(
+            options.task, name, modes(options.task)[name], device=options.device, runs=options.out / "runs",
+            results=options.out / "results", fresh=options.fresh,
+        )
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoints.")
+        return 130
+    except RuntimeError as error:
+        print(f"\nFailed: {error}. What was saved stays; the same command goes on from it.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
