@@ -99,6 +99,34 @@ def test_accuracy_of_variants(cpp, manifold, inhibitor, power):
                  *TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("inhibitor", [name for name in INHIBITORS | VARIANTS if name != "callable"])
+def test_every_coefficient(either, inhibitor):
+    """f and its slope one by one, which norms average: on a line and with |w| = 1, dW is f(d) and dE df/dd."""
+    f = (INHIBITORS | VARIANTS)[inhibitor]
+    d = torch.cat([torch.logspace(-4, 0, 500), torch.linspace(1, 16, 4001)])
+    got = penalty_and_gradients(torch.ones(1, len(d)), torch.zeros(1, 1), d[:, None], manifold=mk.Euclidean(1),
+                                inhibitor=f, reduction="sum")
+    exact = d.double().requires_grad_()
+    f_exact = f(exact)
+    slope, = torch.autograd.grad(f_exact.sum(), exact, create_graph=True)
+    bend = torch.autograd.grad(slope.sum(), exact)[0] if slope.requires_grad else torch.zeros_like(exact)
+    # d itself is rounded on the way (to mu d, to table steps): that turns f by f' d and f' by f'' d
+    for name, g, want, turn in (("f", got.weight[0], f_exact, slope), ("df/dd", got.cols[:, 0], slope, bend)):
+        allowed = 4 * torch.finfo(torch.float32).eps * (want.abs().max() + (turn * exact).abs()).clamp(min=1e-30)
+        excess = ((g - want).abs() / allowed).detach()
+        assert excess.max() <= 1, f"{name} is off by {excess.max():.1f} x the allowed at d = {d[excess.argmax()]}"
+
+
+def test_every_angle(either):
+    """Sphere: angles from 0 to pi within 3e-7, where acos of a rounded product loses 1e-4."""
+    angle = torch.cat([torch.logspace(-6, -1, 200), torch.linspace(0, math.pi, 2001), math.pi - torch.logspace(-6, -1, 200)])
+    rows, cols = torch.tensor([[1.0, 0.0]]), torch.stack([angle.cos(), angle.sin()], 1)
+    got = penalty_and_gradients(torch.ones(1, len(cols)), rows, cols, manifold=mk.Sphere(1, 1.0),
+                                inhibitor=mk.Diffusion(1.0, 1.0), reduction="sum")
+    exact = torch.atan2(cols[:, 1].double(), cols[:, 0].double()).abs()
+    assert (got.weight[0] - exact).abs().max() <= 3e-7
+
+
 @pytest.mark.parametrize("power", [1.0, 1.5])
 @pytest.mark.parametrize("inhibitor", INHIBITORS)
 @pytest.mark.parametrize("manifold", MANIFOLDS)
