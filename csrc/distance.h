@@ -17,30 +17,22 @@ namespace MODULI_NAMESPACE {
 // One flat axis, periodic unless period is 0. s = delta^2, g = delta = wrap(x - y, period) in [-period/2, period/2).
 template <typename T>
 struct FlatAxis {
-  T period, half, minus_half;
-  bool periodic;
+  T period;
 
-  MODULI_HD explicit FlatAxis(T p)
-      : period(p), half(p > 0 ? p / 2 : std::numeric_limits<T>::infinity()), minus_half(-half), periodic(p > 0) {}
+  MODULI_HD explicit FlatAxis(T p) : period(p) {}
 
   // Into [0, period]; difference() and sum() want both coordinates so.
-  MODULI_HD T reduce(T x) const { return periodic ? x - period * std::floor(x / period) : x; }
+  MODULI_HD T reduce(T x) const { return period > 0 ? x - period * std::floor(x / period) : x; }
 
-  // wrap(x - y, period). Comparisons, not a product with 1/period: exactly half a period then falls on the same side
-  // as in the reference.
+  // wrap(x - y, period)
   template <typename V>
   MODULI_HD V difference(T x, V y) const {
-    V d = x - y;
-    d = d >= half ? d - period : d;
-    return d < minus_half ? d + period : d;
+    return nearest_image<V>(x - y, period);
   }
-
-  // wrap(x + y, period)
+  // wrap(x + y, period); only of periodic axes
   template <typename V>
   MODULI_HD V sum(T x, V y) const {
-    V d = x + y;
-    d = d >= half ? d - period : d;
-    return d >= half ? d - period : d;
+    return nearest_image<V>(x + y - period, period);
   }
 };
 

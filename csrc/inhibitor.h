@@ -1,6 +1,6 @@
 // Inhibitors as functions of the squared distance s: f and its slope df/ds, the maths once for host and device.
-// Formulas: moduli_kernels/inhibitors.py; codes: moduli_kernels/_encoding.py. Parameters come in the order of their
-// Python fields. Constants are worked out once, in double.
+// Formulas: moduli_kernels/inhibitors.py; codes: moduli_kernels/_encoding.py. Parameters come in the order of
+// _encoding.py. Constructors are cheap: the CPU loops make a functor a tile.
 #pragma once
 
 #include "elementary.h"
@@ -14,22 +14,15 @@ namespace MODULI_NAMESPACE {
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr double PI = 3.14159265358979324;
 
-// c, sigma1, sigma2, zero_min
+// c, sigma1, sigma2, offset
 template <typename T>
 struct DifferenceOfGaussians {
   T c, offset, narrow, wide, narrow_slope, wide_slope;  // narrow, wide: -log2(e)/sigma
 
-  explicit DifferenceOfGaussians(const double* p) {
-    const double sigma1 = p[1], sigma2 = p[2];
-    const double cheapest = std::log(sigma2 / sigma1) / (1 / sigma1 - 1 / sigma2);
-    const double peak = p[0] * (std::exp(-cheapest / sigma2) - std::exp(-cheapest / sigma1));
-    c = T(p[0]);
-    offset = T(p[3] != 0 ? peak : p[0]);
-    narrow = T(-LOG2_E / sigma1);
-    wide = T(-LOG2_E / sigma2);
-    narrow_slope = T(p[0] / sigma1);
-    wide_slope = T(p[0] / sigma2);
-  }
+  explicit DifferenceOfGaussians(const double* p)
+      : c(T(p[0])), offset(T(p[3])), narrow(T(-LOG2_E / p[1])), wide(T(-LOG2_E / p[2])), narrow_slope(T(p[0] / p[1])),
+        wide_slope(T(p[0] / p[2])) {}
+
   template <typename V>
   MODULI_HD void eval(V s, V& f, V& slope) const {
     const V e1 = exp2_of_nonpositive(s * narrow), e2 = exp2_of_nonpositive(s * wide);

@@ -82,6 +82,15 @@ MODULI_HD float round_(float x) { return (x + ROUND) - ROUND; }
 MODULI_HD float scale_exponent(float p, float n) {
   return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(n + ROUND) << 23));
 }
+// Of d and d -+ period the nearest to 0, for |d| <= period; -period/2 at a tie; d itself for period 0. Comparisons, not
+// a product with 1/period: exactly half a period then falls on the same side as in the reference.
+template <typename V>
+MODULI_HD V nearest_image(V d, typename Traits<V>::Scalar period) {
+  const auto half = period / 2;
+  const V lower = d >= half ? d - period : d;
+  return lower < -half ? lower + period : lower;
+}
+
 // y with the sign of x where x is not 0, else 0
 template <typename V>
 MODULI_HD V signed_by(V y, V x) {
@@ -120,12 +129,30 @@ typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef double F64 __attribute__((vector_size(64)));
 typedef uint64_t U64 __attribute__((vector_size(64)));
 
+template <>
+struct Traits<F32> {
+  using Scalar = float;
+  using Bits = U32;
+};
+template <>
+struct Traits<F64> {
+  using Scalar = double;
+  using Bits = U64;
+};
+
 inline F32 larger(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 smaller(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 absolute(F32 x) { return _mm512_abs_ps(x); }
 inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
 inline F32 round_(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F32 scale_exponent(F32 p, F32 n) { return _mm512_scalef_ps(p, n); }
+template <>
+inline F32 nearest_image<F32>(F32 d, float period) {
+  // d - period with the sign of d; of two values the one smaller in magnitude, at a tie the negative one
+  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+  const F32 towards = (F32)_mm512_ternarylogic_epi32(sign, (__m512i)d, (__m512i)(F32)_mm512_set1_ps(period), 0xEA);
+  return _mm512_range_ps(d, d - towards, 0b0110);
+}
 inline F32 signed_by(F32 y, F32 x) {
   const __mmask16 nonzero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
   // y ^ (x & sign): one three-input operation
@@ -140,6 +167,17 @@ typedef float F32 __attribute__((vector_size(32)));
 typedef uint32_t U32 __attribute__((vector_size(32)));
 typedef double F64 __attribute__((vector_size(32)));
 typedef uint64_t U64 __attribute__((vector_size(32)));
+
+template <>
+struct Traits<F32> {
+  using Scalar = float;
+  using Bits = U32;
+};
+template <>
+struct Traits<F64> {
+  using Scalar = double;
+  using Bits = U64;
+};
 
 inline F32 larger(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline F32 smaller(F32 a, F32 b) { return _mm256_min_ps(a, b); }
@@ -166,17 +204,6 @@ struct Pack<float> {
   using V = F32;
   static constexpr int LANES = sizeof(F32) / sizeof(float);
 };
-template <>
-struct Traits<F32> {
-  using Scalar = float;
-  using Bits = U32;
-};
-template <>
-struct Traits<F64> {
-  using Scalar = double;
-  using Bits = U64;
-};
-
 #endif
 
 }  // namespace moduli::MODULI_NAMESPACE

@@ -12,7 +12,7 @@ from . import inhibitors, manifolds
 
 FLAT, SPHERE, KLEIN = 0, 1, 2
 INHIBITORS = {
-    inhibitors.DifferenceOfGaussians: (0, ("c", "sigma1", "sigma2", "zero_min")),
+    inhibitors.DifferenceOfGaussians: (0, ("c", "sigma1", "sigma2", "offset")),
     inhibitors.Diffusion: (1, ("c", "exponent")),
     inhibitors.Sinusoid: (2, ("c", "mu")),
     inhibitors.RickerWavelet: (3, ("sigma", "c")),
@@ -82,7 +82,7 @@ def decode_inhibitor(kind: int, parameters: list[float], table: Tensor | None) -
             return cls.from_values(table[:, 0].double().tolist(), parameters[0])
         if code == kind:
             arguments = dict(zip(names, parameters))
-            if "zero_min" in arguments:
-                arguments["zero_min"] = bool(arguments["zero_min"])
+            if "offset" in arguments:  # c itself, or the peak of the difference, which is smaller
+                arguments["zero_min"] = arguments.pop("offset") != arguments["c"]
             return cls(**arguments)
     raise ValueError(f"inhibitor must be a code from 0 to {len(INHIBITORS) - 1}, got {kind}; use encode_inhibitor.")

@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -29,14 +32,20 @@ struct Isa {
   Scale scale;
 };
 
+// The newest instruction set that the processor has; MODULI_KERNELS_ISA (portable, avx2, avx512) asks for a lesser one,
+// so that every path can be tested on one machine.
 Isa pick_isa() {
+  const char* asked = std::getenv("MODULI_KERNELS_ISA");
+  const std::string most = asked && *asked ? asked : "avx512";
+  STD_TORCH_CHECK(most == "portable" || most == "avx2" || most == "avx512",
+                  "MODULI_KERNELS_ISA must be portable, avx2 or avx512, got ", most, "; unset it to let the package pick.");
 #ifdef MODULI_KERNELS_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (most == "avx512" && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return {avx512::run_task_f32, avx512::run_task_f64, avx512::scale};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::run_task_f32, avx2::run_task_f64, avx2::scale};
+  if (most != "portable" && has_avx2) return {avx2::run_task_f32, avx2::run_task_f64, avx2::scale};
 #endif
   return {portable::run_task_f32, portable::run_task_f64, portable::scale};
 }
@@ -120,14 +129,14 @@ struct Points {
     }
   }
 
-  // to (count, coordinates) (+)= 2 scale * the sum of `chunks` parts (chunk, coordinate, count), on each sphere
+  // to (count, coordinates) (+)= 2 scale * the sum of `chunks` parts (chunk, coordinate, part_stride), on each sphere
   // projected on the tangent space and divided by |x|.
-  void add_gradient(const T* parts, int64_t chunks, double scale, bool add, T* to) const {
+  void add_gradient(const T* parts, int64_t chunks, int64_t part_stride, double scale, bool add, T* to) const {
     std::vector<double> g(coordinates);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < coordinates; ++c) {
         double sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[(chunk * coordinates + c) * count + i];
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[(chunk * coordinates + c) * part_stride + i];
         g[c] = 2 * scale * sum;
       }
       for (const auto& [first, k] : spheres) {
@@ -161,7 +170,7 @@ struct Result {
 template <typename T>
 Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& cols, const OptionalTensor& mask,
                const OptionalTensor& table, const Settings& settings, bool need_weight, bool need_points) {
-  const auto type = torch::stable::empty({0}, rows.scalar_type()).scalar_type();
+  const auto type = rows.scalar_type();
   Points<T> row_points(rows, settings.factors, settings.factor_parameters);
   std::optional<Points<T>> own_columns;
   if (cols) own_columns.emplace(*cols, settings.factors, settings.factor_parameters);
@@ -194,7 +203,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.scale = settings.scale;
   p.need_points = need_points;
   p.grid = task_grid(p.rows, p.columns);
-  p.stream = need_weight && weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0;
+
 
   const std::vector<int64_t> none{0};
   Result result;
@@ -208,6 +217,9 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   result.drows = points_like(rows, need_points);
   result.dcols = points_like(cols ? *cols : rows, need_points && cols);
   p.dweight = need_weight ? result.dweight.mutable_data_ptr() : nullptr;
+  p.stream = need_weight && p.weight_type == WeightType::FLOAT32 && p.blocks == 1 && p.inner == 1 &&
+             weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0 &&
+             reinterpret_cast<uintptr_t>(p.dweight) % (MAX_LANES * sizeof(float)) == 0;
 
   const int64_t tasks = p.grid.row_chunks * p.grid.column_chunks;
   std::vector<double> value_parts(tasks);
@@ -215,7 +227,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   std::unique_ptr<T[]> row_parts, column_parts;
   if (need_points) {
     row_parts.reset(new T[std::max<int64_t>(1, p.grid.column_chunks * p.coordinates * p.rows)]);
-    column_parts.reset(new T[std::max<int64_t>(1, p.grid.row_chunks * p.coordinates * p.columns)]);
+    column_parts.reset(new T[std::max<int64_t>(1, p.grid.row_chunks * p.coordinates * p.column_stride)]);
   }
   p.row_parts = row_parts.get();
   p.column_parts = column_parts.get();
@@ -232,9 +244,9 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   *static_cast<T*>(result.value.mutable_data_ptr()) = T(value * p.scale);
   if (need_points) {
     auto drows = static_cast<T*>(result.drows.mutable_data_ptr());
-    row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.scale, false, drows);
+    row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.rows, p.scale, false, drows);
     auto dcols = cols ? static_cast<T*>(result.dcols.mutable_data_ptr()) : drows;
-    column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.scale, !cols, dcols);
+    column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !cols, dcols);
   }
   return result;
 }

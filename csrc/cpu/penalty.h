@@ -44,10 +44,11 @@ struct PenaltyProblem {
   // Outputs. dweight like weight, contiguous, or null. Sums over entries without scale, for value, and, where
   // need_points, sum of f'(s) |w|^l (1/2) ds/dx:
   void* dweight;
-  bool need_points, stream;  // stream: dweight is larger than the caches
+  bool need_points;
+  bool stream;               // dweight goes past the caches: float32, blocks 1, no kernel, whole aligned packs
   double* value_parts;       // one a task
   T* row_parts;              // [column chunk][coordinate][row]
-  T* column_parts;           // [row chunk][coordinate][column]
+  T* column_parts;           // [row chunk][coordinate][column_stride]
   TaskGrid grid;
 };
 
@@ -67,7 +68,7 @@ using RunTask = void (*)(const PenaltyProblem<T>& problem, int64_t task, T* scra
 
 template <typename T>
 constexpr size_t scratch_size(int64_t coordinates) {
-  return static_cast<size_t>((3 * coordinates + 8) * TILE);
+  return static_cast<size_t>((2 * coordinates + 8) * TILE);
 }
 
 // grads *= factor

@@ -9,7 +9,9 @@
 
 namespace moduli::MODULI_NAMESPACE {
 
-constexpr int64_t PREFETCH_ROWS = 2;
+// Rows that go through a tile of columns before the next: the column points and sums are then fetched once for all of
+// them, and each row is still read and written front to back, as the processor's prefetcher wants it.
+constexpr int64_t ROW_BLOCK = 4;
 
 template <typename T>
 constexpr int64_t padded(int64_t n) {
@@ -72,30 +74,16 @@ inline void write_kernels(const PenaltyProblem<T>& p, int64_t at, int64_t out, i
   }
 }
 
-// Asks for the weights (and the lines their gradient will fill) of a later row: a tile's rows are short, so that the
-// processor's own prefetcher would start anew at each.
 template <typename T>
-inline void prefetch_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n) {
-  for (int64_t b = 0; b < p.blocks; ++b) {
-    const int64_t row = b * p.rows + i;
-    const char* w = static_cast<const char*>(p.weight) + (row * p.row_stride + j0 * p.inner) * p.weight_size;
-    const int64_t bytes = n * p.inner * p.weight_size;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(w + at, 0, 3);
-    if (!p.dweight || p.stream) continue;
-    const char* dw = static_cast<const char*>(p.dweight) + (row * p.columns + j0) * p.inner * p.weight_size;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(dw + at, 1, 3);
-  }
-}
-
-template <typename T>
-inline void points_row(const PenaltyProblem<T>& p, int64_t i, int64_t n, Tile<T>& tile, T* row_parts) {
+inline void points_row(const PenaltyProblem<T>& p, int64_t i, int64_t n, const Tile<T>& tile, T* row_parts,
+                       T* column_parts) {
   int64_t c = 0;
   for (int64_t q = 0; q < p.factor_count; ++q) {
     const int64_t kind = p.factors[2 * q], end = c + p.factors[2 * q + 1];
     const int64_t unmirrored = kind == KLEIN ? c + 1 : -1;
     for (; c < end; ++c) {
       const T *g = tile.g + c * TILE, *g_column = tile.g_column + c * TILE;
-      T* sums = tile.column_sums + c * TILE;
+      T* sums = column_parts + c * p.column_stride;
       row_parts[c * p.rows + i] += c == unmirrored ? points_loop<T, false>(tile.t, g, g_column, sums, n)
                                                    : points_loop<T, true>(tile.t, g, g_column, sums, n);
     }
@@ -103,44 +91,40 @@ inline void points_row(const PenaltyProblem<T>& p, int64_t i, int64_t n, Tile<T>
 }
 
 template <typename T, int POWER, bool DW, bool GRADS>
-inline T weight_stage(const WeightTile<T>& io, int64_t n, bool stream, bool plane, bool add, Tile<T>& tile,
-                      T* row_sums) {
-  const auto loop = [&](auto streams) {
-    constexpr bool STREAM = decltype(streams)::value;
-    if constexpr (GRADS) {
-      if (plane)
-        return weight_loop<T, POWER, DW, STREAM, true, true, false>(io, n, tile.g, tile.column_sums, row_sums);
-      if (add) return weight_loop<T, POWER, DW, STREAM, true, false, true>(io, n, nullptr, nullptr, nullptr);
-    }
-    return weight_loop<T, POWER, DW, STREAM, GRADS, false, false>(io, n, nullptr, nullptr, nullptr);
-  };
-  return DW && stream ? loop(std::bool_constant<DW>()) : loop(std::false_type());
+inline T weight_stage(const WeightTile<T>& io, int64_t n, bool plane, bool add, const PlaneSums<T>& sums) {
+  if constexpr (GRADS) {
+    if (plane) return weight_loop<T, POWER, DW, true, true, false>(io, n, sums);
+    if (add) return weight_loop<T, POWER, DW, true, false, true>(io, n, sums);
+  }
+  return weight_loop<T, POWER, DW, GRADS, false, false>(io, n, sums);
 }
 
 // Value (without scale), dW and the sums for the points of row i against columns j0 .. j0 + n.
 template <typename T, bool DW, bool GRADS>
-inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile, T* row_parts) {
+inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile,
+                       const Traffic<T>& traffic, T* row_parts, T* column_parts) {
   const int64_t packs = padded<T>(n);
   distance_stage<T, GRADS>(p, i, j0, packs, tile);
-  inhibitor_stage<T, GRADS>(p, packs, tile);
+  inhibitor_stage<T, GRADS>(p, packs, tile, traffic);
+  traffic.rest(packs);
   const bool plane = GRADS && p.blocks == 1 && p.factor_count == 1 && p.factors[0] == FLAT && p.factors[1] == 2;
   T row_sums[2];
+  const PlaneSums<T> sums{tile.g, tile.g + TILE, column_parts, column_parts + p.column_stride, row_sums};
   double value = 0;
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t row = b * p.rows + i;
     const int64_t at = row * p.row_stride + j0 * p.inner, out = (row * p.columns + j0) * p.inner;
     const bool direct = p.inner == 1 && p.weight_type == weight_type(T()) && packs == n;
     WeightTile<T> io{read_weights(p, at, out, n, tile), tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
-    if (DW && direct) io.dw = static_cast<T*>(p.dweight) + out;
+    if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // else tile.dw, sent off later
     if (p.mask) {
       mask_coefficients(p, out, n, tile);
       io.f = tile.minus;
       io.slope = tile.plus;
     }
-    const bool stream = direct && p.stream;
-    value += p.power == 1   ? weight_stage<T, 1, DW, GRADS>(io, packs, stream, plane, b > 0, tile, row_sums)
-             : p.power == 2 ? weight_stage<T, 2, DW, GRADS>(io, packs, stream, plane, b > 0, tile, row_sums)
-                            : weight_stage<T, 0, DW, GRADS>(io, packs, stream, plane, b > 0, tile, row_sums);
+    value += p.power == 1   ? weight_stage<T, 1, DW, GRADS>(io, packs, plane, b > 0, sums)
+             : p.power == 2 ? weight_stage<T, 2, DW, GRADS>(io, packs, plane, b > 0, sums)
+                            : weight_stage<T, 0, DW, GRADS>(io, packs, plane, b > 0, sums);
     if (DW && !direct) {
       if (p.inner == 1)
         store(p.dweight, p.weight_type, out, n, tile.dw);
@@ -152,9 +136,20 @@ inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_
     row_parts[i] += row_sums[0];
     row_parts[p.rows + i] += row_sums[1];
   } else if (GRADS) {
-    points_row(p, i, packs, tile, row_parts);
+    points_row(p, i, packs, tile, row_parts, column_parts);
   }
   return value;
+}
+
+// What tile (i, j0) wants asked for in advance.
+template <typename T>
+inline Traffic<T> traffic_before(const PenaltyProblem<T>& p, int64_t i, int64_t j0) {
+  Traffic<T> traffic{};
+  if (p.inner > 1) return traffic;
+  traffic.bytes = p.weight_size;
+  traffic.w = static_cast<const char*>(p.weight) + (i * p.row_stride + j0) * p.weight_size;
+  if (p.dweight && !p.stream) traffic.dw = static_cast<const char*>(p.dweight) + (i * p.columns + j0) * p.weight_size;
+  return traffic;
 }
 
 template <typename T, bool DW, bool GRADS>
@@ -166,23 +161,35 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
   const int64_t end = chunk_begin(column_chunk + 1, p.grid.column_chunks, p.columns, TILE);
   Tile<T> tile(scratch, p.coordinates);
   T* row_parts = GRADS ? p.row_parts + column_chunk * p.coordinates * p.rows : nullptr;
-  T* column_parts = GRADS ? p.column_parts + row_chunk * p.coordinates * p.columns : nullptr;
-  if (GRADS)
-    for (int64_t c = 0; c < p.coordinates; ++c)
-      for (int64_t i = i0; i < i1; ++i) row_parts[c * p.rows + i] = 0;
-  double value = 0;
-  for (int64_t j0 = begin; j0 < end; j0 += TILE) {
-    const int64_t n = end - j0 < TILE ? end - j0 : TILE;
-    if (GRADS)
-      for (int64_t j = 0; j < p.coordinates * TILE; ++j) tile.column_sums[j] = 0;
-    for (int64_t i = i0; i < i1; ++i) {
-      if (i + PREFETCH_ROWS < i1) prefetch_row(p, i + PREFETCH_ROWS, j0, n);
-      value += tile_row<T, DW, GRADS>(p, i, j0, n, tile, row_parts);
-    }
-    if (GRADS)
-      for (int64_t c = 0; c < p.coordinates; ++c)
-        for (int64_t j = 0; j < n; ++j) column_parts[c * p.columns + j0 + j] = tile.column_sums[c * TILE + j];
+  T* column_parts = GRADS ? p.column_parts + row_chunk * p.coordinates * p.column_stride : nullptr;
+  for (int64_t c = 0; GRADS && c < p.coordinates; ++c) {
+    for (int64_t i = i0; i < i1; ++i) row_parts[c * p.rows + i] = 0;
+    for (int64_t j = begin; j < begin + padded<T>(end - begin); ++j) column_parts[c * p.column_stride + j] = 0;
   }
+  double value = 0;
+  T* sent = nullptr;
+  int64_t sent_count = 0;
+  for (int64_t i = i0; i < i1; i += ROW_BLOCK) {
+    const int64_t block_end = i + ROW_BLOCK < i1 ? i + ROW_BLOCK : i1;
+    for (int64_t j0 = begin; j0 < end; j0 += TILE) {
+      const int64_t n = end - j0 < TILE ? end - j0 : TILE;
+      for (int64_t row = i; row < block_end; ++row) {
+        const bool down = row + 1 < block_end, right = j0 + TILE < end;
+        Traffic<T> traffic = down    ? traffic_before(p, row + 1, j0)
+                             : right ? traffic_before(p, i, j0 + TILE)
+                                     : traffic_before(p, block_end < i1 ? block_end : i, begin);
+        traffic.from = tile.dw;
+        traffic.to = sent;
+        traffic.count = sent_count;
+        value += tile_row<T, DW, GRADS>(p, row, j0, n, tile, traffic, row_parts, column_parts + j0);
+        if (p.stream) {
+          sent = static_cast<T*>(p.dweight) + row * p.columns + j0;
+          sent_count = n;
+        }
+      }
+    }
+  }
+  Traffic<T>{nullptr, nullptr, 0, tile.dw, sent, sent_count}.rest(0);
   if (p.stream) stream_fence();
   p.value_parts[task] = value;
 }

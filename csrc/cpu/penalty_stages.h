@@ -17,11 +17,10 @@ template <typename T>
 struct Tile {
   T *s, *f, *slope, *t, *w, *dw, *minus, *plus;
   T *g, *g_column;  // (1/2) ds/dx and, where it is not -g (the Klein bottle's second coordinate), (1/2) ds/dy
-  T* column_sums;   // running sums of t * (1/2) ds/dy over the rows of a chunk
 
   Tile(T* scratch, int64_t k)
       : s(scratch), f(s + TILE), slope(f + TILE), t(slope + TILE), w(t + TILE), dw(w + TILE), minus(dw + TILE),
-        plus(minus + TILE), g(plus + TILE), g_column(g + k * TILE), column_sums(g_column + k * TILE) {}
+        plus(minus + TILE), g(plus + TILE), g_column(g + k * TILE) {}
 };
 
 // --- distance: s and g ------------------------------------------------------------------------------------------
@@ -127,10 +126,10 @@ struct FactorView {
   T *g, *g_column;
   const double* parameter;
 
-  LineDistance<T, GRADS> line(int64_t c) const {
+  __attribute__((always_inline)) LineDistance<T, GRADS> line(int64_t c) const {
     return {FlatAxis<T>(T(parameter[c])), x[c * rows], y + c * columns, g + c * TILE};
   }
-  PlaneDistance<T, GRADS> plane(int64_t c) const {
+  __attribute__((always_inline)) PlaneDistance<T, GRADS> plane(int64_t c) const {
     const LineDistance<T, GRADS> a = line(c), b = line(c + 1);
     return {a.axis, b.axis, a.x, b.x, a.y, b.y, a.g, b.g};
   }
@@ -181,12 +180,35 @@ inline void distance_stage(const PenaltyProblem<T>& p, int64_t i, int64_t j0, in
 
 // --- inhibitor: f and df/ds from s ------------------------------------------------------------------------------
 
+// What crosses to and from memory while the exponentials of a tile are worked out, one line at a time: met in one
+// burst, as the weight stage would, memory could not follow. Asked for: the weights of the tile after this (w) and,
+// where the gradient stays in the caches, the lines it will fill (dw). Sent off: `count` elements of the gradient of
+// the tile before (from), past the caches (to). Null where there is nothing to do.
+template <typename T>
+struct Traffic {
+  const char *w, *dw;
+  int64_t bytes;  // a weight
+  const T* from;
+  T* to;
+  int64_t count;
+
+  __attribute__((always_inline)) void at(int64_t j) const {
+    if (w) __builtin_prefetch(w + j * bytes, 0, 3);
+    if (dw) __builtin_prefetch(dw + j * bytes, 1, 3);
+    if (j < count) stream_pack(to + j, load_pack<V<T>>(from + j));
+  }
+  void rest(int64_t j) const {
+    for (; j < count; j += Pack<T>::LANES) stream_pack(to + j, load_pack<V<T>>(from + j));
+  }
+};
+
 template <typename T, bool GRADS, typename Inhibitor>
-inline void inhibitor_loop(const Inhibitor inhibitor, int64_t n, const Tile<T>& tile) {
+inline void inhibitor_loop(const Inhibitor inhibitor, int64_t n, const Tile<T>& tile, const Traffic<T> traffic) {
   const T* s = tile.s;
   T *f = tile.f, *slope = tile.slope;
 #pragma omp simd
   for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
+    if (Pack<T>::LANES > 1) traffic.at(j);
     V<T> value, change;
     inhibitor.eval(load_pack<V<T>>(s + j), value, change);
     store_pack(f + j, value);
@@ -195,18 +217,18 @@ inline void inhibitor_loop(const Inhibitor inhibitor, int64_t n, const Tile<T>& 
 }
 
 template <typename T, bool GRADS>
-inline void inhibitor_stage(const PenaltyProblem<T>& p, int64_t n, const Tile<T>& tile) {
+inline void inhibitor_stage(const PenaltyProblem<T>& p, int64_t n, const Tile<T>& tile, const Traffic<T>& traffic) {
   const double* q = p.inhibitor_parameters;
   switch (p.inhibitor) {
-    case DIFFERENCE_OF_GAUSSIANS: return inhibitor_loop<T, GRADS>(DifferenceOfGaussians<T>(q), n, tile);
+    case DIFFERENCE_OF_GAUSSIANS: return inhibitor_loop<T, GRADS>(DifferenceOfGaussians<T>(q), n, tile, traffic);
     case DIFFUSION:
-      if (q[1] == 2) return inhibitor_loop<T, GRADS>(Diffusion<T, 2>(q), n, tile);
-      if (q[1] == 1) return inhibitor_loop<T, GRADS>(Diffusion<T, 1>(q), n, tile);
-      return inhibitor_loop<T, GRADS>(Diffusion<T, 0>(q), n, tile);
-    case SINUSOID: return inhibitor_loop<T, GRADS>(Sinusoid<T>(q), n, tile);
-    case RICKER: return inhibitor_loop<T, GRADS>(RickerWavelet<T>(q), n, tile);
-    case CONSTANT: return inhibitor_loop<T, GRADS>(Constant<T>(q), n, tile);
-    default: return inhibitor_loop<T, GRADS>(Tabulated<T>(q, p.table, p.table_samples), n, tile);
+      if (q[1] == 2) return inhibitor_loop<T, GRADS>(Diffusion<T, 2>(q), n, tile, traffic);
+      if (q[1] == 1) return inhibitor_loop<T, GRADS>(Diffusion<T, 1>(q), n, tile, traffic);
+      return inhibitor_loop<T, GRADS>(Diffusion<T, 0>(q), n, tile, traffic);
+    case SINUSOID: return inhibitor_loop<T, GRADS>(Sinusoid<T>(q), n, tile, traffic);
+    case RICKER: return inhibitor_loop<T, GRADS>(RickerWavelet<T>(q), n, tile, traffic);
+    case CONSTANT: return inhibitor_loop<T, GRADS>(Constant<T>(q), n, tile, traffic);
+    default: return inhibitor_loop<T, GRADS>(Tabulated<T>(q, p.table, p.table_samples), n, tile, traffic);
   }
 }
 
@@ -231,10 +253,17 @@ struct Magnitude {
   }
 };
 
-// STREAM: dw goes past the caches (aligned, whole packs). PLANE: the sums of two mirrored coordinates on the way,
-// row sums to row_sums[0..1]; t is then not stored. ADD: t of several gate blocks is summed. Returns sum f |w|^l.
-template <typename T, int POWER, bool DW, bool STREAM, bool GRADS, bool PLANE, bool ADD>
-inline T weight_loop(const WeightTile<T> io, int64_t n, const T* g, T* column_sums, T* row_sums) {
+// Of a plane of two mirrored coordinates: g in; sums of t * g out, added to the columns' and one a row.
+template <typename T>
+struct PlaneSums {
+  const T *ga, *gb;
+  T *column_a, *column_b, *row;
+};
+
+// PLANE: sums.row and the columns' sums on the way, t is then
+// not stored. ADD: t of several gate blocks is summed. Returns sum f |w|^l.
+template <typename T, int POWER, bool DW, bool GRADS, bool PLANE, bool ADD>
+inline T weight_loop(const WeightTile<T> io, int64_t n, const PlaneSums<T> sums) {
   V<T> sum{}, sum_a{}, sum_b{};
   const T *w = io.w, *f = io.f, *slope = io.slope;
   T *dw = io.dw, *t = io.t;
@@ -243,28 +272,22 @@ inline T weight_loop(const WeightTile<T> io, int64_t n, const T* g, T* column_su
     const V<T> wj = load_pack<V<T>>(w + j), fj = load_pack<V<T>>(f + j);
     const Magnitude<T, POWER> m(wj, power);
     sum += fj * m.high;
-    if (DW) {
-      const V<T> dwj = signed_by(POWER == 1 ? fj * scale : fj * scale * (power * m.low), wj);
-      if (STREAM)
-        stream_pack(dw + j, dwj);
-      else
-        store_pack(dw + j, dwj);
-    }
+    if (DW) store_pack(dw + j, signed_by(POWER == 1 ? fj * scale : fj * scale * (power * m.low), wj));
     if (!GRADS) continue;
     const V<T> tj = load_pack<V<T>>(slope + j) * m.high;
     if (PLANE) {
-      const V<T> a = tj * load_pack<V<T>>(g + j), b = tj * load_pack<V<T>>(g + TILE + j);
+      const V<T> a = tj * load_pack<V<T>>(sums.ga + j), b = tj * load_pack<V<T>>(sums.gb + j);
       sum_a += a;
       sum_b += b;
-      store_pack(column_sums + j, load_pack<V<T>>(column_sums + j) - a);
-      store_pack(column_sums + TILE + j, load_pack<V<T>>(column_sums + TILE + j) - b);
+      store_pack(sums.column_a + j, load_pack<V<T>>(sums.column_a + j) - a);
+      store_pack(sums.column_b + j, load_pack<V<T>>(sums.column_b + j) - b);
     } else {
       store_pack(t + j, ADD ? load_pack<V<T>>(t + j) + tj : tj);
     }
   }
   if (PLANE) {
-    row_sums[0] = sum_lanes(sum_a);
-    row_sums[1] = sum_lanes(sum_b);
+    sums.row[0] = sum_lanes(sum_a);
+    sums.row[1] = sum_lanes(sum_b);
   }
   return sum_lanes(sum);
 }
