@@ -1,0 +1,102 @@
+"""`pytest benchmarks`: options, the two settings of malloc, and the JSON record of the run.
+
+glibc's malloc maps a gradient of tens of MB anew at every step and gives it back to the system, so that each new one
+costs a page fault per 4 KB (tens of ms at n = 4096), for ours and every peer alike: one would time the system's fault
+handler. So the run starts pytest twice as a child, since malloc reads its settings at the start of a process:
+"retained", where freed memory is kept for the next request (what PyTorch's CPU tuning guide reaches by preloading
+tcmalloc or jemalloc) and which the figures are held against, and "default", glibc as it comes, for some cases.
+"""
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from moduli_kernels.env_report import environment
+
+from . import records
+
+RETAINED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184",
+            "MALLOC_TOP_PAD_": "67108864"}
+ALLOCATOR, RECORD = "MODULI_KERNELS_BENCHMARKS_ALLOCATOR", "MODULI_KERNELS_BENCHMARKS_RECORD"
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("moduli_kernels benchmarks")
+    group.addoption("--quick", action="store_true", help="small sizes and 3 rounds: does everything work? No figures.")
+    group.addoption("--threads", type=int, default=None, help="threads for all contestants (default: all cores)")
+
+
+def pytest_cmdline_main(config):
+    """In the parent: runs the children, one a setting of malloc. None hands over to pytest as usual."""
+    if ALLOCATOR in os.environ or config.option.collectonly or config.option.help or config.option.version:
+        return None
+    settings = {"retained": RETAINED, "default": {}} if GLIBC else {"default": {}}
+    folder = records.RESULTS / records.machine(environment())
+    record = folder / (records.QUICK if config.option.quick else time.strftime("%Y%m%d-%H%M%S.json"))
+    if config.option.quick:
+        record.unlink(missing_ok=True)
+    worst = 0
+    for name, variables in settings.items():
+        print(f"\nmalloc: {name} " + " ".join(f"{key}={value}" for key, value in variables.items()), flush=True)
+        status = subprocess.call(
+            [sys.executable, "-m", "pytest", *config.invocation_params.args], cwd=config.invocation_params.dir,
+            env=os.environ | variables | {ALLOCATOR: name, RECORD: str(record)})
+        if status not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            worst = worst or status
+        if status == pytest.ExitCode.INTERRUPTED:
+            break
+    if record.exists():
+        print(f"\nrecord: {os.path.relpath(record)}; python -m benchmarks.report shows it"
+              + (" with --run" if config.option.quick else ""))
+    return worst
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the cases that are run under this child's malloc."""
+    allocator = os.environ.get(ALLOCATOR)  # None where items are only listed
+    chosen = [item for item in items if allocator is None or allocator in allocators_of(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def allocators_of(item) -> tuple[str, ...]:
+    if not GLIBC:
+        return ("default",)
+    return item.callspec.params["case"].allocators if item.originalname == "test_penalty" else ("retained",)
+
+
+@pytest.fixture(scope="session")
+def quick(request) -> bool:
+    return request.config.option.quick
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads(request):
+    """All contestants use as many threads; before anything is compiled, since compiled code fixes its number."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(request.config.option.threads or cores)
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def save(threads, quick):
+    """save(list name, entry): into the run's JSON file."""
+    header = {"environment": environment(), "threads": threads, "quick": quick,
+              "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "retained": RETAINED}
+    allocator = os.environ.get(ALLOCATOR, "default")
+
+    def add(list_name: str, entry: dict) -> None:
+        if RECORD in os.environ:
+            records.append(pathlib.Path(os.environ[RECORD]), header, list_name, {"allocator": allocator} | entry)
+
+    return add

@@ -1,0 +1,58 @@
+"""Other ways to write the squared distances, for the peers: as (n, n, k) tensors, and by acos on spheres."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moduli_kernels import KleinBottle, Product, Sphere
+from moduli_kernels.manifolds import Manifold, sqrt_of_square, wrap
+
+
+def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
+    """As manifold.squared_distance, (n, k), (m, k) -> (n, m), through one (n, m, k) tensor."""
+    if isinstance(manifold, Product):
+        return sum(stacked_squared_distance(m, a, b)
+                   for m, a, b in zip(manifold.manifolds, manifold.split(x), manifold.split(y)))
+    if isinstance(manifold, Sphere):
+        x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+        minus = sqrt_of_square((x[:, None] - y[None]).square().sum(-1))
+        plus = sqrt_of_square((x[:, None] + y[None]).square().sum(-1))
+        return (2 * manifold.radius * torch.atan2(minus, plus)).square()
+    if isinstance(manifold, KleinBottle):
+        difference = x[:, None] - y[None]
+        across = wrap(difference[..., 0], 2 * manifold.width)
+        straight = torch.stack([across, wrap(difference[..., 1], manifold.height)], -1)
+        flipped = torch.stack([manifold.width - across.abs(),
+                               wrap(x[:, None, 1] + y[None, :, 1], manifold.height)], -1)
+        return torch.minimum(straight.square().sum(-1), flipped.square().sum(-1))
+    difference = x[:, None] - y[None]
+    if all(manifold._periods):
+        periods = torch.tensor(manifold._periods, dtype=x.dtype)
+        difference = wrap(difference, periods)
+    return difference.square().sum(-1)
+
+
+class AcosSphere(Sphere):
+    """theta = acos <x^, y^>, held off 1 so that its derivative is finite: absolute error up to 5e-4 near 0 and pi,
+    and cheaper than atan2."""
+
+    LIMIT = 1 - 1.2e-7  # the float32 next to 1 but one
+
+    def _cosine(self, x: Tensor, y: Tensor) -> Tensor:
+        cosine = sum(x[:, c, None] * y[None, :, c] for c in range(x.shape[1]))
+        return cosine.clamp(-self.LIMIT, self.LIMIT)
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+        return (self.radius * torch.acos(self._cosine(x, y))).square()
+
+    def pull_back(self, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        x_norm, y_norm = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
+        x, y = x / x_norm, y / y_norm
+        cosine = self._cosine(x, y)
+        slope = -2 * self.radius**2 * slope * torch.acos(cosine) * torch.rsqrt(1 - cosine * cosine)
+        gx = torch.stack([(slope * y[None, :, c]).sum(1) for c in range(x.shape[1])], 1)
+        gy = torch.stack([(slope * x[:, c, None]).sum(0) for c in range(x.shape[1])], 1)
+        gx = (gx - (gx * x).sum(1, keepdim=True) * x) / x_norm
+        gy = (gy - (gy * y).sum(1, keepdim=True) * y) / y_norm
+        return gx, gy
