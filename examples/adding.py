@@ -62,7 +62,7 @@ class AddingTask:
     """The task as the trainer sees it; see NavigationTask."""
 
     def __init__(self, *, hidden: int, steps: int, batch: int, seed: int, device: str,
-                 tests: int = 10_000) -> None:
+                 tests: int = 4000) -> None:
         self.batch_size, self.steps = batch, steps
         torch.manual_seed(seed)  # the initial weights: PyTorch's default
         self.model = Adder(hidden).to(device)

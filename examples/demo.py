@@ -48,22 +48,22 @@ def modes(task: str) -> dict[str, Mode]:
             "schedule": [0.0] * 17 + mk.linear_schedule(0.9, 19, hold=4),
         }
         tiny = {
-            **common, "batches": 60, "sizes": {**world, "hidden": 64, "steps": 10},
+            **common, "batches": 60, "sizes": {**world, "hidden": 128, "steps": 10},
             "schedule": [0.0] * 6 + mk.linear_schedule(0.9, 19),
         }
         size = "n = 512, 128 landmarks, 20 steps"
-        quick = "n = 64, 10 steps"
+        quick = "n = 128, 10 steps"
         full = CONTROLS + ("shuffled",)
     else:
         wanted = (0.0, 0.5, 0.75, 0.9, 0.95)
-        common = {"lr": 1e-3, "strength": 1e-3, "clip": 0.5}
+        common = {"lr": 3e-4, "strength": 1e-3, "clip": 0.5, "frozen_epochs": 10}
         settings = {
             **common, "batches": 313, "sizes": {"hidden": 128, "steps": 50, "batch": 32},
-            "schedule": [0.0] * 10 + mk.linear_schedule(0.95, 20, hold=5), "frozen_epochs": 5,
+            "schedule": [0.0] * 14 + mk.linear_schedule(0.95, 20, hold=10),
         }
         tiny = {
             **common, "batches": 60, "sizes": {"hidden": 64, "steps": 20, "batch": 32},
-            "schedule": [0.0] * 10 + mk.linear_schedule(0.95, 20, hold=5), "frozen_epochs": 5,
+            "schedule": [0.0] * 14 + mk.linear_schedule(0.95, 20, hold=10),
         }
         size = "n = 128, 50 steps"
         quick = "n = 64, 20 steps"

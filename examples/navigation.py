@@ -2,8 +2,8 @@
 
 The paper's navigation task (architecture of Cueva & Wei and of Sorscher et al.): a walker roams a square box;
 the net sees its displacement at every step and the landmark activation of its first position only, and must
-give the landmark activation of every later position. Lengths are metres, times seconds, angles radians; errors
-are cm. Tensors are time-major, (steps, batch, ...), as `torch.nn.RNN` likes them best.
+give the landmark activation of every later position. Lengths are metres, times seconds, angles radians,
+errors cm. Tensors are time-major, (steps, batch, ...), as `torch.nn.RNN` likes them best.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def walks(batch: int, steps: int, *, box: float = BOX, generator: torch.Generato
 
     A step goes `speed * DT` along the heading, speed ~ Rayleigh(SPEED_SCALE); then the heading turns by
     Normal(0, TURN_STD) * DT. Near a wall and heading for it, the step is a quarter as long and the heading
-    turns parallel to the wall. The turn comes after the step, so a long step can end a few cm outside the box.
+    turns parallel to the wall. The turn comes after the step: a long step can end a few cm outside the box.
     """
     device = generator.device
     uniform = torch.rand(steps + 1, batch, generator=generator, device=device)

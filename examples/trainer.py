@@ -1,8 +1,8 @@
 """Trains a task while pruning it: epochs, schedule, penalty, evaluation, and a checkpoint after every epoch.
 
-Killed at any moment and started again with the same configuration, a run goes on from its last checkpoint and,
-on the CPU, ends bitwise where an unbroken run ends: the checkpoint holds weights, masks, points, optimizer and
-every random state.
+Killed at any moment and started again with the same configuration, a run goes on from its last checkpoint
+and, on the CPU, ends bitwise where an unbroken run ends: the checkpoint holds weights, masks, points, optimizer
+and every random state.
 """
 
 from __future__ import annotations

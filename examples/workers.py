@@ -38,7 +38,7 @@ def train_all(configs: list[Config], root: Path) -> list[Result]:
     running: dict[Connection, tuple[int, multiprocessing.Process]] = {}
     failures: list[str] = []
     try:
-        with _terminated_as_interrupted(), _display(configs) as show:
+        with _terminated_as_interrupted(), _display(dict(waiting)) as show:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     index, config = waiting.pop(0)
@@ -133,10 +133,11 @@ def _texts(config: Config, p: dict[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _display(configs: list[Config]) -> Iterator[Any]:
+def _display(configs: dict[int, Config]) -> Iterator[Any]:
     """Gives show(index, progress): live bars in a terminal that rich can draw in, else lines."""
-    names = [f"{c.net} seed {c.seed}" for c in configs]
-    width = max(map(len, names))
+    names = {index: f"{config.net} seed {config.seed}" for index, config in configs.items()}
+    width = max(map(len, names.values()), default=0)
+    names = {index: name.ljust(width) for index, name in names.items()}
     try:
         from rich.progress import BarColumn, Progress, TextColumn
     except ImportError:
@@ -147,7 +148,9 @@ def _display(configs: list[Config]) -> Iterator[Any]:
             columns.append(TextColumn(f"[dim]{label}[/] {{task.fields[{label}]}}"))
         with Progress(*columns, expand=True) as progress:
             blank = dict.fromkeys(LABELS, "-")
-            bars = [progress.add_task(name.ljust(width), total=None, start=False, **blank) for name in names]
+            bars = {
+                index: progress.add_task(name, total=None, start=False, **blank) for index, name in names.items()
+            }
 
             def show(index: int, p: dict[str, Any]) -> None:
                 progress.start_task(bars[index])
@@ -156,14 +159,14 @@ def _display(configs: list[Config]) -> Iterator[Any]:
 
             yield show
     else:
-        last = dict.fromkeys(range(len(configs)), -LINE_SECONDS)
+        last = dict.fromkeys(configs, -LINE_SECONDS)
 
         def show(index: int, p: dict[str, Any]) -> None:
             now = time.monotonic()
             if now - last[index] >= LINE_SECONDS or p["step"] == p["steps"]:
                 last[index] = now
                 t = _texts(configs[index], p)
-                done = f"{names[index].ljust(width)}  {100 * p['step'] / p['steps']:3.0f} %"
+                done = f"{names[index]}  {100 * p['step'] / p['steps']:3.0f} %"
                 state = "  ".join(f"{label} {t[label]}" for label in LABELS)
                 print(f"{done}  {state}", flush=True)
 
