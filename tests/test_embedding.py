@@ -149,8 +149,8 @@ NAN, ZERO = torch.full((3, 2), float("nan")), torch.eye(3).index_fill_(0, torch.
     (lambda: mk.ManifoldEmbedding(3, layout="random"), ValueError,
      "layout must be one of 'uniform', 'grid', got 'random'; pick one of them."),
     (lambda: mk.ManifoldEmbedding(3, "s3", layout="grid"), ValueError,
-     "layout must be 'uniform' for Sphere(dim=3, radius=5.0), got 'grid' (only flat manifolds and the 2-sphere "
-     "have one); use 'uniform' or pass points="),
+     "layout must be 'uniform' for Sphere(dim=3, radius=5.0), got 'grid' (only flat manifolds and the "
+     "2-sphere have one); use 'uniform' or pass points="),
     (lambda: mk.ManifoldEmbedding(3, "plane"), ValueError,
      "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', "
      "'mixed', got 'plane'; pick one of them."),
@@ -165,8 +165,8 @@ NAN, ZERO = torch.full((3, 2), float("nan")), torch.eye(3).index_fill_(0, torch.
     (lambda: mk.ManifoldEmbedding(3, points=NAN), ValueError,
      "points must be finite, got NaN or infinity among them; clean the rows first."),
     (lambda: mk.ManifoldEmbedding(3, "sphere", points=ZERO), ValueError,
-     f"points must not hold a zero vector on {SPHERE} (it cannot be normalized), got one at row 2; give every "
-     "row a direction."),
+     f"points must not hold a zero vector on {SPHERE} (it cannot be normalized), got one at row 2; give "
+     "every row a direction."),
 ])
 def test_errors(make, error, message):
     with pytest.raises(error) as caught:

@@ -82,7 +82,7 @@ def test_hand_values(f, d, value):
 def test_the_default_is_the_experiments_one_and_its_cheapest_distance_is_free():
     f = mk.DifferenceOfGaussians()
     assert f == mk.DifferenceOfGaussians(c=100.0, sigma1=0.25, sigma2=5.0, zero_min=True) == inhibitor(None)
-    best = scipy.optimize.minimize_scalar(lambda d: f(torch.tensor(d, dtype=torch.float64)).item(), (0.5, 1, 2))
+    best = scipy.optimize.minimize_scalar(lambda d: float(f(torch.tensor(d).double())), (0.5, 1, 2), tol=1e-6)
     assert best.x == pytest.approx(0.89, abs=5e-3) and best.fun == pytest.approx(0, abs=1e-12)
     assert (f(D) >= 0).all()
 
@@ -308,8 +308,8 @@ def positive(name, got):
     (lambda: mk.TabulatedInhibitor(bump, 1.0, 100.0), TypeError,
      "samples must be an integer of at least 8, got 100.0; pass an int."),
     (lambda: mk.TabulatedInhibitor(lambda d: 1 / d, 1.0), ValueError,
-     "f must be finite on [0, max_distance], got NaN or infinity in its samples; choose a smaller max_distance "
-     "or an inhibitor without a pole."),
+     "f must be finite on [0, max_distance], got NaN or infinity in its samples; choose a smaller "
+     "max_distance or an inhibitor without a pole."),
     (lambda: inhibitor("dog"), TypeError,
      "inhibitor must be an Inhibitor, a callable d -> f(d) or None, got 'dog'; pass for example "
      "DifferenceOfGaussians()."),
