@@ -23,19 +23,20 @@ MODULI_HD V exp2_of_nonpositive(V y) {
 }
 MODULI_HD double exp2_of_nonpositive(double y) { return std::exp2(y); }
 
-// cos(x) and sin(x)/x, |x| < 1e6. Absolute error 5.4e-8 beside the rounding of x.
+// cos(x) and sin(x)/x, |x| < 2.5e4. Absolute error 4.9e-9 beside rounding.
 template <typename V>
 MODULI_HD void cos_sinc(V x, V& cosine, V& sinc) {
   using U = typename Traits<V>::Bits;
   const V shifted = x * 0.318309886f + ROUND;
   const V n = shifted - ROUND;
-  // pi in three parts: n times the first is exact for |n| < 2^14
+  // pi in three parts: n times the first two is exact for |n| < 2^13
   V r = x - n * 3.140625f;
   r = r - n * 9.67502593994140625e-4f;
   r = r - n * 1.509957990978376432e-7f;
   const U sign = bits_as<U>(shifted) << 31;
   const V u = r * r;
-  V c = u * 2.4761808e-5f - 1.3888402e-3f;
+  V c = u * -2.6075660e-7f + 2.4761808e-5f;
+  c = c * u - 1.3888402e-3f;
   c = c * u + 4.1666641e-2f;
   c = c * u - 0.5f;
   c = c * u + 1.0f;

@@ -64,7 +64,7 @@ void define_elementary(py::module_& m) {
         };
         return each_result<T>(eval, std::make_index_sequence<2>{}, x);
       },
-      array<T>("x"), doc<T>("(cos(x), sin(x)/x) for |x| < 1e6 in radians, elementwise."));
+      array<T>("x"), doc<T>("(cos(x), sin(x)/x) for |x| < 2.5e4 in radians, elementwise."));
   m.def("atan2_positive", py::vectorize([](T a, T b) { return kernels::atan2_positive(a, b); }), array<T>("a"),
         array<T>("b"), doc<T>("atan2(a, b) in radians for a, b >= 0, not both 0, elementwise."));
   m.def(
