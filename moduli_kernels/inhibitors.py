@@ -18,6 +18,11 @@ from . import _checks
 from .manifolds import sqrt_of_square
 
 
+def _floating(d: Tensor | float) -> Tensor:
+    d = torch.as_tensor(d)
+    return d if d.is_floating_point() else d.to(torch.get_default_dtype())
+
+
 def _power(x: Tensor, exponent: float) -> Tensor:
     """x^exponent for x >= 0, without pow where the exponent is a small integer or a half."""
     if exponent == 0:
@@ -37,7 +42,7 @@ class Inhibitor:
 
     def __call__(self, d: Tensor) -> Tensor:
         """f(d) of distances d >= 0, elementwise; differentiable."""
-        return self.from_squared(torch.as_tensor(d).square())
+        return self.from_squared(_floating(d).square())
 
     def from_squared(self, s: Tensor) -> Tensor:
         """f as a function of s = d^2, elementwise."""
@@ -97,7 +102,8 @@ class Diffusion(Inhibitor):
         _checks.positive("exponent", self.exponent)
 
     def from_squared(self, s: Tensor) -> Tensor:
-        return self.c * _power(s, self.exponent / 2)
+        zero = s == 0  # no derivative there for exponent < 2: autograd sees none
+        return self.c * torch.where(zero, s, _power(torch.where(zero, torch.ones_like(s), s), self.exponent / 2))
 
     def slope(self, s: Tensor) -> Tensor:
         zero = (s == 0) & (self.exponent < 2)
@@ -268,7 +274,7 @@ class CallableInhibitor(Inhibitor):
         return hash((CallableInhibitor, self.f))
 
     def __call__(self, d: Tensor) -> Tensor:
-        return self.f(d)
+        return self.f(_floating(d))
 
     def from_squared(self, s: Tensor) -> Tensor:
         return self.f(sqrt_of_square(s))
