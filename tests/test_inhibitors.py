@@ -82,7 +82,11 @@ def test_hand_values(f, d, value):
 def test_the_default_is_the_experiments_one_and_its_cheapest_distance_is_free():
     f = mk.DifferenceOfGaussians()
     assert f == mk.DifferenceOfGaussians(c=100.0, sigma1=0.25, sigma2=5.0, zero_min=True) == inhibitor(None)
-    best = scipy.optimize.minimize_scalar(lambda d: float(f(torch.tensor(d).double())), (0.5, 1, 2), tol=1e-6)
+
+    def at(d):
+        return float(f(torch.tensor(d, dtype=torch.float64)))
+
+    best = scipy.optimize.minimize_scalar(at, (0.5, 1, 2))
     assert best.x == pytest.approx(0.89, abs=5e-3) and best.fun == pytest.approx(0, abs=1e-12)
     assert (f(D) >= 0).all()
 
