@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import moduli_kernels as mk
 
 INPUTS = 2  # the number and its mark
+WORLD_SEED = 1000  # added to a run's seed: a stream of draws of its own, apart from the initial weights
 
 
 class Sums(NamedTuple):
@@ -66,7 +67,7 @@ class AddingTask:
         self.batch_size, self.steps = batch, steps
         torch.manual_seed(seed)  # the initial weights: PyTorch's default
         self.model = Adder(hidden).to(device)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(WORLD_SEED + seed)
         self.test = sums(tests, steps, generator=self.generator)
 
     def batches(self, count: int) -> Iterator[Sums]:

@@ -22,6 +22,7 @@ TURN_STD = 5.76 * 2  # standard deviation of the turning rate, rad/s
 WALL_ZONE = 0.03  # closer than this to a wall and heading for it, the walker turns along it, m
 WALL_SLOWDOWN = 0.25
 TEST_BATCHES = 5
+WORLD_SEED = 1000  # added to a run's seed: a stream of draws of its own, apart from the initial weights
 
 
 class Walks(NamedTuple):
@@ -110,8 +111,8 @@ class NavigationTask:
         self.batch_size, self.steps = batch, steps
         torch.manual_seed(seed)  # the initial weights: PyTorch's default
         self.model = PathIntegrator(landmarks, hidden).to(device)
-        # All draws follow from the seed, so nets of one seed see the same world in the same order.
-        self.generator = torch.Generator(device).manual_seed(seed)
+        # Nets of one seed see the same landmarks and walks in the same order.
+        self.generator = torch.Generator(device).manual_seed(WORLD_SEED + seed)
         self.landmarks = (torch.rand(landmarks, 2, generator=self.generator, device=device) - 0.5) * BOX
         self.width = width_cm / 100
         self.test = walks(TEST_BATCHES * batch, steps, generator=self.generator)

@@ -35,6 +35,7 @@ NETS = {
     "none": "no penalty: magnitude pruning alone",
 }
 REPORT_SECONDS = 0.25
+POINTS_SEED = 2000  # added to a run's seed, apart from the streams of weights and data
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Run:
         random.seed(config.seed)
         self.task = TASKS[config.task](**config.sizes, seed=config.seed, device=config.device)
         # All nets of a seed have the same points, so that the controls can be drawn on the torus too.
-        generator = torch.Generator(config.device).manual_seed(config.seed)
+        generator = torch.Generator(config.device).manual_seed(POINTS_SEED + config.seed)
         self.torus = mk.regularize(
             self.task.model, self.task.targets(), manifold="torus", strength=config.strength,
             trainable=config.net == "torus_trained", generator=generator,

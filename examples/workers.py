@@ -36,7 +36,7 @@ def train_all(configs: list[Config], root: Path) -> list[Result]:
     results = {index: result for index, result in kept.items() if result is not None}
     waiting = [(index, config) for index, config in enumerate(configs) if index not in results]
     running: dict[Connection, tuple[int, multiprocessing.Process]] = {}
-    failures: list[str] = []
+    failures: dict[int, str] = {}
     try:
         with _terminated_as_interrupted(), _display(dict(waiting)) as show:
             while waiting or running:
@@ -52,19 +52,19 @@ def train_all(configs: list[Config], root: Path) -> list[Result]:
                         process.join()
                         del running[pipe]
                         if index not in results:
-                            name = f"{configs[index].net}, seed {configs[index].seed}"
-                            failures.append(f"{name}: process ended with exit code {process.exitcode}")
+                            failures.setdefault(index, f"process ended with exit code {process.exitcode}")
                         continue
                     if kind == "progress":
                         show(index, content)
                     elif kind == "result":
                         results[index] = content
                     else:
-                        failures.append(f"{configs[index].net}, seed {configs[index].seed}: {content}")
+                        failures[index] = content
     finally:
         _stop([process for _, process in running.values()])
     if failures:
-        raise RuntimeError("; ".join(failures))
+        named = (f"{configs[i].net}, seed {configs[i].seed}: {text}" for i, text in failures.items())
+        raise RuntimeError("; ".join(named))
     return [results[index] for index in range(len(configs))]
 
 

@@ -84,6 +84,9 @@ def test_the_controls_have_the_torus_coefficients_mean_and_the_same_points(tmp_p
         ((_, points),) = run.torus.items()
         assert torch.equal(points.rows.points, torus.rows.points)
         assert torch.equal(run.task.model.rnn.weight_hh_l0, runs["torus"].task.model.rnn.weight_hh_l0)
+    # Neurons' points and landmarks must not be one stream of draws.
+    landmarks = runs["torus"].task.landmarks / 2.2 + 0.5
+    assert (landmarks[:16] - torus.rows.points / 10).abs().max() > 0.1
 
 
 def test_trained_points_move_and_rest_in_the_frozen_epochs(tmp_path):
