@@ -1,0 +1,299 @@
+"""torch.compile and torch.library.opcheck: the stateless ops, one graph without breaks, the numbers of eager."""
+from __future__ import annotations
+
+import pytest
+import torch
+from penalty_cases import (
+    BACKENDS,
+    INHIBITORS,
+    MANIFOLDS,
+    bump,
+    draw_points,
+    draw_weight,
+    expected,
+    generator,
+    needs_cpp,
+    relative_error,
+)
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import moduli_kernels as mk
+from moduli_kernels import _encoding, reference
+
+ops = torch.ops.moduli_kernels
+
+# torch's own, on the way
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# --- opcheck ---------------------------------------------------------------------------------------------------
+
+def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9), dtype=torch.float32, blocks: int = 1,
+                 masked: bool = False, shared: bool = False, needs=(False, False, False), power: float = 1.5) -> tuple:
+    """What `penalty` takes (moduli_kernels/_library.py)."""
+    point_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = draw_weight(blocks * shape[0], *shape[1:], dtype=dtype).requires_grad_(needs[0])
+    rows = draw_points(manifold, shape[0], 1, point_dtype).requires_grad_(needs[1])
+    cols = None if shared else draw_points(manifold, shape[1], 2, point_dtype).requires_grad_(needs[2])
+    mask = torch.rand(weight.shape, generator=generator()) < 0.5 if masked else None
+    f = INHIBITORS[inhibitor]
+    table = f.table(point_dtype) if inhibitor == "tabulated" else None
+    return (weight, rows, cols, mask, table, *_encoding.encode_manifold(MANIFOLDS[manifold]), *_encoding.encode_inhibitor(f),
+            power, blocks, 0.25)
+
+
+OP_CASES = {
+    "plain": {},
+    "trained": {"needs": (True, True, True)},
+    "weight_trained": {"needs": (True, False, False)},
+    "points_trained": {"needs": (False, True, False)},
+    "shared": {"shape": (7, 7), "shared": True, "needs": (True, True, False)},
+    "masked": {"masked": True, "needs": (True, True, True)},
+    "blocks": {"blocks": 3, "needs": (True, True, True)},
+    "kernel": {"shape": (6, 9, 3), "masked": True, "needs": (True, True, True)},
+    "tabulated": {"inhibitor": "tabulated", "dtype": torch.float64, "needs": (True, True, True)},
+    "product": {"manifold": "product", "needs": (True, True, True)},
+    "float64": {"dtype": torch.float64, "needs": (True, True, True)},
+    "bfloat16": {"dtype": torch.bfloat16, "needs": (True, True, True)},
+    "empty": {"shape": (0, 9), "needs": (True, True, True)},
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", OP_CASES)
+def test_opcheck_of_penalty(case):
+    torch.library.opcheck(ops.penalty.default, op_arguments(**OP_CASES[case]))
+
+
+@needs_cpp
+@pytest.mark.parametrize("need_weight", [False, True])
+@pytest.mark.parametrize("need_points", [False, True])
+@pytest.mark.parametrize("case", ["plain", "shared", "kernel", "blocks", "float64", "bfloat16", "empty"])
+def test_opcheck_of_the_gradients(case, need_weight, need_points):
+    """No autograd of their own: they are called where autograd is off."""
+    arguments = op_arguments(**{**OP_CASES[case], "needs": (False, False, False)})
+    grad = torch.tensor(-1.5, dtype=arguments[1].dtype)
+    torch.library.opcheck(ops.penalty_with_grads.default, (*arguments, need_weight, need_points))
+    torch.library.opcheck(ops.penalty_grads.default, (grad, *arguments, need_weight, need_points))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_of_scaling(dtype):
+    gradients = [draw_weight(5, 7, dtype=dtype), draw_weight(300, dtype=dtype)]
+    factor = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.library.opcheck(ops.scale_grads_.default, (gradients, factor))
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_ops_agree_with_their_fallback(case):
+    """The implementation without a compiler, for any device, serves the same schemas."""
+    arguments = op_arguments(**{**OP_CASES[case], "needs": (False, False, False)})
+    dtype = arguments[0].dtype
+    what = reference.Penalty(_encoding.decode_manifold(*arguments[5:7]),
+                             _encoding.decode_inhibitor(*arguments[7:9], arguments[4]), *arguments[9:])
+    value, gradients = reference.penalty_with_grads(*arguments[:4], what, True, True)
+    got, *got_gradients = ops.penalty_with_grads(*arguments, True, True)
+    assert relative_error(got, value) <= 1e-6
+    for a, b, like in zip(got_gradients, gradients, arguments[:3]):
+        if b is None:
+            assert a.numel() == 0
+        else:
+            assert a.shape == like.shape and a.dtype == like.dtype and a.is_contiguous()
+            assert relative_error(a, b) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------
+
+class Net(nn.Module):
+    """A loss with the penalty in it: (batch, n) -> 0-d."""
+
+    def __init__(self, regularizer: nn.Module, n: int = 12, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.linear = nn.Linear(n, n, dtype=dtype)
+        self.regularizer = regularizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x).tanh() - 0.5).square().mean() + 0.3 * self.regularizer(self.linear.weight)
+
+
+def step(net: nn.Module, run, x: Tensor) -> list[Tensor]:
+    net.zero_grad()
+    loss = run(x)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+def assert_as_eager(net: nn.Module, x: Tensor, tolerance: float = 1e-5, **options) -> None:
+    want = step(net, net, x)
+    got = step(net, torch.compile(net, fullgraph=True, **options), x)
+    assert len(got) == len(want)
+    for g, w in zip(got, want):
+        assert g.dtype == w.dtype and relative_error(g, w.double()) <= tolerance
+
+
+def regularizer(manifold="torus", inhibitor="dog", n: int = 12, trainable: bool = True, **settings) -> mk.ModuliRegularizer:
+    return mk.ModuliRegularizer(n, manifold=MANIFOLDS[manifold], inhibitor=INHIBITORS[inhibitor], trainable=trainable,
+                                generator=generator(), **settings)
+
+
+@needs_cpp
+def test_compiled_loss():
+    """Through inductor to machine code."""
+    with mk.backend("cpp"):
+        assert_as_eager(Net(regularizer()), draw_weight(5, 12))
+
+
+# With "aot_eager" everything but the last step, inductor's code.
+
+@pytest.mark.parametrize("manifold,inhibitor,power,trainable", [
+    ("mixed", "dog", 1.0, True), ("klein", "sinusoid", 2.0, True), ("circle", "tabulated", 1.5, True),
+    ("s3", "ricker", 2.7, False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_in_one_graph(backend, manifold, inhibitor, power, trainable):
+    net = Net(regularizer(manifold, inhibitor, power=power, trainable=trainable))
+    with mk.backend(backend):
+        assert_as_eager(net, draw_weight(5, 12), backend="aot_eager")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_with_a_bare_callable(backend):
+    def penalty(weight: Tensor, rows: Tensor) -> Tensor:
+        return mk.moduli_penalty(weight, rows, manifold="torus", inhibitor=bump) * 2
+
+    weight, rows = draw_weight(12, 12).requires_grad_(), draw_points("torus", 12).requires_grad_()
+    with mk.backend(backend):
+        value = torch.compile(penalty, fullgraph=True, backend="aot_eager")(weight, rows)
+        value.backward()
+    want = expected(weight, rows, manifold="torus", inhibitor=bump, grad=2.0)
+    for got, wanted in ((value / 2, want.value), (weight.grad, want.weight), (rows.grad, want.rows)):
+        assert relative_error(got, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"blocks": 2}, {"mask": True}, {"kernel": (3,)}, {"dtype": torch.float64},
+                                      {"dtype": torch.bfloat16}, {"reduction": "sum", "strength": 0.1}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_settings(backend, settings):
+    settings = dict(settings)
+    dtype, kernel = settings.pop("dtype", torch.float32), settings.pop("kernel", ())
+    weight = draw_weight(settings.get("blocks", 1) * 8, 11, *kernel, dtype=dtype).requires_grad_()
+    rows, cols = (draw_points("torus", n, n).requires_grad_() for n in (8, 11))
+    mask = torch.rand(weight.shape, generator=generator()) < 0.5 if settings.pop("mask", False) else None
+
+    def penalty(*tensors: Tensor) -> Tensor:
+        return mk.moduli_penalty(*tensors, manifold="torus", power=1.5, mask=mask, **settings)
+
+    leaves = (weight, rows, cols)
+    with mk.backend(backend):
+        eager, compiled = penalty(*leaves), torch.compile(penalty, fullgraph=True, backend="aot_eager")(*leaves)
+        assert compiled.dtype == eager.dtype and relative_error(compiled, eager) <= 1e-6
+        for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves)):
+            assert a.dtype == b.dtype and relative_error(a, b) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", ["transposed", "rows", "columns"])
+def test_compiled_with_strides(layout):
+    base = draw_weight(24, 24).requires_grad_()
+    take = {"transposed": lambda w: w[:12, :10].T, "rows": lambda w: w[:20:2, :12], "columns": lambda w: w[:10, 5:17]}[layout]
+    rows, cols = draw_points("torus", 10, 1), draw_points("torus", 12, 2)
+
+    def penalty(w: Tensor) -> Tensor:
+        return mk.moduli_penalty(take(w), rows, cols, manifold="torus")
+
+    with mk.backend("cpp"):
+        eager = torch.autograd.grad(penalty(base), base)[0]
+        compiled = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(base), base)[0]
+    assert relative_error(compiled, eager) <= 1e-6
+
+
+@needs_cpp
+def test_dynamic_shapes():
+    """One graph for all sizes from 2 on (torch.compile always takes 0 and 1 apart)."""
+    def penalty(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        return mk.moduli_penalty(weight, rows, cols, manifold="torus")
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(penalty, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for n, m in ((5, 8), (6, 17), (40, 3)):
+        leaves = [t.requires_grad_() for t in (draw_weight(n, m), draw_points("torus", n, 1), draw_points("torus", m, 2))]
+        want = expected(*leaves, manifold="torus")
+        value = compiled(*leaves)
+        assert relative_error(value, want.value) <= 1e-6
+        for gradient, wanted in zip(torch.autograd.grad(value, leaves), want[1:]):
+            assert relative_error(gradient, wanted) <= 1e-5
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
+
+
+@needs_cpp
+def test_strength_changed_between_steps():
+    """A schedule of ten strengths does not run into the limit of recompilations (8)."""
+    reg, weight = regularizer(), draw_weight(12, 12)
+    compiled = torch.compile(reg, fullgraph=True, backend="aot_eager")
+    with mk.backend("cpp"):
+        for k in range(10):
+            reg.strength = 0.1 * k
+            assert relative_error(compiled(weight), reg(weight).double()) <= 1e-6
+
+
+@needs_cpp
+def test_the_compiled_graph_holds_the_op():
+    """Not a formula that was traced through: one op, and in backward one more."""
+    names = []
+
+    def record(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    weight, rows = draw_weight(8, 8).requires_grad_(), draw_points("torus", 8).requires_grad_()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    with mk.backend("cpp"):
+        torch.compile(lambda w, e: mk.moduli_penalty(w, e, manifold="torus"), fullgraph=True, backend=backend)(
+            weight, rows).backward()
+    ours = [name for name in names if name.startswith("moduli_kernels")]
+    assert ours == ["moduli_kernels.penalty.default", "moduli_kernels.penalty_grads.default"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_without_gradients(backend):
+    weight, rows = draw_weight(8, 8).requires_grad_(), draw_points("torus", 8)
+    compiled = torch.compile(lambda w: mk.moduli_penalty(w, rows, manifold="torus"), fullgraph=True, backend="aot_eager")
+    with mk.backend(backend), torch.no_grad():
+        assert relative_error(compiled(weight), expected(weight, rows, manifold="torus").value) <= 1e-6
+
+
+def test_compiled_regularization_reads_weights_afresh():
+    """The loop of the README with the whole loss compiled. (nn.RNN, LSTM, GRU torch.compile itself refuses.)"""
+    torch.manual_seed(0)
+    cell = nn.GRUCell(4, 10)
+    reg = mk.regularize(cell, manifold="torus", strength=0.1, generator=generator())
+    compiled = torch.compile(lambda: reg() * 2, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        assert relative_error(compiled(), 2 * reg().double()) <= 1e-6
+        with torch.no_grad():
+            cell.weight_hh.mul_(1.5)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_sparse_weights_run_outside_the_graph():
+    """torch.compile does not take sparse tensors: the penalty then runs as without it."""
+    weight, rows = draw_weight(6, 6).to_sparse_csr(), draw_points("torus", 6)
+
+    @torch.compile(backend="eager")
+    def penalty(w: Tensor) -> Tensor:
+        return mk.moduli_penalty(w, rows, manifold="torus")
+
+    assert torch.equal(penalty(weight), mk.moduli_penalty(weight, rows, manifold="torus"))
