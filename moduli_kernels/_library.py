@@ -125,7 +125,8 @@ def _load_cpu_ops() -> str | None:
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     path = pathlib.Path(__file__).with_name("_cpu_ops" + suffix)
     if not path.exists():
-        return "the extension is not built (run `make build`, or pip install with a C++ compiler present)"
+        return ("the extension is not built (run `make build`; or install torch first and then this package, with "
+                "pip install --no-build-isolation and a C++ compiler)")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
