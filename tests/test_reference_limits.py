@@ -51,15 +51,14 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", MANIFOLDS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_no_second_matrix_is_made(monkeypatch, name, masked):
+@pytest.mark.parametrize("blocks, masked", [(1, False), (1, True), (4, False)])
+def test_no_second_matrix_is_made(monkeypatch, name, blocks, masked):
     n, tile = 128, 1 << 11
     monkeypatch.setattr(reference, "TILE", tile)
-    weight, rows = draw_weight(n, n), draw_points(name, n)
+    weight, rows, cols = draw_weight(n, n), draw_points(name, n // blocks), draw_points(name, n, seed=1)
     mask = draw_mask(n, n) if masked else None
-    known = (weight, rows) if mask is None else (weight, rows, mask)
-    with Allocations(*known) as made:
-        _, grads = run(weight, rows, mask=mask, what=penalty(name))
+    with Allocations(*(t for t in (weight, rows, cols, mask) if t is not None)) as made:
+        _, grads = run(weight, rows, cols, mask, penalty(name, blocks=blocks))
     assert made.sizes.pop(grads.weight.untyped_storage().data_ptr()) == 4 * n * n
     assert max(made.sizes.values()) <= 4 * tile  # float32; n x n x 4 bytes is 8 times as much
 
