@@ -56,6 +56,8 @@ class Case:
     peers: "all" forms; "fast": those that come near being fastest, for the sweep and variants.
     release: whether the previous gradient is dropped inside the timed region, as optimizer.zero_grad() does.
     allocators: the settings of malloc under which the case is run (see conftest.py).
+    seed: with 0, two of 2048 points on the torus are exactly half a period apart, where the gradient is a choice and
+    forms that are equally right differ.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Case:
     grad_output: float = 1.0
     release: bool = False
     allocators: tuple[str, ...] = ("retained",)
-    seed: int = 0
+    seed: int = 1
 
     @property
     def manifold(self) -> Manifold:

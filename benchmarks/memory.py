@@ -3,6 +3,7 @@
     python -m benchmarks.memory CASE [--peer NAME] [--quick]      prints a JSON record
 
 The peak is the kernel's high-water mark of resident memory (Linux), which sees every allocation, whoever makes it.
+It is exact to about 0.1 MB, since Linux counts pages in batches.
 malloc is told to give back freed memory at once, so that nothing kept from the warm-up hides a later need.
 """
 from __future__ import annotations

@@ -9,7 +9,6 @@ contestants share their storage. Forms under torch.compile (dynamic=False, one g
     hand-derived        value and gradients written out; the compiler may fuse them all
     symmetric           hand-derived, and with rows and columns sharing their points the column sums of dE are row
                         sums of the transpose: dE_i = sum_j (t_ij + t_ji) ds_ij/dx_i. One pass, W read twice
-    ..., value by dot   the same, and the value is <W, dW> (true for power 1) by BLAS
     (acos)              on spheres, the angle as acos of the inner product: fast, loses half the digits near 0 and pi
     cached              frozen points: the (n, n) coefficients once, then multiplied
 """
@@ -116,7 +115,6 @@ class Peers:
             self._by_hand("hand-derived (acos)", "compiled", _compile(self._derived(acos)))
             self._by_hand("hand-derived, symmetric (acos)", "compiled", _compile(self._derived(acos, symmetric=True)))
         if case.headline:
-            self._by_hand("hand-derived, symmetric, value by dot", "compiled", _compile(self._by_dot()))
             self._autograd("stacked", "compiled", _compile(self._formula(case.manifold, stacked=True)))
             tuned = _compile(self._derived(case.manifold, symmetric=True), mode="max-autotune")
             self._by_hand("hand-derived, symmetric (max-autotune)", "compiled", tuned)
@@ -199,17 +197,6 @@ class Peers:
                 return value, dweight, manifold.pull_back(points, points, slope * (a + a.T))[0]
             rows, cols = manifold.pull_back(points, points, slope * a)
             return value, dweight, rows + cols
-
-        return derived
-
-    def _by_dot(self) -> Callable[[Tensor, Tensor], Gradients]:
-        manifold, inhibitor, scale = self.case.manifold, self.inhibitor, self.scale * self.case.grad_output
-
-        def derived(weight: Tensor, points: Tensor) -> Gradients:
-            s, a = manifold.squared_distance(points, points), weight.abs()
-            dweight = scale * inhibitor.from_squared(s) * torch.sign(weight)
-            dpoints = manifold.pull_back(points, points, scale * inhibitor.slope(s) * (a + a.T))[0]
-            return torch.dot(dweight.view(-1), weight.view(-1)), dweight, dpoints
 
         return derived
 
