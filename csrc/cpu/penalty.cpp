@@ -79,7 +79,7 @@ int64_t floor_power_of_two(int64_t n) {
 TaskGrid task_grid(int64_t rows, int64_t columns) {
   const int64_t row_chunks = floor_power_of_two(std::min<int64_t>(rows / 128, 128));
   const int64_t column_chunks =
-      row_chunks >= 8 ? 1 : floor_power_of_two(std::min<int64_t>(columns / TILE, 8 / row_chunks));
+      row_chunks >= 8 ? 1 : floor_power_of_two(std::min<int64_t>(columns / tile_width(columns), 8 / row_chunks));
   return {row_chunks, column_chunks};
 }
 
@@ -203,6 +203,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.scale = settings.scale;
   p.need_points = need_points;
   p.grid = task_grid(p.rows, p.columns);
+  p.tile = tile_width(p.columns);
 
 
   const std::vector<int64_t> none{0};
@@ -234,7 +235,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
 
   const auto run = run_of(T());
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[scratch_size<T>(p.coordinates) + 16]);
+    std::unique_ptr<T[]> scratch(new T[scratch_size<T>(p.coordinates, p.tile) + MAX_LANES]);
     auto aligned = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
     for (int64_t task = begin; task < end; ++task) run(p, task, aligned);
   });

@@ -50,11 +50,22 @@ struct PenaltyProblem {
   T* row_parts;              // [column chunk][coordinate][row]
   T* column_parts;           // [row chunk][coordinate][column_stride]
   TaskGrid grid;
+  int64_t tile;  // tile_width(columns)
 };
 
-constexpr int64_t TILE = 512;  // columns a tile: its buffers stay in the first-level cache
-
 constexpr int64_t MAX_LANES = 16;
+
+// Columns a tile, whole packs: few and of equal width, for each has a start-up cost a row, yet narrow enough for its
+// buffers to stay in the first-level cache.
+constexpr int64_t tile_width(int64_t columns) {
+  constexpr int64_t WIDEST_ALONE = 768, WIDE = 512;
+  const int64_t tiles = columns <= WIDEST_ALONE ? 1 : (columns + WIDE - 1) / WIDE;
+  const int64_t packs = (columns + tiles * MAX_LANES - 1) / (tiles * MAX_LANES);
+  return packs > 0 ? packs * MAX_LANES : MAX_LANES;
+}
+
+// Between buffers of a tile: a pack more than its width, so that they do not all fall on the same lines of the cache.
+constexpr int64_t buffer_stride(int64_t width) { return width + MAX_LANES; }
 
 constexpr int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t size, int64_t multiple) {
   const int64_t units = (size + multiple - 1) / multiple;
@@ -67,8 +78,8 @@ template <typename T>
 using RunTask = void (*)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
 
 template <typename T>
-constexpr size_t scratch_size(int64_t coordinates) {
-  return static_cast<size_t>((2 * coordinates + 8) * TILE);
+constexpr size_t scratch_size(int64_t coordinates, int64_t width) {
+  return static_cast<size_t>((2 * coordinates + 8) * buffer_stride(width));
 }
 
 // grads *= factor

@@ -82,7 +82,7 @@ inline void points_row(const PenaltyProblem<T>& p, int64_t i, int64_t n, const T
     const int64_t kind = p.factors[2 * q], end = c + p.factors[2 * q + 1];
     const int64_t unmirrored = kind == KLEIN ? c + 1 : -1;
     for (; c < end; ++c) {
-      const T *g = tile.g + c * TILE, *g_column = tile.g_column + c * TILE;
+      const T *g = tile.g + c * tile.stride, *g_column = tile.g_column + c * tile.stride;
       T* sums = column_parts + c * p.column_stride;
       row_parts[c * p.rows + i] += c == unmirrored ? points_loop<T, false>(tile.t, g, g_column, sums, n)
                                                    : points_loop<T, true>(tile.t, g, g_column, sums, n);
@@ -109,7 +109,7 @@ inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_
   traffic.rest(packs);
   const bool plane = GRADS && p.blocks == 1 && p.factor_count == 1 && p.factors[0] == FLAT && p.factors[1] == 2;
   T row_sums[2];
-  const PlaneSums<T> sums{tile.g, tile.g + TILE, column_parts, column_parts + p.column_stride, row_sums};
+  const PlaneSums<T> sums{tile.g, tile.g + tile.stride, column_parts, column_parts + p.column_stride, row_sums};
   double value = 0;
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t row = b * p.rows + i;
@@ -157,9 +157,9 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
   const int64_t row_chunk = task / p.grid.column_chunks, column_chunk = task % p.grid.column_chunks;
   const int64_t i0 = chunk_begin(row_chunk, p.grid.row_chunks, p.rows, 1);
   const int64_t i1 = chunk_begin(row_chunk + 1, p.grid.row_chunks, p.rows, 1);
-  const int64_t begin = chunk_begin(column_chunk, p.grid.column_chunks, p.columns, TILE);
-  const int64_t end = chunk_begin(column_chunk + 1, p.grid.column_chunks, p.columns, TILE);
-  Tile<T> tile(scratch, p.coordinates);
+  const int64_t begin = chunk_begin(column_chunk, p.grid.column_chunks, p.columns, p.tile);
+  const int64_t end = chunk_begin(column_chunk + 1, p.grid.column_chunks, p.columns, p.tile);
+  Tile<T> tile(scratch, p.coordinates, p.tile);
   T* row_parts = GRADS ? p.row_parts + column_chunk * p.coordinates * p.rows : nullptr;
   T* column_parts = GRADS ? p.column_parts + row_chunk * p.coordinates * p.column_stride : nullptr;
   for (int64_t c = 0; GRADS && c < p.coordinates; ++c) {
@@ -171,12 +171,12 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
   int64_t sent_count = 0;
   for (int64_t i = i0; i < i1; i += ROW_BLOCK) {
     const int64_t block_end = i + ROW_BLOCK < i1 ? i + ROW_BLOCK : i1;
-    for (int64_t j0 = begin; j0 < end; j0 += TILE) {
-      const int64_t n = end - j0 < TILE ? end - j0 : TILE;
+    for (int64_t j0 = begin; j0 < end; j0 += p.tile) {
+      const int64_t n = end - j0 < p.tile ? end - j0 : p.tile;
       for (int64_t row = i; row < block_end; ++row) {
-        const bool down = row + 1 < block_end, right = j0 + TILE < end;
+        const bool down = row + 1 < block_end, right = j0 + p.tile < end;
         Traffic<T> traffic = down    ? traffic_before(p, row + 1, j0)
-                             : right ? traffic_before(p, i, j0 + TILE)
+                             : right ? traffic_before(p, i, j0 + p.tile)
                                      : traffic_before(p, block_end < i1 ? block_end : i, begin);
         traffic.from = tile.dw;
         traffic.to = sent;

@@ -1,4 +1,4 @@
-// The stages of a tile: one row point against n <= TILE column points. Each stage is one loop over buffers in the
+// The stages of a tile: one row point against n column points, n at most a tile. Each stage is one loop over buffers in the
 // first-level cache, so that manifolds, inhibitors and powers add instead of multiplying. Loops run over packs; the
 // buffers, the points and their padding hold whole packs, and n is a multiple of LANES.
 #pragma once
@@ -12,15 +12,19 @@ namespace moduli::MODULI_NAMESPACE {
 template <typename T>
 using V = typename Pack<T>::V;
 
-// Buffers of a tile, all [TILE]; per coordinate c at c * TILE.
+// Buffers of a tile, `stride` elements apart; of coordinate c at c * stride.
 template <typename T>
 struct Tile {
   T *s, *f, *slope, *t, *w, *dw, *minus, *plus;
   T *g, *g_column;  // (1/2) ds/dx and, where it is not -g (the Klein bottle's second coordinate), (1/2) ds/dy
 
-  Tile(T* scratch, int64_t k)
-      : s(scratch), f(s + TILE), slope(f + TILE), t(slope + TILE), w(t + TILE), dw(w + TILE), minus(dw + TILE),
-        plus(minus + TILE), g(plus + TILE), g_column(g + k * TILE) {}
+  int64_t stride;
+
+  Tile(T* scratch, int64_t k, int64_t width)
+      : s(scratch), f(s + buffer_stride(width)), slope(f + buffer_stride(width)), t(slope + buffer_stride(width)),
+        w(t + buffer_stride(width)), dw(w + buffer_stride(width)), minus(dw + buffer_stride(width)),
+        plus(minus + buffer_stride(width)), g(plus + buffer_stride(width)), g_column(g + k * buffer_stride(width)),
+        stride(buffer_stride(width)) {}
 };
 
 // --- distance: s and g ------------------------------------------------------------------------------------------
@@ -63,14 +67,15 @@ struct KleinDistance {
   T xa, xb;
   const T *ya, *yb;
   T *g, *g_column;
+  int64_t stride;
 
   V<T> operator()(int64_t j) const {
     V<T> s, ga, gx, gy;
     klein.eval(xa, xb, load_pack<V<T>>(ya + j), load_pack<V<T>>(yb + j), s, ga, gx, gy);
     if (GRADS) {
       store_pack(g + j, ga);
-      store_pack(g + TILE + j, gx);
-      store_pack(g_column + TILE + j, gy);
+      store_pack(g + stride + j, gx);
+      store_pack(g_column + stride + j, gy);
     }
     return s;
   }
@@ -114,7 +119,7 @@ inline void sphere(const Sphere<T> ball, const T* x, int64_t x_stride, const T* 
     const T* yc = y + c * y_stride;
 #pragma omp simd
     for (int64_t j = 0; j < n; j += Pack<T>::LANES)
-      store_pack(g + c * TILE + j, load_pack<V<T>>(minus + j) * (xc - load_pack<V<T>>(yc + j)));
+      store_pack(g + c * tile.stride + j, load_pack<V<T>>(minus + j) * (xc - load_pack<V<T>>(yc + j)));
   }
 }
 
@@ -124,17 +129,18 @@ struct FactorView {
   const T *x, *y;
   int64_t rows, columns;
   T *g, *g_column;
+  int64_t stride;  // of g
   const double* parameter;
 
   __attribute__((always_inline)) LineDistance<T, GRADS> line(int64_t c) const {
-    return {FlatAxis<T>(T(parameter[c])), x[c * rows], y + c * columns, g + c * TILE};
+    return {FlatAxis<T>(T(parameter[c])), x[c * rows], y + c * columns, g + c * stride};
   }
   __attribute__((always_inline)) PlaneDistance<T, GRADS> plane(int64_t c) const {
     const LineDistance<T, GRADS> a = line(c), b = line(c + 1);
     return {a.axis, b.axis, a.x, b.x, a.y, b.y, a.g, b.g};
   }
   KleinDistance<T, GRADS> klein() const {
-    return {KleinBottle<T>(T(parameter[0]), T(parameter[1])), x[0], x[rows], y, y + columns, g, g_column};
+    return {KleinBottle<T>(T(parameter[0]), T(parameter[1])), x[0], x[rows], y, y + columns, g, g_column, stride};
   }
 };
 
@@ -142,7 +148,8 @@ template <typename T, bool GRADS>
 inline FactorView<T, GRADS> factor_view(const PenaltyProblem<T>& p, int64_t first, const double* parameter, int64_t i,
                                         int64_t j0, const Tile<T>& tile) {
   return {p.row_points + first * p.row_point_stride + i, p.column_points + first * p.column_stride + j0,
-          p.row_point_stride, p.column_stride, tile.g + first * TILE, tile.g_column + first * TILE, parameter};
+          p.row_point_stride, p.column_stride, tile.g + first * tile.stride, tile.g_column + first * tile.stride,
+          tile.stride, parameter};
 }
 
 template <typename T, bool FIRST, bool GRADS>
