@@ -20,12 +20,14 @@ from .inhibitors import (
     Sinusoid,
     TabulatedInhibitor,
 )
+from .lottery import reinitialize_, rewind_
 from .manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Product, Sphere, manifold
 from .ordering import manifold_order
 from .penalty import moduli_penalty
-from .pruning import MagnitudePruner, linear_schedule, reinitialize_, rewind_
+from .pruning import MagnitudePruner
 from .regularize import Regularization, Target, regularize
 from .regularizer import CoefficientRegularizer, ModuliRegularizer
+from .schedules import linear_schedule
 
 __all__ = [
     "Circle", "CoefficientRegularizer", "Constant", "DifferenceOfGaussians", "Diffusion", "Euclidean", "FlatTorus",

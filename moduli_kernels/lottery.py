@@ -1,0 +1,135 @@
+"""The lottery: fresh or earlier weights on the masks that pruning found (paper, section 5)."""
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pruning import MagnitudePruner
+
+
+@torch.no_grad()
+def reinitialize_(model: nn.Module, pruner: MagnitudePruner,
+                  init_fn: Callable[[nn.Module], Any] | None = None,
+                  generator: torch.Generator | None = None) -> None:
+    """The lottery: fresh weights, same masks. Make a new optimizer afterwards, and a new pruner on it.
+
+    Args:
+        init_fn: called with the model; None calls every submodule's `reset_parameters()`, children first, so
+            that a parent may refine them. Frozen parameters of modules without one stay as they are.
+        generator: makes torch's draws reproducible and leaves the global generators (CPU, CUDA) as they were.
+
+    Raises ValueError where the pruner's modules are not in the model, or where a trainable parameter was not
+    set afresh; then the model is as it was.
+    """
+    _mask_keys(model, pruner)
+    with _restored_on_error(model), _drawing_from(generator, model):
+        if init_fn is None:
+            _reset(model)
+        else:
+            init_fn(model)
+        pruner.apply()
+
+
+def _reset(model: nn.Module) -> None:
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for _, parameter in trainable:
+        parameter.fill_(math.nan)  # what nobody resets is still NaN below
+    for module in reversed(list(model.modules())):
+        # nn.MultiheadAttention and nn.Transformer have theirs under the underscored name.
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+    stale = [name for name, p in trainable if p.isnan().any()]
+    if stale:
+        raise ValueError(
+            f"model must set every trainable parameter in some reset_parameters(), got none that sets "
+            f"{', '.join(stale)}; pass init_fn, or freeze what should stay."
+        )
+
+
+@torch.no_grad()
+def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, Any]) -> None:
+    """Earlier weights, same masks. Masks in `state_dict` are ignored; all else must fit the model exactly.
+
+    Raises ValueError where it does not, where `state_dict` holds the model's own live tensors (a state_dict()
+    that was not copied), or where the pruner's modules are not in the model; then the model is as it was.
+    """
+    masks = _mask_keys(model, pruner)
+    for key, parameter in model.named_parameters():
+        earlier = state_dict.get(key)
+        if isinstance(earlier, Tensor) and earlier.numel() and earlier.data_ptr() == parameter.data_ptr():
+            raise ValueError(
+                f"state_dict must hold earlier weights, got the model's own live tensor at {key!r}; save "
+                "copy.deepcopy(model.state_dict()) before training."
+            )
+    now = model.state_dict()
+    merged = {key: value for key, value in state_dict.items() if key not in masks}
+    merged.update((key, now[key]) for key in masks if key in now)
+    with _restored_on_error(model):
+        try:
+            model.load_state_dict(merged)
+        except RuntimeError as error:
+            message = f"state_dict must fit the model, pass one saved from this model: {error}"
+            raise ValueError(message) from error
+        pruner.apply()
+
+
+def _mask_keys(model: nn.Module, pruner: MagnitudePruner) -> set[str]:
+    """The pruner's masks as the model's state_dict names them (several names where a module is shared)."""
+    paths = list(model.named_modules(remove_duplicate=False))
+    keys = set()
+    for weight in pruner._weights:
+        for module, name in weight.owners:
+            found = [path for path, m in paths if m is module]
+            if not found:
+                raise ValueError(
+                    f"pruner must prune modules of the model, got {weight.key} of a {type(module).__name__} "
+                    "that is not in it; after a deepcopy make a new MagnitudePruner on the copy."
+                )
+            keys.update(f"{path}.{name}_mask" if path else f"{name}_mask" for path in found)
+    return keys
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts parameters and buffers back as they were when the block raises."""
+    before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    except BaseException:
+        for tensor, old in before:
+            tensor.copy_(old)
+        raise
+
+
+@contextlib.contextmanager
+def _drawing_from(generator: torch.Generator | None, model: nn.Module) -> Iterator[None]:
+    """Global draws follow from `generator` inside the block and go on after it as if none had been made."""
+    if generator is None:
+        yield
+        return
+    if not isinstance(generator, torch.Generator):
+        kind = type(generator).__name__
+        raise TypeError(
+            f"generator must be a torch.Generator, got a {kind}; pass torch.Generator().manual_seed(0)."
+        )
+    devices = {p.device for p in model.parameters()}
+    others = {d.type for d in devices} - {"cpu", "cuda"}
+    if others:
+        raise ValueError(
+            "generator must be None for a model outside CPU and CUDA, got one for "
+            f"{', '.join(sorted(others))}; initialize the model on the CPU."
+        )
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    gpus = sorted(d.index for d in devices if d.type == "cuda")
+    with torch.random.fork_rng(devices=gpus, device_type="cuda"):
+        # Not torch.manual_seed: it would seed GPUs that are not put back.
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield

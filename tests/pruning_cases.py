@@ -1,0 +1,54 @@
+"""What the tests of pruning share: modules to prune, a loss, and the count of what is cut."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Weights(nn.Module):
+    """A module that owns the given tensors as w0, w1, ..."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_parameter(f"w{i}", nn.Parameter(tensor))
+
+    def targets(self) -> list[tuple[nn.Module, str]]:
+        return [(self, name) for name in self._parameters]
+
+
+class Net(nn.Module):
+    """Encoder, recurrent net, read-out: (steps, batch, 3) -> (batch, 2)."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder = nn.Linear(3, 6)
+        self.rnn = nn.RNN(6, 8)
+        self.decoder = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.rnn(self.encoder(x))[0][-1])
+
+    def targets(self) -> list[tuple[nn.Module, str]]:
+        return [(self.encoder, "weight"), (self.rnn, "weight_hh_l0"), (self.rnn, "weight_ih_l0"),
+                (self.decoder, "weight")]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def targets(self):
+        return [(self.encoder, "weight"), (self.decoder, "weight")]
+
+
+def loss_of(net: nn.Module, seed: int = 1) -> torch.Tensor:
+    x = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(seed))
+    return (net(x) - 1).square().sum()
+
+
+def cut_count(targets) -> int:
+    return sum(int((~getattr(m, f"{n}_mask")).sum()) for m, n in targets)
