@@ -67,7 +67,8 @@ MODULI_HD V atan2_positive(V a, V b) {
   p = p * u + 1.9998639e-1f;
   p = p * u - 3.3333302e-1f;
   const V angle = p * u * q + q;
-  return a > b ? 1.57079633f - angle : angle;
+  // pi/2 in two parts, for its rounding alone is 4.4e-8
+  return a > b ? 1.57079637f - (angle + 4.37113883e-8f) : angle;
 }
 MODULI_HD double atan2_positive(double a, double b) { return std::atan2(a, b); }
 

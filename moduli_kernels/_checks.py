@@ -6,6 +6,7 @@ GPU unless they look at values the user hands over once (points of an embedding)
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -21,7 +22,7 @@ def _kind(value: Any) -> str:
 
 def positive(name: str, value: float) -> float:
     """A positive finite number, as float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a positive finite number, got {_kind(value)}; pass a float such as 5.0.")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}; pass a float such as 5.0.")
@@ -30,7 +31,7 @@ def positive(name: str, value: float) -> float:
 
 def finite(name: str, value: float) -> float:
     """A finite number, as float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a finite number, got {_kind(value)}; pass a float such as 0.1.")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}; pass a float such as 0.1.")
@@ -38,7 +39,7 @@ def finite(name: str, value: float) -> float:
 
 
 def positive_int(name: str, value: int, minimum: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer of at least {minimum}, got {_kind(value)}; pass an int.")
     if value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value}; pass a larger one.")
@@ -114,8 +115,10 @@ def embedding_points(points: torch.Tensor, n: int, manifold: Any) -> None:
 
 
 def zero_vectors(points: torch.Tensor, manifold: Any) -> None:
-    """points (n, c): columns of one sphere; the origin has no direction to normalize."""
-    zero = (points == 0).all(1).nonzero()
+    """points (n, c): columns of one sphere; the origin has no direction to normalize, nor has, in its dtype, a vector
+    whose length rounds to 0 or overflows."""
+    norm = points.norm(dim=1)
+    zero = ((norm == 0) | norm.isinf()).nonzero()
     if len(zero):
         raise ValueError(
             f"points must not hold a zero vector on {manifold} (it cannot be normalized), got one at row "
@@ -232,7 +235,7 @@ def coefficient_tensor(coefficients: torch.Tensor) -> None:
 # --- regularizers ----------------------------------------------------------------------------------------------
 
 def embedding_size(name: str, n: Any) -> None:
-    if isinstance(n, bool) or not isinstance(n, int):
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
         raise TypeError(
             f"{name} must be a number of neurons or a ManifoldEmbedding, got {_kind(n)}; pass for example 128."
         )

@@ -315,7 +315,7 @@ class KleinBottle(Manifold):
         return (torch.stack([along.sum(1), x_side.sum(1)], 1), torch.stack([-along.sum(0), y_side.sum(0)], 1))
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Product(Manifold):
     """The Riemannian product: columns concatenated in the order given, s = sum_i s_i."""
 
@@ -328,6 +328,9 @@ class Product(Manifold):
             if not isinstance(m, Manifold):
                 raise TypeError(f"manifolds[{i}] must be a Manifold, got {type(m).__name__}; pass for example Sphere().")
         object.__setattr__(self, "manifolds", tuple(f for m in manifolds for f in m.factors()))
+
+    def __repr__(self) -> str:
+        return f"Product({', '.join(map(repr, self.manifolds))})"
 
     @property
     def ambient_dim(self) -> int:

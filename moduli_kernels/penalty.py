@@ -10,7 +10,10 @@ from . import _backend, _checks, _encoding, reference
 from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
 from .manifolds import Manifold, manifold as resolve_manifold
 
-_ops = torch.ops.moduli_kernels
+_penalty = torch.ops.moduli_kernels.penalty.default
+_penalty_with_grads = torch.ops.moduli_kernels.penalty_with_grads.default
+_penalty_grads = torch.ops.moduli_kernels.penalty_grads.default
+_scale_grads_ = torch.ops.moduli_kernels.scale_grads_.default
 
 
 def moduli_penalty(
@@ -116,16 +119,16 @@ class _OpRunner:
                 None if mask is None else mask.contiguous(), table, *self.code)
 
     def value(self, *tensors) -> Tensor:
-        return _ops.penalty(*self._arguments(*tensors))
+        return _penalty(*self._arguments(*tensors))
 
     traced = value  # `penalty` has a registered autograd formula
 
     def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
-        value, *grads = _ops.penalty_with_grads(*self._arguments(weight, rows, cols, mask), need_weight, need_points)
+        value, *grads = _penalty_with_grads(*self._arguments(weight, rows, cols, mask), need_weight, need_points)
         return value, self._present(grads, need_weight, need_points, cols)
 
     def grads(self, grad, weight, rows, cols, mask, need_weight, need_points):
-        grads = _ops.penalty_grads(grad, *self._arguments(weight, rows, cols, mask), need_weight, need_points)
+        grads = _penalty_grads(grad, *self._arguments(weight, rows, cols, mask), need_weight, need_points)
         return self._present(grads, need_weight, need_points, cols)
 
     @staticmethod
@@ -135,7 +138,9 @@ class _OpRunner:
 
     @staticmethod
     def scale_(grads, grad) -> None:
-        _ops.scale_grads_([g for g in grads if g is not None], grad)
+        if grad.device.type == "cpu" and grad.item() == 1:  # loss = criterion + penalty: nothing to do
+            return
+        _scale_grads_([g for g in grads if g is not None], grad)
 
 
 class _ReferenceRunner:
@@ -173,7 +178,7 @@ class _ReferenceRunner:
 def _runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRunner:
     backend = _backend.active(weight.device.type)
     code, inhibitor = _encoding.encode_manifold(what.manifold), _encoding.encode_inhibitor(what.inhibitor)
-    if not torch.compiler.is_compiling():
+    if (code is None or inhibitor is None) and not torch.compiler.is_compiling():
         if code is None:
             Manifold.warn_tiled(type(what.manifold).__name__, "the manifold")
         if inhibitor is None:
