@@ -43,7 +43,7 @@ def modes(task: str) -> dict[str, Mode]:
         world = {"landmarks": 128, "width_cm": 24, "batch": 50}
         common = {"lr": 2e-3, "strength": 0.1}
         settings = {
-            **common, "batches": 100, "sizes": {**world, "hidden": 512, "steps": 20},
+            **common, "batches": 85, "sizes": {**world, "hidden": 512, "steps": 20},
             # Steps of 5 %, so that every sparsity wanted is met; before them, at 0 until the task is learned.
             "schedule": [0.0] * 17 + mk.linear_schedule(0.9, 19, hold=4),
         }

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -91,6 +92,8 @@ def _work(config: Config, root: Path, sender: Connection) -> None:
     except BrokenPipeError:  # the parent is gone: nobody waits for the rest
         os._exit(1)
     except Exception as error:
+        if not isinstance(error, RuntimeError):  # those say plainly what is wrong
+            traceback.print_exc()
         sender.send(("failure", f"{type(error).__name__}: {error}"))
 
 
