@@ -257,6 +257,33 @@ def test_create_graph_leaves_the_rest_of_the_loss_alone():
     problem.check(weight_slope, None)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
+def test_torch_func_is_refused(transform):
+    problem = Problem()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        transform(lambda w: mk.moduli_penalty(w, problem.rows.detach(), manifold="torus"))(problem.weight.detach())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("argument", ["weight", "rows"])
+@pytest.mark.parametrize("api", ["func", "dual_level"])
+def test_forward_mode_is_refused(api, argument):
+    """There is no forward derivative: an error, not a tangent of 0."""
+    problem = Problem()
+    tensors = {"weight": problem.weight.detach(), "rows": problem.rows.detach()}
+    x = tensors.pop(argument)
+
+    def penalty(t: Tensor) -> Tensor:
+        return mk.moduli_penalty(**{argument: t}, **tensors, manifold="torus")
+
+    with pytest.raises((NotImplementedError, RuntimeError), match="(?i)forward"):
+        if api == "func":
+            torch.func.jvp(penalty, (x,), (x,))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                penalty(torch.autograd.forward_ad.make_dual(x, x))
+
+
 # --- in the company of other machinery ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("reentrant", [False, True])

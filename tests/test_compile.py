@@ -217,6 +217,30 @@ def test_compiled_with_strides(layout):
     assert relative_error(compiled, eager) <= 1e-6
 
 
+@pytest.mark.parametrize("first", ["compiled", "eager", "inference"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_outlive_the_mode_they_were_made_in(backend, first):
+    """A table is made at its first use and kept: also while tracing, or under inference_mode."""
+    f = mk.TabulatedInhibitor(bump, 25.0, 64)
+    weight, rows = draw_weight(9, 9).requires_grad_(), draw_points("torus", 9).requires_grad_()
+
+    def penalty(w: Tensor, e: Tensor) -> Tensor:
+        return mk.moduli_penalty(w, e, manifold="torus", inhibitor=f)
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    want = expected(weight, rows, manifold="torus", inhibitor=f)
+    f.__dict__.pop("_tables")
+    with mk.backend(backend):
+        if first == "inference":
+            with torch.inference_mode():
+                penalty(weight, rows)
+        for run in (compiled, penalty) if first == "compiled" else (penalty, compiled):
+            value = run(weight, rows)
+            assert relative_error(value, want.value) <= 1e-6
+            for gradient, wanted in zip(torch.autograd.grad(value, (weight, rows)), want[1:]):
+                assert relative_error(gradient, wanted) <= 1e-5
+
+
 @needs_cpp
 def test_dynamic_shapes():
     """One graph for all sizes from 2 on (torch.compile always takes 0 and 1 apart)."""

@@ -311,6 +311,11 @@ def test_targets_that_are_no_pairs(targets, got):
         mk.regularize(LAYER, targets)
 
 
+def test_batches_of_sparse_matrices():
+    with pytest.raises(ValueError, match=re.escape("weight must have 2 dimensions as torch.sparse_csr, got shape (2, 4, 4)")):
+        penalty(draw_weight(2, 4, 4).to_sparse_csr(), draw_points("torus", 2), draw_points("torus", 4))
+
+
 def test_model_that_is_no_module():
     with pytest.raises(TypeError, match="^model must be an nn.Module, got a generator"):
         mk.regularize(LAYER.parameters())

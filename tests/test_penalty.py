@@ -302,6 +302,17 @@ def test_strides(either, view):
     assert relative_error(leaf.grad, other.grad.double()) <= 1e-6
 
 
+def test_strides_of_points_masks_and_images(either):
+    """Points and masks of any strides; a channels-last kernel keeps its layout in the gradient."""
+    weight = draw_weight(6, 10, 3, 3).to(memory_format=torch.channels_last)
+    rows = draw_points("torus6", 12, 1)[::2, 1:3]
+    cols = draw_points("torus", 1, 2).expand(10, 2)
+    mask = (torch.rand(10, 6, 3, 3, generator=generator()) < 0.5).transpose(0, 1)
+    got = penalty_and_gradients(weight, rows, cols, manifold="torus", mask=mask)
+    assert_close(got, expected(weight, rows, cols, manifold="torus", mask=mask), *TOLERANCE[torch.float32])
+    assert got.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_tables_with_equal_samples_are_one_function(either):
     weight, rows = draw_weight(9, 9), draw_points("torus", 9)
     table = mk.TabulatedInhibitor(bump, 8.0, 64)

@@ -236,7 +236,7 @@ def test_parametrized_weights():
 
 def test_parametrized_weights_are_not_taken_for_tied():
     """Their tensors are made anew at each access, perhaps where the last one lay."""
-    model = nn.ModuleList([parametrizations.weight_norm(nn.Linear(4, 5)) for _ in range(6)])
+    model = nn.ModuleList([parametrizations.weight_norm(nn.Linear(4, 5)) for _ in range(40)])
     reg = regularize(model, [(m, "weight") for m in model])
     check(reg, {f"{i}.weight": m.weight for i, m in enumerate(model)})
 

@@ -206,7 +206,7 @@ BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @BAD
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("inhibitor", INHIBITORS)
-@pytest.mark.parametrize("place", [(0, 0), (4, 16), (6, 20)])
+@pytest.mark.parametrize("place", [(0, 0), (6, 20)])
 def test_non_finite_weights_reach_the_value(either, place, inhibitor, dtype, bad):
     weight = draw_weight(7, 21, dtype=dtype)
     weight[place] = bad
@@ -218,7 +218,7 @@ def test_non_finite_weights_reach_the_value(either, place, inhibitor, dtype, bad
 
 @BAD
 @pytest.mark.parametrize("side", ["rows", "cols", "both"])
-@pytest.mark.parametrize("inhibitor", ["dog", "diffusion", "constant", "tabulated", "callable"])
+@pytest.mark.parametrize("inhibitor", ["dog", "constant", "tabulated"])
 @pytest.mark.parametrize("manifold", MANIFOLDS)
 def test_non_finite_points_reach_the_value(either, manifold, inhibitor, side, bad):
     """As NaN, whichever coordinate it is, and wherever f is flat; so do the gradients of the point."""
@@ -230,6 +230,15 @@ def test_non_finite_points_reach_the_value(either, manifold, inhibitor, side, ba
         got = penalty_and_gradients(weight, rows, cols, manifold=m, inhibitor=INHIBITORS[inhibitor])
         assert got.value.isnan()
         assert (got.cols if side == "cols" else got.rows)[3].isnan().any()
+
+
+@pytest.mark.parametrize("inhibitor", ["dog", "constant", "tabulated"])
+@pytest.mark.parametrize("manifold", ["sphere", "s3", "mixed"])
+def test_zero_vector_on_a_sphere_reaches_the_value(either, manifold, inhibitor):
+    """ManifoldEmbedding refuses it; where training makes one, the penalty says so."""
+    rows = draw_points(manifold, 7)
+    rows[3] = 0
+    assert mk.moduli_penalty(draw_weight(7, 7), rows, manifold=manifold, inhibitor=INHIBITORS[inhibitor]).isnan()
 
 
 @needs_cpp
