@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../distance.h"
+#include "../inhibitor.h"
 #include "penalty.h"
 
 namespace moduli {
@@ -129,27 +130,38 @@ struct Points {
     }
   }
 
+  // 0, and NaN for points that are not finite.
+  void zero_gradient(T* to) const {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < coordinates; ++c) {
+        const T x = ready[c * stride + i];
+        to[i * coordinates + c] = x == x ? T(0) : x;
+      }
+  }
+
   // to (count, coordinates) (+)= 2 scale * the sum of `chunks` parts (chunk, coordinate, part_stride), on each sphere
   // projected on the tangent space and divided by |x|.
   void add_gradient(const T* parts, int64_t chunks, int64_t part_stride, double scale, bool add, T* to) const {
-    std::vector<double> g(coordinates);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < coordinates; ++c) {
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[(chunk * coordinates + c) * part_stride + i];
-        g[c] = 2 * scale * sum;
+    torch::stable::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
+      std::vector<double> g(coordinates);
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t c = 0; c < coordinates; ++c) {
+          double sum = 0;
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[(chunk * coordinates + c) * part_stride + i];
+          g[c] = 2 * scale * sum;
+        }
+        for (const auto& [first, k] : spheres) {
+          double radial = 0;
+          for (int64_t c = first; c < first + k; ++c) radial += g[c] * ready[c * stride + i];
+          const double length = norm(i, first, k);
+          for (int64_t c = first; c < first + k; ++c) g[c] = (g[c] - radial * ready[c * stride + i]) / length;
+        }
+        for (int64_t c = 0; c < coordinates; ++c) {
+          T& out = to[i * coordinates + c];
+          out = T(add ? out + g[c] : g[c]);
+        }
       }
-      for (const auto& [first, k] : spheres) {
-        double radial = 0;
-        for (int64_t c = first; c < first + k; ++c) radial += g[c] * ready[c * stride + i];
-        const double length = norm(i, first, k);
-        for (int64_t c = first; c < first + k; ++c) g[c] = (g[c] - radial * ready[c * stride + i]) / length;
-      }
-      for (int64_t c = 0; c < coordinates; ++c) {
-        T& out = to[i * coordinates + c];
-        out = T(add ? out + g[c] : g[c]);
-      }
-    }
+    });
   }
 };
 
@@ -201,7 +213,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.table_samples = table ? table->size(0) : 0;
   p.power = settings.power;
   p.scale = settings.scale;
-  p.need_points = need_points;
+  p.need_points = need_points && p.inhibitor != CONSTANT;  // its slope is 0 everywhere
   p.grid = task_grid(p.rows, p.columns);
   p.tile = tile_width(p.columns);
 
@@ -226,7 +238,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   std::vector<double> value_parts(tasks);
   p.value_parts = value_parts.data();
   std::unique_ptr<T[]> row_parts, column_parts;
-  if (need_points) {
+  if (p.need_points) {
     row_parts.reset(new T[std::max<int64_t>(1, p.grid.column_chunks * p.coordinates * p.rows)]);
     column_parts.reset(new T[std::max<int64_t>(1, p.grid.row_chunks * p.coordinates * p.column_stride)]);
   }
@@ -243,11 +255,14 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   double value = 0;
   for (const double part : value_parts) value += part;
   *static_cast<T*>(result.value.mutable_data_ptr()) = T(value * p.scale);
-  if (need_points) {
+  if (p.need_points) {
     auto drows = static_cast<T*>(result.drows.mutable_data_ptr());
     row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.rows, p.scale, false, drows);
     auto dcols = cols ? static_cast<T*>(result.dcols.mutable_data_ptr()) : drows;
     column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !cols, dcols);
+  } else if (need_points) {
+    row_points.zero_gradient(static_cast<T*>(result.drows.mutable_data_ptr()));
+    if (cols) column_points.zero_gradient(static_cast<T*>(result.dcols.mutable_data_ptr()));
   }
   return result;
 }

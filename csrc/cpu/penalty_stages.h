@@ -171,6 +171,10 @@ inline void factor_stage(const FactorView<T, GRADS>& view, int64_t kind, int64_t
 
 template <typename T, bool GRADS>
 inline void distance_stage(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile) {
+  if (p.inhibitor == CONSTANT && !GRADS) {  // nothing depends on s but whether the points are finite: one column tells
+    const LineDistance<T, false> line{FlatAxis<T>(T(0)), p.row_points[i], p.column_points + j0, nullptr};
+    return distance_loop<T, true>(line, n, tile.s);
+  }
   const double* parameter = p.factor_parameters;
   int64_t first = 0;
   for (int64_t q = 0; q < p.factor_count; ++q) {
