@@ -253,7 +253,8 @@ def test_dynamic_shapes():
     for n, m in ((5, 8), (6, 17), (40, 3)):
         leaves = [t.requires_grad_() for t in (draw_weight(n, m), draw_points("torus", n, 1), draw_points("torus", m, 2))]
         want = expected(*leaves, manifold="torus")
-        value = compiled(*leaves)
+        with mk.backend("cpp"):
+            value = compiled(*leaves)
         assert relative_error(value, want.value) <= 1e-6
         for gradient, wanted in zip(torch.autograd.grad(value, leaves), want[1:]):
             assert relative_error(gradient, wanted) <= 1e-5

@@ -26,6 +26,13 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def cpp():
+    """The promise over threads is the compiled kernels': the reference adds as torch.sum does."""
+    with mk.backend("cpp"):
+        yield
+
+
 def same_bits(one: Result, other: Result) -> bool:
     """Equal, and zeros of equal sign."""
     def bits(t):
@@ -45,12 +52,11 @@ def test_a_hundred_small_runs(backend, manifold):
 
 @needs_cpp
 @pytest.mark.parametrize("manifold", ["torus", "s3"])
-def test_ten_runs_of_650(threads, manifold):
+def test_ten_runs_of_650(cpp, threads, manifold):
     weight, rows = draw_weight(650, 650), draw_points(manifold, 650)
     threads(4)
-    with mk.backend("cpp"):
-        first = penalty_and_gradients(weight, rows, manifold=manifold)
-        assert all(same_bits(penalty_and_gradients(weight, rows, manifold=manifold), first) for _ in range(10))
+    first = penalty_and_gradients(weight, rows, manifold=manifold)
+    assert all(same_bits(penalty_and_gradients(weight, rows, manifold=manifold), first) for _ in range(10))
 
 
 CASES = {  # rows, columns, dtype, settings: of both kinds of task grid, row chunks and column chunks
@@ -68,7 +74,7 @@ CASES = {  # rows, columns, dtype, settings: of both kinds of task grid, row chu
 
 @needs_cpp
 @pytest.mark.parametrize("case", CASES)
-def test_any_number_of_threads(threads, case):
+def test_any_number_of_threads(cpp, threads, case):
     rows, columns, dtype, settings = CASES[case]
     settings = {"manifold": "torus", **settings}
     weight = draw_weight(rows, columns, dtype=dtype)
@@ -79,14 +85,13 @@ def test_any_number_of_threads(threads, case):
         threads(count)
         return penalty_and_gradients(weight, *points, **settings, grad=1.7)
 
-    with mk.backend("cpp"):
-        first = run(1)
-        for count in (2, 4, 1):
-            assert same_bits(run(count), first), f"{count} threads"
+    first = run(1)
+    for count in (2, 4, 1):
+        assert same_bits(run(count), first), f"{count} threads"
 
 
 @needs_cpp
-def test_kernels_and_masks_with_threads(threads):
+def test_kernels_and_masks_with_threads(cpp, threads):
     weight = draw_weight(256, 300, 3)
     mask = torch.rand(weight.shape, generator=generator()) < 0.5
     points = draw_points("sphere", 256, 1), draw_points("sphere", 300, 2)
@@ -98,7 +103,7 @@ def test_kernels_and_masks_with_threads(threads):
 
 
 @needs_cpp
-def test_value_alone_is_the_value_with_gradients(threads):
+def test_value_alone_is_the_value_with_gradients(cpp):
     """Value-only runs, as for logging, show the number that was trained on."""
     for manifold in MANIFOLDS:
         weight, rows = draw_weight(200, 200), draw_points(manifold, 200)
@@ -107,7 +112,7 @@ def test_value_alone_is_the_value_with_gradients(threads):
 
 
 @needs_cpp
-def test_recomputed_gradients_are_those_handed_over():
+def test_recomputed_gradients_are_those_handed_over(cpp):
     """With retain_graph and no loss scale, a second backward gives the bits of the first."""
     weight, rows = draw_weight(200, 200).requires_grad_(), draw_points("torus", 200).requires_grad_()
     value = mk.moduli_penalty(weight, rows, manifold="torus")
