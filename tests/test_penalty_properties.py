@@ -32,7 +32,7 @@ import moduli_kernels as mk
 pytestmark = tiled_warning
 
 COMPILED = [name for name in INHIBITORS | VARIANTS if name != "callable"]
-ROWS = st.sampled_from([0, 1, 2, 3, 7, 16, 31, 64, 101, 127, 128, 129, 257])  # row chunks hold at least 128
+ROWS = st.sampled_from([0, 1, 2, 3, 7, 16, 31, 64, 101, 127, 128, 129, 143, 287, 288, 289])  # row chunks hold at least 144
 COLUMNS = st.sampled_from([0, 1, 2, 3, 15, 16, 17, 31, 97, 511, 512, 513, 1025])  # a tile holds 512
 VIEWS = ["whole", "rows", "columns", "transposed", "steps", "expanded", "shifted"]
 MASKS = ["none", "none", "all", "nothing", "random", "rows"]

@@ -75,10 +75,11 @@ int64_t floor_power_of_two(int64_t n) {
   return p;
 }
 
-// Row chunks of at least 128 rows keep the column parts under 1 % x coordinates of the weight; where rows are few,
-// column chunks give the threads something to do.
+// Row chunks of at least 144 rows keep all that is allocated under 1 % x coordinates of the weight; a multiple of 4
+// shares out evenly. Where rows are few, column chunks give the threads something to do.
 TaskGrid task_grid(int64_t rows, int64_t columns) {
-  const int64_t row_chunks = floor_power_of_two(std::min<int64_t>(rows / 128, 128));
+  const int64_t most = std::min<int64_t>(rows / 144, 128);
+  const int64_t row_chunks = most >= 4 ? most / 4 * 4 : floor_power_of_two(most);
   const int64_t column_chunks =
       row_chunks >= 8 ? 1 : floor_power_of_two(std::min<int64_t>(columns / tile_width(columns), 8 / row_chunks));
   return {row_chunks, column_chunks};
