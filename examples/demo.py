@@ -48,7 +48,7 @@ def modes(task: str) -> dict[str, Mode]:
             "schedule": [0.0] * 17 + mk.linear_schedule(0.9, 19, hold=4),
         }
         tiny = {
-            **common, "batches": 60, "sizes": {**world, "hidden": 128, "steps": 10},
+            **common, "batches": 40, "sizes": {**world, "hidden": 128, "steps": 10},
             "schedule": [0.0] * 6 + mk.linear_schedule(0.9, 19),
         }
         size = "n = 512, 128 landmarks, 20 steps"

@@ -72,16 +72,17 @@ def curves(configs: list[Config], results: list[Result], wanted: tuple[float, ..
         range(1, len(schedule) + 1), [100 * (1 - s) for s in schedule], color="black", linestyle=":",
         linewidth=1.2, label="all pruned matrices",
     )
-    for name, epoch in stages(schedule, wanted).items():
+    for i, (name, epoch) in enumerate(stages(schedule, wanted).items()):
+        lift = 3 + 12 * (i % 2)  # neighbours' labels stand at two heights
         for ax in (top, bottom):
             ax.axvline(epoch + 1, color="0.85", linewidth=1, zorder=0)
         top.annotate(
-            name.replace(", ", ",\n"), (epoch + 1, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            name.replace(", ", ",\n"), (epoch + 1, 1), xycoords=("data", "axes fraction"), xytext=(0, lift),
             textcoords="offset points", ha="center", va="bottom", fontsize="small", color="0.35",
         )
     navigation = configs[0].task == "navigation"
     top.set(ylabel="error on test walks (cm)" if navigation else "RMSE on test problems", ylim=(0, None))
-    top.set_title("Error while pruning (grey: sparsity reached)", pad=32 if configs[0].frozen_epochs else 18)
+    top.set_title("Error while pruning (grey: sparsity reached)", pad=42)
     for (name, value), dashes in zip(results[0].references.items(), ((6, 3), (2, 2), (1, 3))):
         top.axhline(value, color="black", linewidth=1, dashes=dashes, label=name)
     bottom.set(ylabel="weights kept (%)", xlabel="epoch", ylim=(0, 104), title="Density of W_hh")
