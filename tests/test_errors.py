@@ -19,7 +19,8 @@ from torch import nn
 import moduli_kernels as mk
 from moduli_kernels import _checks
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+pytestmark = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
+              pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
 
 TORUS = "FlatTorus(periods=(10.0, 10.0))"
 
@@ -122,6 +123,12 @@ WEIGHTS = {
         "matrices."),
     "number": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2))(torch.ones(())), ValueError,
         "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (); the penalty is defined on matrices."),
+    "batch_of_sparse": Case(
+        lambda: penalty(draw_weight(2, 4, 4).to_sparse_csr(), draw_points("torus", 2), draw_points("torus", 4)), ValueError,
+        "weight must have 2 dimensions as torch.sparse_csr, got shape (2, 4, 4); pass one matrix at a time."),
+    "tangent": Case(lambda: torch.func.jvp(penalty, (draw_weight(6, 6),), (draw_weight(6, 6),)), NotImplementedError,
+        "moduli_penalty has no forward-mode derivative, got a dual tensor; use backward(), or "
+        "moduli_kernels.reference.penalty_formula."),
     "not_square": Case(lambda: penalty(draw_weight(6, 5)), ValueError,
         "weight must have shape (6, 6, *kernel) to fit rows (6, 2) and 6 column points (cols=None: the row points), got "
         "(6, 5); give rows one point a row and cols one point a column."),
@@ -234,6 +241,20 @@ REGULARIZE = {
     "projection": Case(lambda: mk.regularize(nn.ModuleList([nn.RNN(2, 3), LSTM])), ValueError,
         "model must not hold an LSTM with proj_size (its weight_hh joins 5 neurons to 2 projections), got proj_size=2; use "
         "proj_size=0 or targets= with row and column embeddings of your own."),
+    "model": Case(lambda: mk.regularize(LAYER.parameters()), TypeError,
+        "model must be an nn.Module, got a generator; pass the model, and single weights as targets=."),
+    "target_module": Case(lambda: mk.regularize(LAYER, [LAYER]), TypeError,
+        "targets must hold (module, name) pairs or mk.Target, got a Linear; pass for example "
+        "targets=[(module, \"weight\")]."),
+    "target_name": Case(lambda: mk.regularize(LAYER, ["weight"]), TypeError,
+        "targets must hold (module, name) pairs or mk.Target, got 'weight'; pass for example "
+        "targets=[(module, \"weight\")]."),
+    "target_short": Case(lambda: mk.regularize(LAYER, [(LAYER,)]), TypeError,
+        "targets must hold (module, name) pairs or mk.Target, got a tuple; pass for example "
+        "targets=[(module, \"weight\")]."),
+    "targets_no_list": Case(lambda: mk.regularize(LAYER, LAYER), TypeError,
+        "targets must hold (module, name) pairs or mk.Target, got a Linear; pass for example "
+        "targets=[(module, \"weight\")]."),
     "unknown_name": Case(lambda: mk.regularize(LAYER, [(LAYER, "weights")]), ValueError,
         "targets must name a weight of Linear, got 'weights'; its parameters are 'weight', 'bias'."),
     "no_parameters": Case(lambda: mk.regularize(LAYER, [(nn.ReLU(), "weight")]), ValueError,
@@ -302,23 +323,6 @@ def test_errors_under_compile_are_the_same():
 def test_an_unknown_setting():
     with pytest.raises(TypeError, match="unexpected keyword argument 'strenght'"):
         mk.regularize(nn.RNN(2, 3), strenght=0.1)
-
-
-@pytest.mark.parametrize("targets,got", [([LAYER], "a Linear"), (["weight"], "'weight'"), ([(LAYER,)], "a tuple"), (LAYER, "a Linear")],
-                         ids=["module", "name", "short", "no_list"])
-def test_targets_that_are_no_pairs(targets, got):
-    with pytest.raises(TypeError, match=re.escape(f"targets must hold (module, name) pairs or mk.Target, got {got}")):
-        mk.regularize(LAYER, targets)
-
-
-def test_batches_of_sparse_matrices():
-    with pytest.raises(ValueError, match=re.escape("weight must have 2 dimensions as torch.sparse_csr, got shape (2, 4, 4)")):
-        penalty(draw_weight(2, 4, 4).to_sparse_csr(), draw_points("torus", 2), draw_points("torus", 4))
-
-
-def test_model_that_is_no_module():
-    with pytest.raises(TypeError, match="^model must be an nn.Module, got a generator"):
-        mk.regularize(LAYER.parameters())
 
 
 def test_numbers_of_numpy_are_numbers():
