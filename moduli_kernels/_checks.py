@@ -24,14 +24,16 @@ def positive(name: str, value: float) -> float:
     """A positive finite number, as float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a positive finite number, got {_kind(value)}; pass a float such as 5.0.")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}; pass a float such as 5.0.")
     return float(value)
 
 
 def finite(name: str, value: float) -> float:
     """A finite number, as float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if torch.compiler.is_compiling():  # a strength that changes is symbolic there: checked when it was set
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a finite number, got {_kind(value)}; pass a float such as 0.1.")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}; pass a float such as 0.1.")

@@ -211,7 +211,9 @@ class TabulatedInhibitor(Inhibitor):
         once a dtype and device. Coefficients rather than nodes: in float32 their differences would lose the slope."""
         made = self.__dict__.setdefault("_tables", {})
         key = (dtype, str(device))
-        if key not in made:
+        if key in made:
+            return made[key]
+        with torch.inference_mode(False):  # else a table first made there could not be saved for backward later
             v = torch.tensor(self.values, dtype=torch.float64)
             m, rise = _node_slopes(v), v.diff()
             cubics = torch.stack([v[:-1], m[:-1], 3 * rise - 2 * m[:-1] - m[1:], m[:-1] + m[1:] - 2 * rise], 1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backend, _checks, _encoding, reference
 from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
@@ -42,7 +43,7 @@ def moduli_penalty(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which, and what to do.
-        NotImplementedError: on a second derivative. torch.func transforms are not supported.
+        NotImplementedError: on a second or a forward-mode derivative. torch.func transforms are not supported.
     """
     manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
     _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
@@ -57,6 +58,11 @@ def moduli_penalty(
     if torch.compiler.is_compiling():
         return run.traced(weight, rows, cols, mask)
     tensors = (weight, rows) if cols is None else (weight, rows, cols)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "moduli_penalty has no forward-mode derivative, got a dual tensor; use backward(), or "
+            "moduli_kernels.reference.penalty_formula."
+        )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _PenaltyFunction.apply(weight, rows, cols, mask, run)
     return run.value(weight, rows, cols, mask)
@@ -121,7 +127,11 @@ class _OpRunner:
     def value(self, *tensors) -> Tensor:
         return _penalty(*self._arguments(*tensors))
 
-    traced = value  # `penalty` has a registered autograd formula
+    def traced(self, *tensors) -> Tensor:
+        """By the op with a registered autograd formula. The scale stays outside: shapes and a strength that change from
+        step to step are symbols to the compiler, and the op's own numbers are constants."""
+        *arguments, scale = self._arguments(*tensors)
+        return _penalty(*arguments, 1.0) * scale
 
     def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
         value, *grads = _penalty_with_grads(*self._arguments(weight, rows, cols, mask), need_weight, need_points)

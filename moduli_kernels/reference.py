@@ -146,7 +146,7 @@ class _CompressedStrips:
     """The same for torch.sparse_csr: a strip is unpacked with its pattern as the mask, the gradient packed again."""
 
     def __init__(self, weight: Tensor, x: Tensor):
-        self.weight, self.rows = weight, len(x)
+        self.shape, self.rows = weight.shape, len(x)
         self.crow, self.col, self.values = weight.crow_indices(), weight.col_indices(), weight.values()
         self.collected = torch.zeros_like(self.values)
 
@@ -159,7 +159,7 @@ class _CompressedStrips:
             yield b, stored, row, self.col[stored]
 
     def read(self, here: slice, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        w = self.values.new_zeros((blocks, here.stop - here.start, self.weight.shape[1], 1), dtype=dtype)
+        w = self.values.new_zeros((blocks, here.stop - here.start, self.shape[1], 1), dtype=dtype)
         kept = torch.zeros_like(w, dtype=torch.bool)
         for b, stored, row, col in self._entries(here, blocks):
             w[b, row, col, 0] = self.values[stored].to(dtype)
@@ -171,5 +171,5 @@ class _CompressedStrips:
             self.collected[stored] = g[b, row, col, 0].to(self.collected.dtype)
 
     def gradient(self) -> Tensor:
-        return torch.sparse_csr_tensor(self.crow, self.col, self.collected, self.weight.shape,
+        return torch.sparse_csr_tensor(self.crow, self.col, self.collected, self.shape,
                                        check_invariants=False)  # the weight's own pattern

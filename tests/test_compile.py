@@ -309,16 +309,3 @@ def test_compiled_regularization_reads_weights_afresh():
         assert relative_error(compiled(), 2 * reg().double()) <= 1e-6
         with torch.no_grad():
             cell.weight_hh.mul_(1.5)
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_sparse_weights_run_outside_the_graph():
-    """torch.compile does not take sparse tensors: the penalty then runs as without it."""
-    weight, rows = draw_weight(6, 6).to_sparse_csr(), draw_points("torus", 6)
-
-    @torch.compile(backend="eager")
-    def penalty(w: Tensor) -> Tensor:
-        return mk.moduli_penalty(w, rows, manifold="torus")
-
-    assert torch.equal(penalty(weight), mk.moduli_penalty(weight, rows, manifold="torus"))
