@@ -25,7 +25,10 @@ def availability() -> dict[str, tuple[bool, str]]:
 
 def _check(name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}; pick one of them.")
+        raise ValueError(
+            f"backend (or MODULI_KERNELS_BACKEND) must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}; pick "
+            "one of them."
+        )
     available, reason = availability()[name]
     if not available:
         raise RuntimeError(f"backend {name!r} is not available: {reason}; python -m moduli_kernels.env_report says more.")

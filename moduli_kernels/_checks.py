@@ -33,7 +33,7 @@ def finite(name: str, value: float) -> float:
     """A finite number, as float."""
     if torch.compiler.is_compiling():  # a strength that changes is symbolic there: checked when it was set
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a finite number, got {_kind(value)}; pass a float such as 0.1.")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}; pass a float such as 0.1.")
@@ -161,6 +161,11 @@ def weight_tensor(weight: torch.Tensor) -> None:
         raise TypeError(
             f"weight must be dense or torch.sparse_csr, got {weight.layout}; convert it with .to_sparse_csr()."
         )
+    if weight.layout == torch.sparse_csr and weight.dim() != 2:
+        raise ValueError(
+            f"weight must have 2 dimensions as torch.sparse_csr, got shape {tuple(weight.shape)}; pass one matrix at a "
+            "time."
+        )
     if weight.dim() < 2:
         raise ValueError(
             f"weight must have at least 2 dimensions (rows, columns, *kernel), got shape {tuple(weight.shape)}; "
@@ -286,6 +291,18 @@ def no_projection(module: Any) -> None:
             f"{module.proj_size} projections), got proj_size={module.proj_size}; use proj_size=0 or targets= with "
             "row and column embeddings of your own."
         )
+
+
+def no_module(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {_kind(model)}; pass the model, and single weights as targets=.")
+
+
+def no_pair(target: Any) -> None:
+    raise TypeError(
+        f"targets must hold (module, name) pairs or mk.Target, got {_kind(target)}; pass for example "
+        "targets=[(module, \"weight\")]."
+    )
 
 
 def target_weight(module: Any, name: str) -> torch.Tensor:

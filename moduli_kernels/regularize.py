@@ -90,8 +90,8 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
         >>> reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
         >>> loss = criterion(model(x), y) + reg()
     """
-    found = _search(model) if targets is None else [
-        target if isinstance(target, Target) else Target(*target) for target in targets]
+    _checks.no_module(model)
+    found = _search(model) if targets is None else _as_targets(targets)
     if not found:
         _checks.no_target(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -100,14 +100,28 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
     for target in found:
         weight = _checks.target_weight(target.module, target.name)
         _checks.target_columns(target.name, target.columns)
-        identity = (id(_parameter(target)), repr(target.columns))
-        if identity in seen:
+        # a parametrized weight is a new tensor each time it is read: the same module and name are the same weight too
+        same = {(id(_parameter(target)), repr(target.columns)), (id(target.module), target.name, repr(target.columns))}
+        if same & seen:
             continue
-        seen.add(identity)
+        seen |= same
         path = names.get(id(target.module), type(target.module).__name__)
         name = f"{path}.{target.name}" if path else target.name
         made[_unused(name, made)] = (target, _regularizer(target, weight, settings))
     return Regularization(made)
+
+
+def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Target]:
+    if not isinstance(targets, Iterable) or isinstance(targets, (str, nn.Module)):
+        _checks.no_pair(targets)
+    found = []
+    for target in targets:
+        if not isinstance(target, Target):
+            if not isinstance(target, (tuple, list)) or len(target) != 2:
+                _checks.no_pair(target)
+            target = Target(*target)
+        found.append(target)
+    return found
 
 
 def _search(model: nn.Module) -> list[Target]:
