@@ -12,10 +12,12 @@ from moduli_kernels import _library, reference
 from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
 from moduli_kernels.manifolds import PRESETS, manifold as resolve_manifold
 
-# The product has flat factors of 1 and of 3 columns, so that odd and even columns meet every kind of neighbour.
+# The product has flat factors of 1 and of 3 columns, so that odd and even columns meet every kind of
+# neighbour.
 MANIFOLDS = {
     **PRESETS,
-    "product": mk.Product(mk.Circle(2.0), mk.KleinBottle(7.0, 9.0), mk.Sphere(3, 2.0), mk.FlatTorus((4.0, 6.0, 3.0))),
+    "product": mk.Product(mk.Circle(2.0), mk.KleinBottle(7.0, 9.0), mk.Sphere(3, 2.0),
+                          mk.FlatTorus((4.0, 6.0, 3.0))),
 }
 
 
@@ -64,14 +66,15 @@ def draw_weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) 
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-def draw_points(manifold: str | mk.Manifold, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def draw_points(manifold: str | mk.Manifold, n: int, seed: int = 0,
+                dtype: torch.dtype = torch.float32) -> Tensor:
     manifold = MANIFOLDS[manifold] if isinstance(manifold, str) else manifold
     return manifold.sample(n, generator=generator(1000 + seed), dtype=torch.float64).to(dtype)
 
 
 def on_a_grid(points: Tensor) -> Tensor:
-    """Rounded to multiples of 2^-10, so that float32 differences are exact. For many points: else some pair lies so
-    near a cut locus that rounding takes it across, and its gradient with it."""
+    """Rounded to multiples of 2^-10, so that float32 differences are exact. For many points: else some pair
+    lies so near a cut locus that rounding takes it across, and its gradient with it."""
     return (points * 1024).round() / 1024
 
 
@@ -84,7 +87,8 @@ def penalty_and_gradients(weight: Tensor, rows: Tensor, cols: Tensor | None = No
     return Result(value.detach(), *(None if t is None else t.grad for t in leaves))
 
 
-def expected(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, mask: Tensor | None = None, grad: float = 1.0,
+def expected(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, mask: Tensor | None = None,
+             grad: float = 1.0,
              manifold="torus", inhibitor=None, power: float = 1.0, blocks: int = 1, reduction: str = "mean",
              strength: float = 1.0) -> Result:
     """The same by the float64 reference, on the same (rounded) inputs."""

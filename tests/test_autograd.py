@@ -1,4 +1,5 @@
-"""Autograd of moduli_penalty: gradients handed over from forward to backward, how often, how long, to whom."""
+"""Autograd of moduli_penalty: gradients handed over from forward to backward, how often, how long, to
+whom."""
 from __future__ import annotations
 
 import gc
@@ -30,7 +31,7 @@ def either(request):
         yield request.param
 
 
-# --- one pass, handed over -------------------------------------------------------------------------------------
+# --- one pass, handed over --------------------------------------------------------------------------------
 
 class Problem:
     """A loss with the penalty in it, and the penalty's gradients as the float64 reference has them."""
@@ -45,14 +46,16 @@ class Problem:
     def penalty(self) -> Tensor:
         return mk.moduli_penalty(*self.leaves, **self.settings)
 
-    def check(self, weight: Tensor | None, rows: Tensor | None, factor: float = 1.0, tolerance: float = 1e-5) -> None:
+    def check(self, weight: Tensor | None, rows: Tensor | None, factor: float = 1.0,
+              tolerance: float = 1e-5) -> None:
         if weight is not None:
             assert relative_error(weight, factor * self.want.weight) <= tolerance
         if rows is not None:
             assert relative_error(rows, factor * self.want.rows) <= tolerance
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11), (torch.bfloat16, 5e-3),
+@pytest.mark.parametrize("dtype,tolerance",
+                         [(torch.float32, 1e-5), (torch.float64, 1e-11), (torch.bfloat16, 5e-3),
                                              (torch.float16, 1e-3)], ids=str)
 @pytest.mark.parametrize("grad", [1.0, 3.0, -2.5, 0.0])
 def test_upstream_gradient(grad, dtype, tolerance):
@@ -62,8 +65,8 @@ def test_upstream_gradient(grad, dtype, tolerance):
 
 
 def test_backward_twice():
-    """The first backward takes the gradients made in forward, the second makes them again: same bits, and .grad holds
-    the sum; the first gradients, which may be .grad itself, are not scaled again."""
+    """The first backward takes the gradients made in forward, the second makes them again: same bits, and
+    .grad holds the sum; the first gradients, which may be .grad itself, are not scaled again."""
     problem = Problem()
     value = problem.penalty() * 3
     first = torch.autograd.grad(value, problem.leaves, retain_graph=True)
@@ -130,7 +133,7 @@ def test_weights_made_by_other_operations():
     problem.check(v.grad / 2, e.grad, 0.5)
 
 
-# --- no gradient, and what lives how long ----------------------------------------------------------------------
+# --- no gradient, and what lives how long -----------------------------------------------------------------
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_value_only(context):
@@ -201,7 +204,8 @@ def test_no_tensor_is_left_behind(no_collector):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_weight_changed_between_forward_and_backward(again):
-    """A backward never mixes old and new weights: it gives the gradients of the value computed, or autograd's error."""
+    """A backward never mixes old and new weights: it gives the gradients of the value computed, or autograd's
+    error."""
     problem = Problem()
     value = problem.penalty()
     if again:
@@ -217,10 +221,10 @@ def test_weight_changed_between_forward_and_backward(again):
         problem.check(problem.weight.grad, problem.rows.grad)
 
 
-# --- second derivatives ----------------------------------------------------------------------------------------
+# --- second derivatives -----------------------------------------------------------------------------------
 
-DOUBLE = ("moduli_penalty is differentiable once, got a second derivative (double backward); leave the penalty out of "
-          "the loss you differentiate twice, or use moduli_kernels.reference.penalty_formula.")
+DOUBLE = ("moduli_penalty is differentiable once, got a second derivative (double backward); leave the "
+          "penalty out of the loss you differentiate twice, or use moduli_kernels.reference.penalty_formula.")
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
@@ -251,7 +255,8 @@ def test_create_graph_leaves_the_rest_of_the_loss_alone():
     """A gradient penalty on the other terms: create_graph=True passes through the penalty unharmed."""
     problem = Problem()
     x = torch.tensor(3.0, requires_grad=True)
-    slope, weight_slope = torch.autograd.grad(x**3 + problem.penalty(), (x, problem.weight), create_graph=True)
+    slope, weight_slope = torch.autograd.grad(x**3 + problem.penalty(), (x, problem.weight),
+                                              create_graph=True)
     slope.square().backward()
     assert float(x.grad) == pytest.approx(2 * 27 * 18)
     problem.check(weight_slope, None)
@@ -261,7 +266,8 @@ def test_create_graph_leaves_the_rest_of_the_loss_alone():
 def test_torch_func_is_refused(transform):
     problem = Problem()
     with pytest.raises(RuntimeError, match="functorch transforms"):
-        transform(lambda w: mk.moduli_penalty(w, problem.rows.detach(), manifold="torus"))(problem.weight.detach())
+        transform(lambda w: mk.moduli_penalty(w, problem.rows.detach(),
+                                              manifold="torus"))(problem.weight.detach())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -284,7 +290,7 @@ def test_forward_mode_is_refused(api, argument):
                 penalty(torch.autograd.forward_ad.make_dual(x, x))
 
 
-# --- in the company of other machinery ---------------------------------------------------------------------------
+# --- in the company of other machinery --------------------------------------------------------------------
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant):
@@ -325,7 +331,8 @@ def in_threads(count: int, work) -> None:
 
 
 def test_backward_in_threads():
-    """Graphs of several threads, as in nn.DataParallel; and one graph that several threads go back through."""
+    """Graphs of several threads, as in nn.DataParallel; and one graph that several threads go back
+    through."""
     problem = Problem(n=64)
     shared = problem.penalty() * 3
     barrier = threading.Barrier(4)
@@ -350,7 +357,8 @@ def test_hooks_see_the_gradient():
 
 @pytest.mark.parametrize("grad", [1.0, 1024.0])
 def test_float16_gradients_meet_the_loss_scale_unrounded(grad):
-    """The gradients of a mean over many entries underflow in float16; scaled by the loss they must not have."""
+    """The gradients of a mean over many entries underflow in float16; scaled by the loss they must not
+    have."""
     n = 120
     weight, rows = draw_weight(n, n, dtype=torch.float16), draw_points("torus", n)
     settings = {"manifold": "torus", "strength": 1e-4}  # entries of 5e-7: below float16's normal numbers

@@ -1,5 +1,5 @@
-"""Which implementation runs: by device, by `mk.backend`, by environment variable, and without the extension; and every
-instruction set that the extension holds."""
+"""Which implementation runs: by device, by `mk.backend`, by environment variable, and without the extension;
+and every instruction set that the extension holds."""
 from __future__ import annotations
 
 import json
@@ -46,7 +46,7 @@ def penalty(manifold="torus", **settings) -> torch.Tensor:
     return mk.moduli_penalty(draw_weight(6, 6), draw_points(manifold, 6), manifold=manifold, **settings)
 
 
-# --- the choice ------------------------------------------------------------------------------------------------
+# --- the choice -------------------------------------------------------------------------------------------
 
 @needs_cpp
 def test_compiled_kernels_serve_the_cpu():
@@ -114,10 +114,12 @@ def test_what_no_kernel_knows_runs_on_the_reference():
     line = Line()
     weight, rows = draw_weight(5, 5), torch.rand(5, 1)
     with mk.backend("cpp"):
-        with pytest.warns(UserWarning, match="the manifold Line has no compiled kernel: the penalty runs through the tiled "
-                                             "PyTorch path, with the same result and slower."):
+        with pytest.warns(UserWarning,
+                          match="the manifold Line has no compiled kernel: the penalty runs through the "
+                                "tiled PyTorch path, with the same result and slower."):
             value = mk.moduli_penalty(weight, rows, manifold=line)
-        assert ops_called(lambda: mk.moduli_penalty(weight, rows, manifold=line)) == set()  # and warns no more
+        # and warns no more
+        assert ops_called(lambda: mk.moduli_penalty(weight, rows, manifold=line)) == set()
         same = mk.moduli_penalty(weight, rows, manifold=mk.Euclidean(1))
     assert relative_error(value, same.double()) <= 1e-6
 
@@ -129,22 +131,22 @@ def test_the_tiled_path_warns_where_the_user_calls(monkeypatch):
     assert caught[0].filename == __file__
 
 
-# --- errors ----------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_backends_of_later_versions(name):
     with pytest.raises(RuntimeError) as error, mk.backend(name):
         pass
-    assert str(error.value) == (f"backend {name!r} is not available: its kernels are not part of this version; python -m "
-                                "moduli_kernels.env_report says more.")
+    assert str(error.value) == (f"backend {name!r} is not available: its kernels are not part of this "
+                                "version; python -m moduli_kernels.env_report says more.")
 
 
 @pytest.mark.parametrize("name", ["gpu", "", None, 3])
 def test_unknown_backends(name):
     with pytest.raises(ValueError) as error, mk.backend(name):
         pass
-    assert str(error.value) == ("backend (or MODULI_KERNELS_BACKEND) must be one of 'reference', 'cpp', 'triton', 'cuda', "
-                                f"got {name!r}; pick one of them.")
+    assert str(error.value) == ("backend (or MODULI_KERNELS_BACKEND) must be one of 'reference', 'cpp', "
+                                f"'triton', 'cuda', got {name!r}; pick one of them.")
 
 
 @needs_cpp
@@ -152,8 +154,8 @@ def test_tensors_elsewhere():
     weight, rows = torch.ones(3, 3, device="meta"), torch.ones(3, 2, device="meta")
     with mk.backend("cpp"), pytest.raises(RuntimeError) as error:
         mk.moduli_penalty(weight, rows, manifold="torus")
-    assert str(error.value) == ("backend 'cpp' runs on cpu tensors, got one on meta; move it or leave the choice to the "
-                                "package.")
+    assert str(error.value) == ("backend 'cpp' runs on cpu tensors, got one on meta; move it or leave the "
+                                "choice to the package.")
 
 
 def test_availability():
@@ -163,7 +165,7 @@ def test_availability():
                             else (False, _library.cpu_ops_error))
 
 
-# --- without the extension -------------------------------------------------------------------------------------
+# --- without the extension --------------------------------------------------------------------------------
 
 def test_in_words_why_the_extension_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
@@ -172,20 +174,24 @@ def test_in_words_why_the_extension_is_missing(tmp_path, monkeypatch):
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     (tmp_path / f"_cpu_ops{suffix}").write_bytes(b"not a library")
     broken = _library._load_cpu_ops()
-    assert re.fullmatch(rf"_cpu_ops{suffix} does not load \(.*\); rebuild it with `make build`", broken, re.DOTALL)
+    assert re.fullmatch(rf"_cpu_ops{suffix} does not load \(.*\); rebuild it with `make build`", broken,
+                        re.DOTALL)
 
     monkeypatch.setattr(_library, "cpu_ops_error", missing)
     assert _backend.active("cpu") == "reference"
     with pytest.raises(RuntimeError) as error, mk.backend("cpp"):
         pass
-    assert str(error.value) == (f"backend 'cpp' is not available: {missing}; python -m moduli_kernels.env_report says more.")
+    assert str(error.value) == (f"backend 'cpp' is not available: {missing}; python -m "
+                                "moduli_kernels.env_report says more.")
 
 
 def child(code: str, path: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """A fresh Python that imports the package from `path`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MODULI_KERNELS")}
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=path, capture_output=True, text=True,
-                          env={**clean, **environment, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"})
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=path, capture_output=True,
+                          text=True,
+                          env={**clean, **environment, "PYTHONPATH": str(path),
+                               "PYTHONDONTWRITEBYTECODE": "1"})
 
 
 # The same call in every child: a backend's name and the numbers.
@@ -234,15 +240,17 @@ def test_environment_variable(here):
 
 @needs_cpp
 def test_environment_variable_that_is_wrong():
-    done = child("import moduli_kernels as mk, torch\n"  # importing does not fail: env_report must be able to tell
-                 "mk.moduli_penalty(torch.ones(2, 2), torch.ones(2, 2), manifold='torus')", MODULI_KERNELS_BACKEND="gpu")
+    # importing does not fail: env_report must be able to tell
+    done = child("import moduli_kernels as mk, torch\n"
+                 "mk.moduli_penalty(torch.ones(2, 2), torch.ones(2, 2), manifold='torus')",
+                 MODULI_KERNELS_BACKEND="gpu")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
-        "ValueError: backend (or MODULI_KERNELS_BACKEND) must be one of 'reference', 'cpp', 'triton', 'cuda', got 'gpu'; pick "
-        "one of them.")
+        "ValueError: backend (or MODULI_KERNELS_BACKEND) must be one of 'reference', 'cpp', 'triton', "
+        "'cuda', got 'gpu'; pick one of them.")
 
 
-# --- instruction sets ------------------------------------------------------------------------------------------
+# --- instruction sets -------------------------------------------------------------------------------------
 
 # Value and gradients against the float64 reference, over all the stages of the kernel. Prints the errors.
 ISA_RUN = """
@@ -274,10 +282,12 @@ print(json.dumps(worst))
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere there is one path only")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_instruction_sets(isa):
-    """As accurate as the newest, which all other tests run on; a machine that lacks one runs the best it has."""
+    """As accurate as the newest, which all other tests run on; a machine that lacks one runs the best it
+    has."""
     done = child(ISA_RUN, MODULI_KERNELS_ISA=isa, MODULI_KERNELS_BACKEND="cpp", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    rounding = {"torch.float32": 1e-5, "torch.float64": 1e-11, "torch.bfloat16": 2**-8, "torch.float16": 2**-11 + 1e-5}
+    rounding = {"torch.float32": 1e-5, "torch.float64": 1e-11, "torch.bfloat16": 2**-8,
+                "torch.float16": 2**-11 + 1e-5}
     for key, error in json.loads(done.stdout).items():
         name, dtype = key.split()
         value = 1e-12 if dtype == "torch.float64" else 1e-6
@@ -289,7 +299,8 @@ def test_instruction_sets(isa):
 @needs_cpp
 def test_an_unknown_instruction_set():
     done = child("import moduli_kernels as mk, torch\n"
-                 "mk.moduli_penalty(torch.ones(2, 2), torch.ones(2, 2), manifold='torus')", MODULI_KERNELS_ISA="sse9")
+                 "mk.moduli_penalty(torch.ones(2, 2), torch.ones(2, 2), manifold='torus')",
+                 MODULI_KERNELS_ISA="sse9")
     assert done.returncode == 1
     assert ("MODULI_KERNELS_ISA must be portable, avx2 or avx512, got sse9; unset it to let the package pick."
             in done.stderr)

@@ -1,4 +1,5 @@
-"""torch.compile and torch.library.opcheck: the stateless ops, one graph without breaks, the numbers of eager."""
+"""torch.compile and torch.library.opcheck: the stateless ops, one graph without breaks, the numbers of
+eager."""
 from __future__ import annotations
 
 import pytest
@@ -26,7 +27,8 @@ from moduli_kernels import _encoding, reference
 ops = torch.ops.moduli_kernels
 
 # torch's own, on the way
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+              pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +38,12 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-# --- opcheck ---------------------------------------------------------------------------------------------------
+# --- opcheck ----------------------------------------------------------------------------------------------
 
-def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9), dtype=torch.float32, blocks: int = 1,
-                 masked: bool = False, shared: bool = False, needs=(False, False, False), power: float = 1.5) -> tuple:
+def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9), dtype=torch.float32,
+                 blocks: int = 1,
+                 masked: bool = False, shared: bool = False, needs=(False, False, False),
+                 power: float = 1.5) -> tuple:
     """What `penalty` takes (moduli_kernels/_library.py)."""
     point_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     weight = draw_weight(blocks * shape[0], *shape[1:], dtype=dtype).requires_grad_(needs[0])
@@ -48,7 +52,8 @@ def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9
     mask = torch.rand(weight.shape, generator=generator()) < 0.5 if masked else None
     f = INHIBITORS[inhibitor]
     table = f.table(point_dtype) if inhibitor == "tabulated" else None
-    return (weight, rows, cols, mask, table, *_encoding.encode_manifold(MANIFOLDS[manifold]), *_encoding.encode_inhibitor(f),
+    return (weight, rows, cols, mask, table, *_encoding.encode_manifold(MANIFOLDS[manifold]),
+            *_encoding.encode_inhibitor(f),
             power, blocks, 0.25)
 
 
@@ -113,7 +118,7 @@ def test_ops_agree_with_their_fallback(case):
             assert relative_error(a, b) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-# --- torch.compile ---------------------------------------------------------------------------------------------
+# --- torch.compile ----------------------------------------------------------------------------------------
 
 class Net(nn.Module):
     """A loss with the penalty in it: (batch, n) -> 0-d."""
@@ -142,8 +147,10 @@ def assert_as_eager(net: nn.Module, x: Tensor, tolerance: float = 1e-5, **option
         assert g.dtype == w.dtype and relative_error(g, w.double()) <= tolerance
 
 
-def regularizer(manifold="torus", inhibitor="dog", n: int = 12, trainable: bool = True, **settings) -> mk.ModuliRegularizer:
-    return mk.ModuliRegularizer(n, manifold=MANIFOLDS[manifold], inhibitor=INHIBITORS[inhibitor], trainable=trainable,
+def regularizer(manifold="torus", inhibitor="dog", n: int = 12, trainable: bool = True,
+                **settings) -> mk.ModuliRegularizer:
+    return mk.ModuliRegularizer(n, manifold=MANIFOLDS[manifold], inhibitor=INHIBITORS[inhibitor],
+                                trainable=trainable,
                                 generator=generator(), **settings)
 
 
@@ -180,8 +187,10 @@ def test_compiled_with_a_bare_callable(backend):
         assert relative_error(got, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("settings", [{"blocks": 2}, {"mask": True}, {"kernel": (3,)}, {"dtype": torch.float64},
-                                      {"dtype": torch.bfloat16}, {"reduction": "sum", "strength": 0.1}], ids=str)
+@pytest.mark.parametrize("settings",
+                         [{"blocks": 2}, {"mask": True}, {"kernel": (3,)}, {"dtype": torch.float64},
+                                      {"dtype": torch.bfloat16}, {"reduction": "sum", "strength": 0.1}],
+                                      ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_settings(backend, settings):
     settings = dict(settings)
@@ -195,7 +204,8 @@ def test_compiled_settings(backend, settings):
 
     leaves = (weight, rows, cols)
     with mk.backend(backend):
-        eager, compiled = penalty(*leaves), torch.compile(penalty, fullgraph=True, backend="aot_eager")(*leaves)
+        eager, compiled = penalty(*leaves), torch.compile(penalty, fullgraph=True,
+                                                          backend="aot_eager")(*leaves)
         assert compiled.dtype == eager.dtype and relative_error(compiled, eager) <= 1e-6
         for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves)):
             assert a.dtype == b.dtype and relative_error(a, b) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
@@ -205,7 +215,8 @@ def test_compiled_settings(backend, settings):
 @pytest.mark.parametrize("layout", ["transposed", "rows", "columns"])
 def test_compiled_with_strides(layout):
     base = draw_weight(24, 24).requires_grad_()
-    take = {"transposed": lambda w: w[:12, :10].T, "rows": lambda w: w[:20:2, :12], "columns": lambda w: w[:10, 5:17]}[layout]
+    take = {"transposed": lambda w: w[:12, :10].T, "rows": lambda w: w[:20:2, :12],
+            "columns": lambda w: w[:10, 5:17]}[layout]
     rows, cols = draw_points("torus", 10, 1), draw_points("torus", 12, 2)
 
     def penalty(w: Tensor) -> Tensor:
@@ -213,7 +224,8 @@ def test_compiled_with_strides(layout):
 
     with mk.backend("cpp"):
         eager = torch.autograd.grad(penalty(base), base)[0]
-        compiled = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(base), base)[0]
+        compiled = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(base),
+                                       base)[0]
     assert relative_error(compiled, eager) <= 1e-6
 
 
@@ -251,7 +263,8 @@ def test_dynamic_shapes():
     compiled = torch.compile(penalty, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     for n, m in ((5, 8), (6, 17), (40, 3)):
-        leaves = [t.requires_grad_() for t in (draw_weight(n, m), draw_points("torus", n, 1), draw_points("torus", m, 2))]
+        leaves = [t.requires_grad_() for t in (draw_weight(n, m), draw_points("torus", n, 1),
+                                               draw_points("torus", m, 2))]
         want = expected(*leaves, manifold="torus")
         with mk.backend("cpp"):
             value = compiled(*leaves)
@@ -285,7 +298,8 @@ def test_the_compiled_graph_holds_the_op():
     weight, rows = draw_weight(8, 8).requires_grad_(), draw_points("torus", 8).requires_grad_()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     with mk.backend("cpp"):
-        torch.compile(lambda w, e: mk.moduli_penalty(w, e, manifold="torus"), fullgraph=True, backend=backend)(
+        torch.compile(lambda w, e: mk.moduli_penalty(w, e, manifold="torus"), fullgraph=True,
+                      backend=backend)(
             weight, rows).backward()
     ours = [name for name in names if name.startswith("moduli_kernels")]
     assert ours == ["moduli_kernels.penalty.default", "moduli_kernels.penalty_grads.default"]
@@ -294,13 +308,15 @@ def test_the_compiled_graph_holds_the_op():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_without_gradients(backend):
     weight, rows = draw_weight(8, 8).requires_grad_(), draw_points("torus", 8)
-    compiled = torch.compile(lambda w: mk.moduli_penalty(w, rows, manifold="torus"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda w: mk.moduli_penalty(w, rows, manifold="torus"), fullgraph=True,
+                             backend="aot_eager")
     with mk.backend(backend), torch.no_grad():
         assert relative_error(compiled(weight), expected(weight, rows, manifold="torus").value) <= 1e-6
 
 
 def test_compiled_regularization_reads_weights_afresh():
-    """The loop of the README with the whole loss compiled. (nn.RNN, LSTM, GRU torch.compile itself refuses.)"""
+    """The loop of the README with the whole loss compiled. (nn.RNN, LSTM, GRU torch.compile itself
+    refuses.)"""
     torch.manual_seed(0)
     cell = nn.GRUCell(4, 10)
     reg = mk.regularize(cell, manifold="torus", strength=0.1, generator=generator())

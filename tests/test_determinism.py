@@ -36,7 +36,8 @@ def cpp():
 def same_bits(one: Result, other: Result) -> bool:
     """Equal, and zeros of equal sign."""
     def bits(t):
-        return None if t is None else t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize])
+        return None if t is None else t.contiguous().view({2: torch.int16, 4: torch.int32,
+                                                           8: torch.int64}[t.itemsize])
 
     return all(a is b is None or torch.equal(bits(a), bits(b)) for a, b in zip(one, other))
 
@@ -47,7 +48,8 @@ def test_a_hundred_small_runs(backend, manifold):
     weight, rows = draw_weight(33, 33), draw_points(manifold, 33)
     with mk.backend(backend):
         first = penalty_and_gradients(weight, rows, manifold=manifold)
-        assert all(same_bits(penalty_and_gradients(weight, rows, manifold=manifold), first) for _ in range(100))
+        assert all(same_bits(penalty_and_gradients(weight, rows, manifold=manifold),
+                             first) for _ in range(100))
 
 
 @needs_cpp
@@ -108,7 +110,8 @@ def test_value_alone_is_the_value_with_gradients(cpp):
     for manifold in MANIFOLDS:
         weight, rows = draw_weight(200, 200), draw_points(manifold, 200)
         with_gradients = penalty_and_gradients(weight, rows, manifold=MANIFOLDS[manifold]).value
-        assert torch.equal(mk.moduli_penalty(weight, rows, manifold=MANIFOLDS[manifold]), with_gradients), manifold
+        assert torch.equal(mk.moduli_penalty(weight, rows, manifold=MANIFOLDS[manifold]),
+                           with_gradients), manifold
 
 
 @needs_cpp

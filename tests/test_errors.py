@@ -43,8 +43,8 @@ def mask(*shape: int, dtype: torch.dtype = torch.bool, device: str = "cpu") -> t
 
 NUMBERS = {
     "power_below_1": Case(lambda: penalty(power=0.5), ValueError,
-        "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.5; use power=1.0 for sparsity or "
-        "power=2.0 for decay."),
+        "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.5; use power=1.0 for "
+        "sparsity or power=2.0 for decay."),
     "power_nan": Case(lambda: penalty(power=math.nan), ValueError,
         "power must be a finite number, got nan; pass a float such as 0.1."),
     "power_text": Case(lambda: mk.ModuliRegularizer(3, power="2"), TypeError,
@@ -53,7 +53,8 @@ NUMBERS = {
         "strength must be a finite number, got inf; pass a float such as 0.1."),
     "strength_bool": Case(lambda: penalty(strength=True), TypeError,
         "strength must be a finite number, got True; pass a float such as 0.1."),
-    "strength_tensor": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2), strength=torch.tensor(1.0)), TypeError,
+    "strength_tensor": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2), strength=torch.tensor(1.0)),
+                            TypeError,
         "strength must be a finite number, got a Tensor; pass a float such as 0.1."),
     "strength_assigned_later": Case(lambda: strength_assigned(math.nan), ValueError,
         "strength must be a finite number, got nan; pass a float such as 0.1."),
@@ -67,7 +68,8 @@ NUMBERS = {
         "reduction must be one of 'mean', 'sum', got 'max'; pick one of them."),
     "reduction_none": Case(lambda: mk.ModuliRegularizer(3, reduction=None), ValueError,
         "reduction must be one of 'mean', 'sum', got a NoneType; pick one of them."),
-    "reduction_of_coefficients": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2), reduction="total"), ValueError,
+    "reduction_of_coefficients": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2), reduction="total"),
+                                      ValueError,
         "reduction must be one of 'mean', 'sum', got 'total'; pick one of them."),
     "radius_negative": Case(lambda: mk.Circle(-5.0), ValueError,
         "radius must be a positive finite number, got -5.0; pass a float such as 5.0."),
@@ -76,11 +78,11 @@ NUMBERS = {
     "period_negative": Case(lambda: mk.FlatTorus((10.0, -1.0)), ValueError,
         "periods[1] must be a positive finite number, got -1.0; pass a float such as 5.0."),
     "sigmas": Case(lambda: mk.DifferenceOfGaussians(1.0, 5.0, 0.25), ValueError,
-        "sigma1 must be smaller than sigma2 (narrow minus wide Gaussian), got sigma1=5.0 and sigma2=0.25; swap them or "
-        "widen sigma2."),
+        "sigma1 must be smaller than sigma2 (narrow minus wide Gaussian), got sigma1=5.0 and sigma2=0.25; "
+        "swap them or widen sigma2."),
     "table": Case(lambda: mk.TabulatedInhibitor(lambda d: 1 / d, 10.0), ValueError,
-        "f must be finite on [0, max_distance], got NaN or infinity in its samples; choose a smaller max_distance or an "
-        "inhibitor without a pole."),
+        "f must be finite on [0, max_distance], got NaN or infinity in its samples; choose a smaller "
+        "max_distance or an inhibitor without a pole."),
 }
 
 
@@ -92,20 +94,22 @@ def strength_assigned(value: float):
 
 CHOICES = {
     "preset": Case(lambda: penalty(manifold="tours"), ValueError,
-        "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', 'mixed', got "
-        "'tours'; pick one of them."),
+        "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', "
+        "'mixed', got 'tours'; pick one of them."),
     "manifold_class": Case(lambda: mk.ModuliRegularizer(3, manifold=mk.Sphere), ValueError,
-        "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', 'mixed', got "
-        "<class 'moduli_kernels.manifolds.Sphere'>; pick one of them."),
+        "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', "
+        "'mixed', got <class 'moduli_kernels.manifolds.Sphere'>; pick one of them."),
     "inhibitor": Case(lambda: penalty(inhibitor=3.0), TypeError,
-        "inhibitor must be an Inhibitor, a callable d -> f(d) or None, got 3.0; pass for example DifferenceOfGaussians()."),
+        "inhibitor must be an Inhibitor, a callable d -> f(d) or None, got 3.0; pass for example "
+        "DifferenceOfGaussians()."),
     "inhibitor_name": Case(lambda: mk.regularize(nn.RNN(2, 3), inhibitor="dog"), TypeError,
         "inhibitor must be an Inhibitor, a callable d -> f(d) or None, got 'dog'; pass for example "
         "DifferenceOfGaussians()."),
 }
 
 WEIGHTS = {
-    "list": Case(lambda: penalty([[1.0]]), TypeError, "weight must be a tensor, got a list; pass the module's parameter."),
+    "list": Case(lambda: penalty([[1.0]]), TypeError,
+                 "weight must be a tensor, got a list; pass the module's parameter."),
     "module": Case(lambda: penalty(nn.Linear(6, 6)), TypeError,
         "weight must be a tensor, got a Linear; pass the module's parameter."),
     "integer": Case(lambda: penalty(torch.ones(6, 6, dtype=torch.int64)), TypeError,
@@ -113,39 +117,45 @@ WEIGHTS = {
     "bool": Case(lambda: penalty(mask(6, 6)), TypeError,
         "weight must be float32, float64, bfloat16 or float16, got torch.bool; convert it with .float()."),
     "complex": Case(lambda: mk.ModuliRegularizer(6)(torch.ones(6, 6, dtype=torch.complex64)), TypeError,
-        "weight must be float32, float64, bfloat16 or float16, got torch.complex64; convert it with .float()."),
+        "weight must be float32, float64, bfloat16 or float16, got torch.complex64; convert it with "
+        ".float()."),
     "float8": Case(lambda: penalty(torch.ones(6, 6).to(torch.float8_e4m3fn)), TypeError,
-        "weight must be float32, float64, bfloat16 or float16, got torch.float8_e4m3fn; convert it with .float()."),
+        "weight must be float32, float64, bfloat16 or float16, got torch.float8_e4m3fn; convert it with "
+        ".float()."),
     "coo": Case(lambda: penalty(torch.eye(6).to_sparse()), TypeError,
         "weight must be dense or torch.sparse_csr, got torch.sparse_coo; convert it with .to_sparse_csr()."),
     "vector": Case(lambda: penalty(torch.ones(6)), ValueError,
-        "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (6,); the penalty is defined on "
-        "matrices."),
+        "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (6,); the penalty is "
+        "defined on matrices."),
     "number": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2))(torch.ones(())), ValueError,
-        "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (); the penalty is defined on matrices."),
+        "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (); the penalty is "
+        "defined on matrices."),
     "batch_of_sparse": Case(
-        lambda: penalty(draw_weight(2, 4, 4).to_sparse_csr(), draw_points("torus", 2), draw_points("torus", 4)), ValueError,
+        lambda: penalty(draw_weight(2, 4, 4).to_sparse_csr(), draw_points("torus", 2),
+                        draw_points("torus", 4)), ValueError,
         "weight must have 2 dimensions as torch.sparse_csr, got shape (2, 4, 4); pass one matrix at a time."),
-    "tangent": Case(lambda: torch.func.jvp(penalty, (draw_weight(6, 6),), (draw_weight(6, 6),)), NotImplementedError,
+    "tangent": Case(lambda: torch.func.jvp(penalty, (draw_weight(6, 6),), (draw_weight(6, 6),)),
+                    NotImplementedError,
         "moduli_penalty has no forward-mode derivative, got a dual tensor; use backward(), or "
         "moduli_kernels.reference.penalty_formula."),
     "not_square": Case(lambda: penalty(draw_weight(6, 5)), ValueError,
-        "weight must have shape (6, 6, *kernel) to fit rows (6, 2) and 6 column points (cols=None: the row points), got "
-        "(6, 5); give rows one point a row and cols one point a column."),
+        "weight must have shape (6, 6, *kernel) to fit rows (6, 2) and 6 column points (cols=None: the row "
+        "points), got (6, 5); give rows one point a row and cols one point a column."),
     "too_few_columns": Case(lambda: penalty(draw_weight(6, 5), None, draw_points("torus", 4)), ValueError,
-        "weight must have shape (6, 4, *kernel) to fit rows (6, 2) and 4 column points, got (6, 5); give rows one point a "
-        "row and cols one point a column."),
+        "weight must have shape (6, 4, *kernel) to fit rows (6, 2) and 4 column points, got (6, 5); give "
+        "rows one point a row and cols one point a column."),
     "blocks": Case(lambda: penalty(draw_weight(6, 6), blocks=4), ValueError,
-        "weight must have shape (4 x 6, 6, *kernel) to fit rows (6, 2) and 6 column points (cols=None: the row points), got "
-        "(6, 6); give rows one point a row of one block and cols one point a column."),
+        "weight must have shape (4 x 6, 6, *kernel) to fit rows (6, 2) and 6 column points (cols=None: the "
+        "row points), got (6, 6); give rows one point a row of one block and cols one point a column."),
     "transposed": Case(lambda: mk.ModuliRegularizer(4, 5)(draw_weight(5, 4)), ValueError,
-        "weight must have shape (4, 5, *kernel) to fit rows (4, 2) and 5 column points, got (5, 4); give rows one point a "
-        "row and cols one point a column."),
+        "weight must have shape (4, 5, *kernel) to fit rows (4, 2) and 5 column points, got (5, 4); give "
+        "rows one point a row and cols one point a column."),
 }
 
 POINTS = {
     "rows_embedding": Case(lambda: penalty(rows=mk.ManifoldEmbedding(6)), TypeError,
-        "rows must be a tensor of points, got a ManifoldEmbedding; pass embedding.points or a tensor (n, 2)."),
+        "rows must be a tensor of points, got a ManifoldEmbedding; pass embedding.points or a tensor (n, "
+        "2)."),
     "cols_number": Case(lambda: penalty(cols=6), TypeError,
         "cols must be a tensor of points, got 6; pass embedding.points or a tensor (n, 2)."),
     "rows_rank": Case(lambda: penalty(rows=torch.ones(6)), ValueError,
@@ -166,9 +176,11 @@ POINTS = {
         "x must be a tensor of points, got a list; pass torch.as_tensor(...)."),
     "distance_shape": Case(lambda: mk.FlatTorus().distance(torch.ones(3, 2), torch.ones(3, 3)), ValueError,
         f"y must have shape (points, 2) for {TORUS}, got (3, 3); give one row a point."),
-    "distance_integer": Case(lambda: mk.FlatTorus().distance(torch.ones(3, 2), torch.ones(3, 2).int()), TypeError,
+    "distance_integer": Case(lambda: mk.FlatTorus().distance(torch.ones(3, 2), torch.ones(3, 2).int()),
+                             TypeError,
         "y must be floating point, got torch.int32; convert it with .float()."),
-    "distance_device": Case(lambda: mk.FlatTorus().distance(torch.ones(3, 2), torch.ones(3, 2, device="meta")), ValueError,
+    "distance_device": Case(lambda: mk.FlatTorus().distance(torch.ones(3, 2),
+                                                            torch.ones(3, 2, device="meta")), ValueError,
         "x and y must be on one device, got cpu and meta; move one with .to()."),
     "embedding_list": Case(lambda: mk.ManifoldEmbedding(1, points=[[0.0, 0.0]]), TypeError,
         "points must be a tensor, got a list; pass torch.as_tensor(points)."),
@@ -178,25 +190,35 @@ POINTS = {
         "points must be floating point, got torch.int64; convert them with .float()."),
     "embedding_nan": Case(lambda: mk.ManifoldEmbedding(1, points=torch.tensor([[0.0, math.nan]])), ValueError,
         "points must be finite, got NaN or infinity among them; clean the rows first."),
-    "zero_vector": Case(lambda: mk.ManifoldEmbedding(3, "sphere", points=torch.eye(3) * torch.tensor([[1], [0], [1]])),
-        ValueError, "points must not hold a zero vector on Sphere(dim=2, radius=5.0) (it cannot be normalized), got one at "
-        "row 1; give every row a direction."),
+    "zero_vector": Case(lambda: mk.ManifoldEmbedding(3, "sphere",
+                                                     points=torch.eye(3) * torch.tensor([[1], [0], [1]])),
+        ValueError,
+        "points must not hold a zero vector on Sphere(dim=2, radius=5.0) (it cannot be normalized), got one "
+        "at row 1; give every row a direction."),
 }
 
 MASKS = {
     "float": Case(lambda: penalty(mask=torch.ones(6, 6)), TypeError,
         "mask must be a bool tensor, got torch.float32; convert it with .bool()."),
-    "list": Case(lambda: penalty(mask=[True]), TypeError, "mask must be a bool tensor, got a list; convert it with .bool()."),
+    "list": Case(lambda: penalty(mask=[True]), TypeError,
+                 "mask must be a bool tensor, got a list; convert it with .bool()."),
     "shape": Case(lambda: penalty(mask=mask(6, 1)), ValueError,
-        "mask must have the weight's shape (6, 6), got (6, 1); build it with torch.ones_like(weight, dtype=torch.bool)."),
+        "mask must have the weight's shape (6, 6), got (6, 1); build it with torch.ones_like(weight, "
+        "dtype=torch.bool)."),
     "kernel": Case(lambda: penalty(draw_weight(6, 6, 3), mask=mask(6, 6)), ValueError,
-        "mask must have the weight's shape (6, 6, 3), got (6, 6); build it with torch.ones_like(weight, dtype=torch.bool)."),
+        "mask must have the weight's shape (6, 6, 3), got (6, 6); build it with torch.ones_like(weight, "
+        "dtype=torch.bool)."),
     "device": Case(lambda: penalty(mask=mask(6, 6, device="meta")), ValueError,
         "mask must be on the weight's device cpu, got meta; move it with .to()."),
     "sparse_weight": Case(lambda: penalty(draw_weight(6, 6).to_sparse_csr(), mask=mask(6, 6)), ValueError,
         "mask must be None for a torch.sparse_csr weight (its pattern is the mask), got a tensor; drop it."),
 }
 
+def load_state(saved: dict):
+    mk.ModuliRegularizer(3).load_state_dict(mk.ModuliRegularizer(3, **saved).state_dict())
+
+
+ONES = torch.ones(2, 3)
 REGULARIZERS = {
     "rows_float": Case(lambda: mk.ModuliRegularizer(6.0), TypeError,
         "rows must be a number of neurons or a ManifoldEmbedding, got 6.0; pass for example 128."),
@@ -204,43 +226,45 @@ REGULARIZERS = {
         "cols must be a number of neurons or a ManifoldEmbedding, got a Tensor; pass for example 128."),
     "rows_negative": Case(lambda: mk.ModuliRegularizer(-1), ValueError,
         "rows must be an integer of at least 0, got -1; pass a larger one."),
-    "rows_on_another_manifold": Case(lambda: mk.ModuliRegularizer(mk.ManifoldEmbedding(3, "circle")), ValueError,
-        f"rows must be an embedding in the regularizer's manifold {TORUS}, got one in Circle(radius=5.0); pass "
-        "manifold=Circle(radius=5.0)."),
+    "rows_on_another_manifold": Case(lambda: mk.ModuliRegularizer(mk.ManifoldEmbedding(3, "circle")),
+                                     ValueError,
+        f"rows must be an embedding in the regularizer's manifold {TORUS}, got one in Circle(radius=5.0); "
+        "pass manifold=Circle(radius=5.0)."),
     "cols_on_another_manifold": Case(
         lambda: mk.ModuliRegularizer(3, mk.ManifoldEmbedding(3, "torus"), manifold="circle"), ValueError,
-        f"cols must be an embedding in the regularizer's manifold Circle(radius=5.0), got one in {TORUS}; pass "
-        f"manifold={TORUS}."),
-    "state": Case(lambda: mk.ModuliRegularizer(3).load_state_dict(mk.ModuliRegularizer(3, power=2.0).state_dict()),
-        ValueError, "power of the saved regularizer must equal this one's 1.0, got 2.0; build the regularizer with the saved "
-        "setting."),
+        f"cols must be an embedding in the regularizer's manifold Circle(radius=5.0), got one in {TORUS}; "
+        f"pass manifold={TORUS}."),
+    "state": Case(lambda: load_state({"power": 2.0}), ValueError,
+        "power of the saved regularizer must equal this one's 1.0, got 2.0; build the regularizer with the "
+        "saved setting."),
     "coefficients_list": Case(lambda: mk.CoefficientRegularizer([[1.0]]), TypeError,
         "coefficients must be a tensor, got a list; pass torch.as_tensor(...)."),
     "coefficients_integer": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 2).int()), TypeError,
         "coefficients must be floating point, got torch.int32; convert them with .float()."),
     "coefficients_rank": Case(lambda: mk.CoefficientRegularizer(torch.ones(2)), ValueError,
         "coefficients must have shape (rows, columns), or () for one everywhere, got (2,); reshape them."),
-    "coefficients_shape": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 3))(torch.ones(3, 2)), ValueError,
-        "weight must have shape (2, 3) + kernel to fit the coefficients, got (3, 2); build the coefficients for this "
-        "weight."),
-    "coefficients_device": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 3))(torch.ones(2, 3, device="meta")),
-        ValueError, "weight must be on the coefficients' device cpu, got meta; move the regularizer with .to('meta')."),
+    "coefficients_shape": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 3))(torch.ones(3, 2)),
+                               ValueError,
+        "weight must have shape (2, 3) + kernel to fit the coefficients, got (3, 2); build the coefficients "
+        "for this weight."),
+    "coefficients_device": Case(lambda: mk.CoefficientRegularizer(ONES)(ONES.to("meta")), ValueError,
+        "weight must be on the coefficients' device cpu, got meta; move the regularizer with .to('meta')."),
     "coefficients_power": Case(lambda: mk.CoefficientRegularizer(torch.ones(2, 3), power=0.0), ValueError,
-        "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.0; use power=1.0 for sparsity or "
-        "power=2.0 for decay."),
+        "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.0; use power=1.0 for "
+        "sparsity or power=2.0 for decay."),
 }
 
 LAYER, LSTM = nn.Linear(4, 6), nn.LSTM(3, 5, proj_size=2)
 REGULARIZE = {
     "no_weight": Case(lambda: mk.regularize(nn.Sequential(nn.Linear(3, 3))), ValueError,
-        "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found none in "
-        "Sequential; name the weights: targets=[(module, \"weight\")]."),
+        "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found "
+        "none in Sequential; name the weights: targets=[(module, \"weight\")]."),
     "no_targets": Case(lambda: mk.regularize(LAYER, []), ValueError,
-        "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found none in Linear; "
-        "name the weights: targets=[(module, \"weight\")]."),
+        "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found "
+        "none in Linear; name the weights: targets=[(module, \"weight\")]."),
     "projection": Case(lambda: mk.regularize(nn.ModuleList([nn.RNN(2, 3), LSTM])), ValueError,
-        "model must not hold an LSTM with proj_size (its weight_hh joins 5 neurons to 2 projections), got proj_size=2; use "
-        "proj_size=0 or targets= with row and column embeddings of your own."),
+        "model must not hold an LSTM with proj_size (its weight_hh joins 5 neurons to 2 projections), got "
+        "proj_size=2; use proj_size=0 or targets= with row and column embeddings of your own."),
     "model": Case(lambda: mk.regularize(LAYER.parameters()), TypeError,
         "model must be an nn.Module, got a generator; pass the model, and single weights as targets=."),
     "target_module": Case(lambda: mk.regularize(LAYER, [LAYER]), TypeError,
@@ -262,22 +286,26 @@ REGULARIZE = {
     "number_as_name": Case(lambda: mk.regularize(LAYER, [(LAYER, 0)]), ValueError,
         "targets must name a weight of Linear, got 0; its parameters are 'weight', 'bias'."),
     "tensor_as_module": Case(lambda: mk.regularize(LAYER, [(LAYER.weight, "weight")]), TypeError,
-        "targets must hold (module, name) pairs or mk.Target, got a Parameter as module; pass the nn.Module."),
+        "targets must hold (module, name) pairs or mk.Target, got a Parameter as module; pass the "
+        "nn.Module."),
     "bias": Case(lambda: mk.regularize(LAYER, [(LAYER, "bias")]), ValueError,
-        "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (6,); the penalty is defined on "
-        "matrices."),
+        "weight must have at least 2 dimensions (rows, columns, *kernel), got shape (6,); the penalty is "
+        "defined on matrices."),
     "blocks": Case(lambda: mk.regularize(LAYER, [mk.Target(LAYER, "weight", blocks=4)]), ValueError,
         "blocks must divide the 6 rows of weight, got 4; LSTM has 4, GRU 3."),
     "blocks_float": Case(lambda: mk.regularize(LAYER, [mk.Target(LAYER, "weight", blocks=2.0)]), TypeError,
         "blocks must be an integer of at least 1, got 2.0; pass an int."),
     "columns_int": Case(lambda: mk.regularize(LAYER, [mk.Target(LAYER, "weight", columns=2)]), TypeError,
-        "columns of target 'weight' must be None or a slice with step 1, got 2; pass for example slice(2, None)."),
-    "columns_step": Case(lambda: mk.regularize(LAYER, [mk.Target(LAYER, "weight", columns=slice(0, None, 2))]), TypeError,
-        "columns of target 'weight' must be None or a slice with step 1, got slice(0, None, 2); pass for example "
-        "slice(2, None)."),
+        "columns of target 'weight' must be None or a slice with step 1, got 2; pass for example slice(2, "
+        "None)."),
+    "columns_step": Case(lambda: mk.regularize(LAYER,
+                                               [mk.Target(LAYER, "weight", columns=slice(0, None, 2))]),
+                                               TypeError,
+        "columns of target 'weight' must be None or a slice with step 1, got slice(0, None, 2); pass for "
+        "example slice(2, None)."),
     "setting_value": Case(lambda: mk.regularize(nn.RNN(2, 3), power=0.9), ValueError,
-        "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.9; use power=1.0 for sparsity or "
-        "power=2.0 for decay."),
+        "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.9; use power=1.0 for "
+        "sparsity or power=2.0 for decay."),
 }
 
 ALL = {f"{group}_{name}": case for group, cases in {
@@ -302,13 +330,15 @@ def test_every_check_is_tested():
         with pytest.raises(error) as caught:
             call()
         reached |= {entry.lineno + 1 for entry in caught.traceback if str(entry.path) == _checks.__file__}
-    spans = {node.lineno: node.end_lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
+    spans = {node.lineno: node.end_lineno for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Raise)}
     missed = {line for line in written if not any(line <= at <= spans[line] for at in reached)}
     assert not missed, f"no case raises at _checks.py:{sorted(missed)}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", ["weights_integer", "weights_not_square", "points_rows_device", "masks_shape"])
+@pytest.mark.parametrize("case",
+                         ["weights_integer", "weights_not_square", "points_rows_device", "masks_shape"])
 def test_messages_do_not_depend_on_the_backend(backend, case):
     with mk.backend(backend):
         test_message(case)
@@ -328,5 +358,6 @@ def test_an_unknown_setting():
 def test_numbers_of_numpy_are_numbers():
     """Sizes often come from shapes and products: np.int64 and np.float32 are taken for what they are."""
     np = pytest.importorskip("numpy")
-    reg = mk.ModuliRegularizer(np.int64(3), blocks=np.int64(2), power=np.float32(1.5), strength=np.float64(0.5))
+    reg = mk.ModuliRegularizer(np.int64(3), blocks=np.int64(2), power=np.float32(1.5),
+                               strength=np.float64(0.5))
     assert reg(draw_weight(6, 3)).dim() == 0

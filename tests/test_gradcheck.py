@@ -1,9 +1,19 @@
-"""gradcheck (float64) of moduli_penalty over every manifold x inhibitor x power, blocks, kernels and masks."""
+"""gradcheck (float64) of moduli_penalty over every manifold x inhibitor x power, blocks, kernels and
+masks."""
 from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, INHIBITORS, MANIFOLDS, VARIANTS, draw_points, draw_weight, generator, tiled_warning
+from penalty_cases import (
+    BACKENDS,
+    INHIBITORS,
+    MANIFOLDS,
+    VARIANTS,
+    draw_points,
+    draw_weight,
+    generator,
+    tiled_warning,
+)
 from torch import Tensor
 
 import moduli_kernels as mk
@@ -21,7 +31,8 @@ def smooth_points(manifold: mk.Manifold, *counts: int) -> list[Tensor]:
         for c in range(manifold.ambient_dim):
             shift = torch.zeros(manifold.ambient_dim, dtype=torch.float64)
             shift[c] = step
-            bends.append(manifold.squared_distance(x + shift, y) + manifold.squared_distance(x - shift, y) - 2 * s)
+            bends.append(manifold.squared_distance(x + shift, y)
+                         + manifold.squared_distance(x - shift, y) - 2 * s)
         if s.min() > 0.05 and torch.stack(bends).abs().max() < 100 * step**2:
             return [x, y]
     raise AssertionError(f"no smooth points on {manifold}")
@@ -45,7 +56,8 @@ def test_gradcheck(manifold, inhibitor, power):
         (weight_off_zero(3, 2), rows, cols))
 
 
-@pytest.mark.parametrize("blocks,kernel,masked", [(1, (), True), (3, (), False), (3, (), True), (1, (2, 2), False),
+@pytest.mark.parametrize("blocks,kernel,masked",
+                         [(1, (), True), (3, (), False), (3, (), True), (1, (2, 2), False),
                                                   (2, (3,), True)], ids=str)
 @pytest.mark.parametrize("manifold", ["torus", "sphere", "klein"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,4 +68,5 @@ def test_gradcheck_of_blocks_kernels_masks(backend, manifold, blocks, kernel, ma
     mask = torch.rand(weight.shape, generator=generator(3)) < 0.6 if masked else None
     with mk.backend(backend):
         assert torch.autograd.gradcheck(
-            lambda *t: mk.moduli_penalty(*t, manifold=m, power=1.5, blocks=blocks, mask=mask), (weight, rows, cols))
+            lambda *t: mk.moduli_penalty(*t, manifold=m, power=1.5, blocks=blocks, mask=mask),
+            (weight, rows, cols))

@@ -1,7 +1,7 @@
 """Memory of the penalty beyond the weight and its gradient, counted byte by byte.
 
-Resident memory is too coarse for this (kernels keep it in lots of hundreds of kilobytes), so a shared library put
-before malloc counts what is live and its peak, in a process of its own.
+Resident memory is too coarse for this (kernels keep it in lots of hundreds of kilobytes), so a shared library
+put before malloc counts what is live and its peak, in a process of its own.
 """
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ void reset_peak(void) { peak = live; }
 static void *count(void *p) {
   if (!p) return p;
   long now = __atomic_add_fetch(&live, (long)malloc_usable_size(p), __ATOMIC_SEQ_CST), seen = peak;
-  while (now > seen && !__atomic_compare_exchange_n(&peak, &seen, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
-  return p;
+  while (now > seen && !__atomic_compare_exchange_n(&peak, &seen, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+  {} return p;
 }
 static void uncount(void *p) {
   if (p) __atomic_sub_fetch(&live, (long)malloc_usable_size(p), __ATOMIC_SEQ_CST);
@@ -43,8 +43,8 @@ void *calloc(size_t n, size_t m) { return count(__libc_calloc(n, m)); }
 void *realloc(void *p, size_t n) { uncount(p); return count(__libc_realloc(p, n)); }
 void *memalign(size_t a, size_t n) { return count(__libc_memalign(a, n)); }
 void *aligned_alloc(size_t a, size_t n) { return count(__libc_memalign(a, n)); }
-int posix_memalign(void **p, size_t a, size_t n) { *p = count(__libc_memalign(a, n)); return *p || !n ? 0 : ENOMEM; }
-void free(void *p) { uncount(p); __libc_free(p); }
+int posix_memalign(void **p, size_t a, size_t n) { *p = count(__libc_memalign(a, n)); return *p || !n ? 0 :
+ENOMEM; } void free(void *p) { uncount(p); __libc_free(p); }
 """
 
 # Prints, for each case, the peak over the live bytes before, less what backward leaves in weight.grad.
@@ -94,13 +94,15 @@ def beyond(tmp_path_factory) -> dict[str, float]:
         pytest.skip("counting takes Linux with glibc and a C compiler")
     folder = tmp_path_factory.mktemp("counter")
     (folder / "counter.c").write_text(COUNTER)
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-fno-builtin", "-o", folder / "counter.so", folder / "counter.c"],
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-fno-builtin", "-o", folder / "counter.so",
+                    folder / "counter.c"],
                    check=True)
     root = str(pathlib.Path(__file__).parents[1])
     environment = {**os.environ, "LD_PRELOAD": str(folder / "counter.so"), "PYTHONPATH": root}
     environment.pop("MODULI_KERNELS_BACKEND", None)
     cases = json.dumps([(name, *case) for name, case in CASES.items()])
-    done = subprocess.run([sys.executable, "-c", PROBE, cases], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROBE, cases], env=environment, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
@@ -108,7 +110,8 @@ def beyond(tmp_path_factory) -> dict[str, float]:
 @needs_cpp
 @pytest.mark.parametrize("case", CASES)
 def test_memory_beyond_the_gradient(beyond, case):
-    """Under 1 % x columns of a point, of the weight; the reference takes a few strips whatever the weight's size."""
+    """Under 1 % x columns of a point, of the weight; the reference takes a few strips whatever the weight's
+    size."""
     manifold, n, *_, backend = CASES[case]
     allowed = 0.01 * COLUMNS[manifold] if backend == "cpp" else 16 * reference.TILE / n**2
     assert beyond[case] <= allowed

@@ -1,4 +1,5 @@
-"""moduli_penalty: value and gradients against the float64 reference and against loops; what it accepts and returns."""
+"""moduli_penalty: value and gradients against the float64 reference and against loops; what it accepts and
+returns."""
 from __future__ import annotations
 
 import math
@@ -45,7 +46,7 @@ def either(request):
         yield request.param
 
 
-# --- accuracy --------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -56,7 +57,8 @@ def test_accuracy(cpp, manifold, inhibitor, power, dtype):
     weight = draw_weight(37, 53, dtype=dtype)
     rows, cols = draw_points(manifold, 37, 1, dtype), draw_points(manifold, 53, 2, dtype)
     settings = {"manifold": MANIFOLDS[manifold], "inhibitor": INHIBITORS[inhibitor], "power": power}
-    assert_close(penalty_and_gradients(weight, rows, cols, **settings), expected(weight, rows, cols, **settings),
+    assert_close(penalty_and_gradients(weight, rows, cols, **settings),
+                 expected(weight, rows, cols, **settings),
                  *TOLERANCE[dtype])
 
 
@@ -66,8 +68,8 @@ def test_accuracy(cpp, manifold, inhibitor, power, dtype):
 @pytest.mark.parametrize("inhibitor", INHIBITORS)
 @pytest.mark.parametrize("manifold", MANIFOLDS)
 def test_accuracy_16_bit(cpp, manifold, inhibitor, power, dtype):
-    """At most 2 x (value) and 3 x (gradients) the error of the plain formula computed in that dtype; and, as the
-    sums are float32 inside, a value of float32 accuracy and gradients off by their one rounding."""
+    """At most 2 x (value) and 3 x (gradients) the error of the plain formula computed in that dtype; and, as
+    the sums are float32 inside, a value of float32 accuracy and gradients off by their one rounding."""
     f, m = INHIBITORS[inhibitor], MANIFOLDS[manifold]
     leaves = [t.requires_grad_() for t in (draw_weight(37, 53, dtype=dtype), draw_points(m, 37, 1, dtype),
                                            draw_points(m, 53, 2, dtype))]
@@ -82,8 +84,11 @@ def test_accuracy_16_bit(cpp, manifold, inhibitor, power, dtype):
         error = relative_error(getattr(ours, name), getattr(want, name))
         peer = 0 if theirs is None else relative_error(theirs, getattr(want, name))
         assert error <= 3 * peer, name
-        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # gradients of a mean are near it
-        rounding = smallest / 2 * getattr(want, name).numel() ** 0.5 / float(getattr(want, name).norm().clamp(min=1e-30))
+        # gradients of a mean are near it
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        rounding = smallest / 2 * getattr(want,
+                                          name).numel() ** 0.5 / float(getattr(want,
+                                                                               name).norm().clamp(min=1e-30))
         assert error <= 1.01 * torch.finfo(dtype).eps / 2 + rounding + 1e-5, name
 
 
@@ -95,16 +100,19 @@ def test_accuracy_of_variants(cpp, manifold, inhibitor, power):
     weight = draw_weight(37, 53)
     rows, cols = draw_points(manifold, 37, 1), draw_points(manifold, 53, 2)
     settings = {"manifold": MANIFOLDS[manifold], "inhibitor": VARIANTS[inhibitor], "power": power}
-    assert_close(penalty_and_gradients(weight, rows, cols, **settings), expected(weight, rows, cols, **settings),
+    assert_close(penalty_and_gradients(weight, rows, cols, **settings),
+                 expected(weight, rows, cols, **settings),
                  *TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("inhibitor", [name for name in INHIBITORS | VARIANTS if name != "callable"])
 def test_every_coefficient(either, inhibitor):
-    """f and its slope one by one, which norms average: on a line and with |w| = 1, dW is f(d) and dE df/dd."""
+    """f and its slope one by one, which norms average: on a line and with |w| = 1, dW is f(d) and dE
+    df/dd."""
     f = (INHIBITORS | VARIANTS)[inhibitor]
     d = torch.cat([torch.logspace(-4, 0, 500), torch.linspace(1, 16, 4001)])
-    got = penalty_and_gradients(torch.ones(1, len(d)), torch.zeros(1, 1), d[:, None], manifold=mk.Euclidean(1),
+    got = penalty_and_gradients(torch.ones(1, len(d)), torch.zeros(1, 1), d[:, None],
+                                manifold=mk.Euclidean(1),
                                 inhibitor=f, reduction="sum")
     exact = d.double().requires_grad_()
     f_exact = f(exact)
@@ -112,14 +120,16 @@ def test_every_coefficient(either, inhibitor):
     bend = torch.autograd.grad(slope.sum(), exact)[0] if slope.requires_grad else torch.zeros_like(exact)
     # d itself is rounded on the way (to mu d, to table steps): that turns f by f' d and f' by f'' d
     for name, g, want, turn in (("f", got.weight[0], f_exact, slope), ("df/dd", got.cols[:, 0], slope, bend)):
-        allowed = 4 * torch.finfo(torch.float32).eps * (want.abs().max() + (turn * exact).abs()).clamp(min=1e-30)
+        allowed = 4 * torch.finfo(torch.float32).eps * (want.abs().max()
+                                                        + (turn * exact).abs()).clamp(min=1e-30)
         excess = ((g - want).abs() / allowed).detach()
-        assert excess.max() <= 1, f"{name} is off by {excess.max():.1f} x the allowed at d = {d[excess.argmax()]}"
+        assert excess.max() <= 1, f"{name} off by {excess.max():.1f} x the allowed at {d[excess.argmax()]}"
 
 
 def test_every_angle(either):
     """Sphere: angles from 0 to pi within 3e-7, where acos of a rounded product loses 1e-4."""
-    angle = torch.cat([torch.logspace(-6, -1, 200), torch.linspace(0, math.pi, 2001), math.pi - torch.logspace(-6, -1, 200)])
+    angle = torch.cat([torch.logspace(-6, -1, 200), torch.linspace(0, math.pi, 2001),
+                       math.pi - torch.logspace(-6, -1, 200)])
     rows, cols = torch.tensor([[1.0, 0.0]]), torch.stack([angle.cos(), angle.sin()], 1)
     got = penalty_and_gradients(torch.ones(1, len(cols)), rows, cols, manifold=mk.Sphere(1, 1.0),
                                 inhibitor=mk.Diffusion(1.0, 1.0), reduction="sum")
@@ -158,7 +168,8 @@ def test_accuracy_past_the_caches(cpp, blocks, masked):
     rows, cols = (on_a_grid(draw_points("torus", m, seed)) for m, seed in ((n // blocks, 1), (n, 2)))
     mask = torch.rand(n, n, generator=generator()) < 0.3 if masked else None
     settings = {"manifold": "torus", "blocks": blocks, "mask": mask, "power": 1.0 if blocks == 1 else 2.0}
-    assert_close(penalty_and_gradients(weight, rows, cols, **settings), expected(weight, rows, cols, **settings),
+    assert_close(penalty_and_gradients(weight, rows, cols, **settings),
+                 expected(weight, rows, cols, **settings),
                  *TOLERANCE[torch.float32])
 
 
@@ -173,7 +184,7 @@ def test_empty_is_poisoned_for_the_kernels():
         assert names.count("aten::fill_") >= names.count("aten::empty") >= 3
 
 
-# --- the definition --------------------------------------------------------------------------------------------
+# --- the definition ---------------------------------------------------------------------------------------
 
 def looped_value(weight, rows, cols, f, power, blocks, mask) -> float:
     """sum f(d_ij) |w_bij|^l on a torus of periods 10, in Python loops."""
@@ -237,7 +248,8 @@ def test_sparse_csr_weight(either, blocks, dtype):
     mask = torch.rand(dense.shape, generator=generator()) < 0.3
     mask[3] = False
     weight = torch.where(mask, dense, 0).to_sparse_csr().requires_grad_()
-    rows, cols = draw_points("torus", 9, 1, dtype).requires_grad_(), draw_points("torus", 14, 2, dtype).requires_grad_()
+    rows, cols = draw_points("torus", 9, 1, dtype).requires_grad_(), draw_points("torus", 14, 2,
+                                                                                 dtype).requires_grad_()
     value = mk.moduli_penalty(weight, rows, cols, manifold="torus", blocks=blocks)
     value.backward()
     want = expected(dense, rows, cols, manifold="torus", blocks=blocks, mask=mask)
@@ -245,7 +257,8 @@ def test_sparse_csr_weight(either, blocks, dtype):
     assert torch.equal(weight.grad.col_indices(), weight.col_indices())
     assert torch.equal(weight.grad.crow_indices(), weight.crow_indices())
     assert relative_error(value, want.value) <= TOLERANCE[dtype][0]
-    for got, wanted in ((weight.grad.to_dense(), want.weight), (rows.grad, want.rows), (cols.grad, want.cols)):
+    for got, wanted in ((weight.grad.to_dense(), want.weight), (rows.grad, want.rows),
+                        (cols.grad, want.cols)):
         assert relative_error(got, wanted) <= TOLERANCE[dtype][1]
 
 
@@ -253,15 +266,18 @@ def test_defaults(either):
     """inhibitor None is the experiments' difference of Gaussians, reduction mean, power 1, strength 1."""
     weight, rows = draw_weight(11, 11), draw_points("torus", 11)
     explicit = mk.moduli_penalty(weight, rows, rows, manifold=mk.FlatTorus((10.0, 10.0)), power=1.0, blocks=1,
-                                 inhibitor=mk.DifferenceOfGaussians(100.0, 0.25, 5.0), mask=None, reduction="mean",
+                                 inhibitor=mk.DifferenceOfGaussians(100.0, 0.25, 5.0), mask=None,
+                                 reduction="mean",
                                  strength=1.0)
     assert torch.equal(mk.moduli_penalty(weight, rows, manifold="torus"), explicit)
 
 
-# --- what goes in and comes out ---------------------------------------------------------------------------------
+# --- what goes in and comes out ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("weight_dtype,result", [(torch.float64, torch.float64), (torch.float32, torch.float32),
-                                                 (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+@pytest.mark.parametrize("weight_dtype,result",
+                         [(torch.float64, torch.float64), (torch.float32, torch.float32),
+                                                 (torch.bfloat16, torch.float32),
+                                                 (torch.float16, torch.float32)],
                          ids=str)
 @pytest.mark.parametrize("points_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_dtypes(either, weight_dtype, result, points_dtype):
@@ -271,7 +287,8 @@ def test_dtypes(either, weight_dtype, result, points_dtype):
     assert (got.value.dtype, got.weight.dtype, got.rows.dtype) == (result, weight_dtype, points_dtype)
     assert got.value.dim() == 0
     rounded = rows.to(result)
-    assert relative_error(got.value, expected(weight, rounded, manifold="torus").value) <= TOLERANCE[result][0]
+    assert relative_error(got.value,
+                          expected(weight, rounded, manifold="torus").value) <= TOLERANCE[result][0]
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)], ids=str)
@@ -284,11 +301,14 @@ def test_nothing_costs_nothing(either, shape, reduction):
         assert gradient.shape == tensor.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "every_other_column", "expanded_rows", "offset"])
+@pytest.mark.parametrize("view",
+                         ["rows", "columns", "transposed", "every_other_column", "expanded_rows", "offset"])
 def test_strides(either, view):
-    """Any row stride is read in place, other strides through one copy: same numbers, gradient in the right places."""
+    """Any row stride is read in place, other strides through one copy: same numbers, gradient in the right
+    places."""
     base = draw_weight(24, 40)
-    take = {"rows": lambda w: w[::2, :20], "columns": lambda w: w[:12, 7:27], "transposed": lambda w: w[:20, :12].T,
+    take = {"rows": lambda w: w[::2, :20], "columns": lambda w: w[:12, 7:27],
+            "transposed": lambda w: w[:20, :12].T,
             "every_other_column": lambda w: w[:12, ::2], "expanded_rows": lambda w: w[:1, :20].expand(12, 20),
             "offset": lambda w: w.flatten()[3:243].view(12, 20)}[view]
     leaf = base.clone().requires_grad_()
@@ -324,7 +344,8 @@ def test_tables_with_equal_samples_are_one_function(either):
 
 @needs_cpp
 def test_rows_beyond_2_31_elements(cpp):
-    """Row strides that 32 bits cannot hold. The storage is never touched but where the rows lie: it takes no memory."""
+    """Row strides that 32 bits cannot hold. The storage is never touched but where the rows lie: it takes no
+    memory."""
     rows, columns, stride = 3, 20, 2**30 + 5
     try:
         storage = mmap.mmap(-1, 2 * (2 * stride + columns))  # 4.3 GB; a page comes when it is touched
@@ -334,4 +355,5 @@ def test_rows_beyond_2_31_elements(cpp):
     weight.copy_(draw_weight(rows, columns))
     points = draw_points("torus", rows, 1), draw_points("torus", columns, 2)
     assert_close(penalty_and_gradients(weight, *points, manifold="torus"),
-                 expected(weight.clone(), *points, manifold="torus"), 1e-6, torch.finfo(torch.bfloat16).eps / 2)
+                 expected(weight.clone(), *points, manifold="torus"), 1e-6,
+                 torch.finfo(torch.bfloat16).eps / 2)

@@ -1,5 +1,5 @@
-"""hypothesis over shapes, strides, dtypes, blocks, kernels, masks, embeddings and what is trained; and the laws that the
-penalty obeys whatever its settings."""
+"""hypothesis over shapes, strides, dtypes, blocks, kernels, masks, embeddings and what is trained; and the
+laws that the penalty obeys whatever its settings."""
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +32,8 @@ import moduli_kernels as mk
 pytestmark = tiled_warning
 
 COMPILED = [name for name in INHIBITORS | VARIANTS if name != "callable"]
-ROWS = st.sampled_from([0, 1, 2, 3, 7, 16, 31, 64, 101, 127, 128, 129, 143, 287, 288, 289])  # row chunks hold at least 144
+# row chunks hold at least 144
+ROWS = st.sampled_from([0, 1, 2, 3, 7, 16, 31, 64, 101, 127, 128, 129, 143, 287, 288, 289])
 COLUMNS = st.sampled_from([0, 1, 2, 3, 15, 16, 17, 31, 97, 511, 512, 513, 1025])  # a tile holds 512
 VIEWS = ["whole", "rows", "columns", "transposed", "steps", "expanded", "shifted"]
 MASKS = ["none", "none", "all", "nothing", "random", "rows"]
@@ -93,21 +94,28 @@ def test_against_the_reference(backend, examples):
         pytest.skip(BACKENDS[0].marks[0].kwargs["reason"])
 
     @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
-    @given(shape=shapes(), view=st.sampled_from(VIEWS), mask=st.sampled_from(MASKS), manifold=st.sampled_from([*MANIFOLDS]),
-           inhibitor=st.sampled_from(COMPILED), power=st.sampled_from(POWERS), dtype=st.sampled_from([*TOLERANCE]),
+    @given(shape=shapes(), view=st.sampled_from(VIEWS), mask=st.sampled_from(MASKS),
+           manifold=st.sampled_from([*MANIFOLDS]),
+           inhibitor=st.sampled_from(COMPILED), power=st.sampled_from(POWERS),
+           dtype=st.sampled_from([*TOLERANCE]),
            shared=st.booleans(), needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
            reduction=st.sampled_from(["mean", "sum"]), strength=st.sampled_from([1.0, 0.1, -2.0, 0.0]),
            grad=st.sampled_from([1.0, -3.0]))
-    @example(shape=Shape(129, 513, 1, ()), view="whole", mask="random", manifold="torus", inhibitor="dog", power=1.0,
-             dtype=torch.float32, shared=False, needs=(True, True, True), reduction="mean", strength=1.0, grad=1.0)
-    @example(shape=Shape(0, 5, 4, (3,)), view="whole", mask="all", manifold="mixed", inhibitor="constant", power=1.0,
-             dtype=torch.float64, shared=False, needs=(True, True, True), reduction="mean", strength=1.0, grad=1.0)
+    @example(shape=Shape(129, 513, 1, ()), view="whole", mask="random", manifold="torus", inhibitor="dog",
+             power=1.0,
+             dtype=torch.float32, shared=False, needs=(True, True, True), reduction="mean", strength=1.0,
+             grad=1.0)
+    @example(shape=Shape(0, 5, 4, (3,)), view="whole", mask="all", manifold="mixed", inhibitor="constant",
+             power=1.0,
+             dtype=torch.float64, shared=False, needs=(True, True, True), reduction="mean", strength=1.0,
+             grad=1.0)
     def check(shape, view, mask, manifold, inhibitor, power, dtype, shared, needs, reduction, strength, grad):
         columns = shape.rows if shared else shape.columns
         weight = viewed(draw_weight(shape.blocks * shape.rows, columns, *shape.kernel, dtype=dtype), view)
         rows = on_a_grid(draw_points(manifold, shape.rows, 1)).to(dtype)
         cols = None if shared else on_a_grid(draw_points(manifold, columns, 2)).to(dtype)
-        setting = {"manifold": MANIFOLDS[manifold], "inhibitor": (INHIBITORS | VARIANTS)[inhibitor], "power": power,
+        setting = {"manifold": MANIFOLDS[manifold], "inhibitor": (INHIBITORS | VARIANTS)[inhibitor],
+                   "power": power,
                    "blocks": shape.blocks, "reduction": reduction, "strength": strength}
         mask = mask_of(mask, weight.shape)
         want = expected(weight, rows, cols, mask=mask, grad=grad, **setting)
@@ -122,13 +130,14 @@ def test_against_the_reference(backend, examples):
         got = want._replace(value=value.detach(), **{
             name: leaf.grad if ask else None
             for name, leaf, ask in zip(("weight", "rows", "cols"), leaves, asked)})
-        want = want._replace(**{name: None for name, ask in zip(("weight", "rows", "cols"), asked) if not ask})
+        want = want._replace(**{name: None for name, ask in zip(("weight", "rows", "cols"), asked)
+                                if not ask})
         assert_close(got, want, *TOLERANCE[dtype])
 
     check()
 
 
-# --- laws ------------------------------------------------------------------------------------------------------
+# --- laws -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def either(request):
@@ -142,9 +151,11 @@ CALL = {"manifold": st.sampled_from([*MANIFOLDS]), "inhibitor": st.sampled_from(
 
 def problem(manifold: str, inhibitor: str, power: float, seed: int, n: int = 9, m: int = 14):
     """(weight, rows, cols), settings; float64, so that laws hold to rounding."""
-    tensors = (draw_weight(n, m, seed=seed, dtype=torch.float64), draw_points(manifold, n, seed, torch.float64),
+    tensors = (draw_weight(n, m, seed=seed, dtype=torch.float64),
+               draw_points(manifold, n, seed, torch.float64),
                draw_points(manifold, m, seed + 1, torch.float64))
-    settings_ = {"manifold": MANIFOLDS[manifold], "inhibitor": (INHIBITORS | VARIANTS)[inhibitor], "power": power}
+    settings_ = {"manifold": MANIFOLDS[manifold], "inhibitor": (INHIBITORS | VARIANTS)[inhibitor],
+                 "power": power}
     return tensors, settings_
 
 
@@ -200,9 +211,11 @@ def test_blocks_are_a_sum(either, manifold, inhibitor, power, seed):
     """Gate blocks share points: the penalty of the stack is the sum of theirs."""
     (weight, rows, cols), setting = problem(manifold, inhibitor, power, seed)
     second = weight.flip(0)
-    together = penalty_and_gradients(torch.cat([weight, second]), rows, cols, blocks=2, reduction="sum", **setting)
+    together = penalty_and_gradients(torch.cat([weight, second]), rows, cols, blocks=2, reduction="sum",
+                                     **setting)
     a, b = (penalty_and_gradients(w, rows, cols, reduction="sum", **setting) for w in (weight, second))
-    assert_same(together, (a.value + b.value, torch.cat([a.weight, b.weight]), a.rows + b.rows, a.cols + b.cols))
+    assert_same(together,
+                (a.value + b.value, torch.cat([a.weight, b.weight]), a.rows + b.rows, a.cols + b.cols))
 
 
 @settings(max_examples=20)

@@ -23,7 +23,8 @@ def regularize(model: nn.Module, targets=None, **settings) -> mk.Regularization:
 
 def points_of(reg: mk.Regularization) -> dict[str, tuple[int, ...]]:
     """Of each weight: how many row and column points, or one number where they are shared."""
-    return {name: (len(r.rows),) if r.cols is r.rows else (len(r.rows), len(r.cols)) for name, r in reg.items()}
+    return {name: (len(r.rows),) if r.cols is r.rows else (len(r.rows), len(r.cols)) for name,
+            r in reg.items()}
 
 
 def wanted(weight: Tensor, r: mk.ModuliRegularizer) -> Tensor:
@@ -37,11 +38,12 @@ def check(reg: mk.Regularization, weights: dict[str, Tensor]) -> None:
     losses = reg.losses()
     assert list(losses) == list(weights)
     for name, regularizer in reg.items():
-        assert losses[name].dim() == 0 and relative_error(losses[name], wanted(weights[name], regularizer)) <= 1e-6
+        assert losses[name].dim() == 0 and relative_error(losses[name],
+                                                          wanted(weights[name], regularizer)) <= 1e-6
     assert relative_error(reg(), sum(wanted(weights[n], r) for n, r in reg.items())) <= 1e-6
 
 
-# --- the search ------------------------------------------------------------------------------------------------
+# --- the search -------------------------------------------------------------------------------------------
 
 GATES = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4, nn.RNNCell: 1, nn.GRUCell: 3, nn.LSTMCell: 4}
 
@@ -70,10 +72,13 @@ def test_finds_cells(kind):
 
 
 def test_searches_the_whole_model():
-    model = nn.ModuleDict({"encoder": nn.Linear(3, 4), "core": nn.ModuleList([nn.GRU(4, 5), nn.LSTMCell(4, 6)]),
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 4),
+                           "core": nn.ModuleList([nn.GRU(4, 5), nn.LSTMCell(4, 6)]),
                            "decoder": nn.Linear(5, 2)})
     reg = regularize(model)
-    check(reg, {"core.0.weight_hh_l0": model["core"][0].weight_hh_l0, "core.1.weight_hh": model["core"][1].weight_hh})
+    check(reg,
+          {"core.0.weight_hh_l0": model["core"][0].weight_hh_l0,
+           "core.1.weight_hh": model["core"][1].weight_hh})
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -83,7 +88,8 @@ def test_relu_nets(relu):
 
 
 def test_settings_reach_each_regularizer():
-    reg = regularize(nn.LSTM(3, 5, num_layers=2), manifold="klein", inhibitor=mk.Sinusoid(), power=2.0, reduction="sum",
+    reg = regularize(nn.LSTM(3, 5, num_layers=2), manifold="klein", inhibitor=mk.Sinusoid(), power=2.0,
+                     reduction="sum",
                      strength=0.3, trainable=True)
     for _, r in reg.items():
         assert (r.manifold, r.inhibitor, r.power, r.reduction, r.strength, r.blocks) == (
@@ -108,7 +114,7 @@ def test_points_follow_the_weight(dtype, points):
     assert [r.rows.points.dtype for _, r in chosen.items()] == [torch.float64]
 
 
-# --- targets ---------------------------------------------------------------------------------------------------
+# --- targets ----------------------------------------------------------------------------------------------
 
 def test_linear_and_convolution_get_row_and_column_points():
     model = nn.Sequential(nn.Conv2d(3, 4, (2, 5)), nn.Conv1d(4, 6, 3), nn.Linear(7, 8), nn.Linear(5, 5))
@@ -118,7 +124,8 @@ def test_linear_and_convolution_get_row_and_column_points():
 
 
 def test_target_columns_of_a_cell_on_concatenated_input_and_state():
-    """The adding problem's net: Linear(input + hidden, hidden); the hidden columns are its recurrent weight."""
+    """The adding problem's net: Linear(input + hidden, hidden); the hidden columns are its recurrent
+    weight."""
     cell = nn.Linear(2 + 9, 9)
     reg = regularize(cell, [mk.Target(cell, "weight", columns=slice(2, None))])
     check(reg, {"weight": cell.weight[:, 2:]})
@@ -129,7 +136,9 @@ def test_target_columns_of_a_cell_on_concatenated_input_and_state():
 
 def test_two_slices_of_one_weight():
     cell = nn.Linear(3 + 8, 8)
-    reg = regularize(cell, [mk.Target(cell, "weight", columns=slice(3, None)), mk.Target(cell, "weight", columns=slice(0, 3))])
+    reg = regularize(cell,
+                     [mk.Target(cell, "weight", columns=slice(3, None)),
+                      mk.Target(cell, "weight", columns=slice(0, 3))])
     check(reg, {"weight": cell.weight[:, 3:], "weight#2": cell.weight[:, :3]})
     assert points_of(reg) == {"weight": (8,), "weight#2": (8, 3)}
 
@@ -145,7 +154,8 @@ def test_target_blocks():
 @pytest.mark.parametrize("recurrent,points", [(None, (5, 5)), (True, (5,)), (False, (5, 5))])
 def test_target_recurrent(recurrent, points):
     layer = nn.Linear(5, 5)
-    assert points_of(regularize(layer, [mk.Target(layer, "weight", recurrent=recurrent)])) == {"weight": points}
+    assert points_of(regularize(layer,
+                                [mk.Target(layer, "weight", recurrent=recurrent)])) == {"weight": points}
 
 
 def test_plain_pairs_of_recurrent_modules():
@@ -171,7 +181,7 @@ def test_names_that_collide():
     check(reg, {"a.b_weight": model.a.b_weight, "a_b.weight#2": model.a_b.weight})
 
 
-# --- reading weights -------------------------------------------------------------------------------------------
+# --- reading weights --------------------------------------------------------------------------------------
 
 def test_weights_are_read_afresh():
     model = nn.RNN(3, 6)
@@ -188,7 +198,8 @@ def test_weights_are_read_afresh():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_pruned_by_torch(when):
-    """orig * mask as it is now, though the attribute holds it only after a forward; the gradient reaches orig."""
+    """orig * mask as it is now, though the attribute holds it only after a forward; the gradient reaches
+    orig."""
     model = nn.Sequential(nn.Linear(6, 6))
     layer = model[0]
     if when == "before":
@@ -262,7 +273,7 @@ def test_tied_and_pruned_once():
     assert [name for name, _ in reg.items()] == ["0.weight"]
 
 
-# --- what it holds ---------------------------------------------------------------------------------------------
+# --- what it holds ----------------------------------------------------------------------------------------
 
 def test_parameters_are_the_embeddings_only():
     model = nn.LSTM(3, 5, num_layers=2)

@@ -1,4 +1,5 @@
-"""ModuliRegularizer and CoefficientRegularizer: the modules of a training loop, their controls and their state."""
+"""ModuliRegularizer and CoefficientRegularizer: the modules of a training loop, their controls and their
+state."""
 from __future__ import annotations
 
 import copy
@@ -40,17 +41,19 @@ def regularizer(*args, **settings) -> mk.ModuliRegularizer:
     return mk.ModuliRegularizer(*args, generator=generator(), **settings)
 
 
-# --- the penalty -----------------------------------------------------------------------------------------------
+# --- the penalty ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("inhibitor", INHIBITORS)
 @pytest.mark.parametrize("manifold", MANIFOLDS)
 def test_is_the_penalty_of_its_settings(either, manifold, inhibitor):
-    reg = regularizer(7, 9, manifold=MANIFOLDS[manifold], inhibitor=INHIBITORS[inhibitor], power=1.5, blocks=2,
+    reg = regularizer(7, 9, manifold=MANIFOLDS[manifold], inhibitor=INHIBITORS[inhibitor], power=1.5,
+                      blocks=2,
                       reduction="sum", strength=0.3)
     weight = draw_weight(14, 9).requires_grad_()
     value = reg(weight)
     value.backward()
-    want = expected(weight, reg.rows.points, reg.cols.points, manifold=reg.manifold, inhibitor=reg.inhibitor, power=1.5,
+    want = expected(weight, reg.rows.points, reg.cols.points, manifold=reg.manifold, inhibitor=reg.inhibitor,
+                    power=1.5,
                     blocks=2, reduction="sum", strength=0.3)
     assert relative_error(value, want.value) <= 1e-6 and relative_error(weight.grad, want.weight) <= 1e-5
     assert list(reg.parameters()) == []
@@ -108,7 +111,7 @@ def test_settings_of_the_points():
     assert regularizer(5, device="meta").rows.points.device.type == "meta"
 
 
-# --- shared embeddings -----------------------------------------------------------------------------------------
+# --- shared embeddings ------------------------------------------------------------------------------------
 
 def test_embeddings_shared_between_layers(either):
     """Row points of layer k are column points of layer k + 1; one parameter, both gradients."""
@@ -119,7 +122,8 @@ def test_embeddings_shared_between_layers(either):
     assert sum(p.numel() for p in net.parameters()) == 12
     w1, w2 = draw_weight(6, 4), draw_weight(5, 6)
     (first(w1) + second(w2)).backward()
-    want = (expected(w1, middle.points, first.cols.points).rows + expected(w2, second.rows.points, middle.points).cols)
+    want = (expected(w1, middle.points, first.cols.points).rows
+            + expected(w2, second.rows.points, middle.points).cols)
     assert relative_error(middle.points.grad, want) <= 1e-5
 
 
@@ -138,7 +142,7 @@ def test_one_embedding_for_rows_and_cols():
     assert relative_error(points.points.grad, expected(weight, points.points).rows) <= 1e-5
 
 
-# --- coefficients and controls ---------------------------------------------------------------------------------
+# --- coefficients and controls ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("manifold", MANIFOLDS)
 def test_coefficients(manifold):
@@ -150,12 +154,14 @@ def test_coefficients(manifold):
     assert torch.equal(regularizer(5).coefficients(), regularizer(5).coefficients().T)
 
 
-@pytest.mark.parametrize("settings", [{}, {"reduction": "sum", "strength": 0.2}, {"power": 2.0}, {"blocks": 3}], ids=str)
+@pytest.mark.parametrize("settings",
+                         [{}, {"reduction": "sum", "strength": 0.2}, {"power": 2.0}, {"blocks": 3}], ids=str)
 def test_coefficients_say_what_the_penalty_costs(settings):
     """The same penalty, entry by entry: a CoefficientRegularizer of the coefficients."""
     reg = regularizer(6, 7, **settings)
     weight = draw_weight(reg.blocks * 6, 7)
-    dense = mk.CoefficientRegularizer(reg.coefficients().repeat(reg.blocks, 1), reg.power, reg.reduction, reg.strength)
+    dense = mk.CoefficientRegularizer(reg.coefficients().repeat(reg.blocks, 1), reg.power, reg.reduction,
+                                      reg.strength)
     assert relative_error(dense(weight), reg(weight).double()) <= 1e-6
 
 
@@ -202,7 +208,8 @@ def test_coefficient_regularizer(power, reduction):
     """strength * sum or mean of c_ij |w_ij|^l, its gradient, and the L2 norm over kernels."""
     c, weight = draw_weight(4, 5, seed=3).abs(), draw_weight(4, 5, 2, 3, dtype=torch.float64)
     reg = mk.CoefficientRegularizer(c, power, reduction, 0.7)
-    want = 0.7 * (c.double() * weight.square().sum((2, 3)).sqrt() ** power).sum() / (20 if reduction == "mean" else 1)
+    want = 0.7 * (c.double() * weight.square().sum((2, 3)).sqrt() ** power).sum() / (20 if reduction == "mean"
+                                                                                     else 1)
     assert reg(weight).dtype == torch.float64 and relative_error(reg(weight), want) <= 1e-12
     flat = weight[:, :, 0, 0].float().requires_grad_()
     reg(flat).backward()
@@ -230,7 +237,7 @@ def test_coefficient_regularizer_of_nothing():
     assert float(mk.CoefficientRegularizer(torch.ones(0, 4))(torch.ones(0, 4))) == 0
 
 
-# --- state -----------------------------------------------------------------------------------------------------
+# --- state ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_state_dict_round_trip(trainable):
@@ -267,12 +274,15 @@ OTHER_TABLE = mk.TabulatedInhibitor(lambda d: bump(d) + 1e-9, 8.0, 64)
      "inhibitor of the saved regularizer must equal this one's 'Sinusoid(c=10.0, mu=3.0)', got "
      "'Sinusoid(c=10.0, mu=2.0)'; build the regularizer with the saved setting."),
     ({"power": 1.0}, {"power": 1.5},
-     "power of the saved regularizer must equal this one's 1.5, got 1.0; build the regularizer with the saved setting."),
+     "power of the saved regularizer must equal this one's 1.5, got 1.0; build the regularizer with the "
+     "saved setting."),
 ], ids=["manifold", "inhibitor", "power"])
 def test_refuses_the_state_of_another(saved, mine, message):
     points = torch.zeros(3, 2)
-    one = mk.ModuliRegularizer(mk.ManifoldEmbedding(3, saved.get("manifold", "torus"), points=points), **saved)
-    other = mk.ModuliRegularizer(mk.ManifoldEmbedding(3, mine.get("manifold", "torus"), points=points), **mine)
+    one = mk.ModuliRegularizer(mk.ManifoldEmbedding(3, saved.get("manifold", "torus"), points=points),
+                               **saved)
+    other = mk.ModuliRegularizer(mk.ManifoldEmbedding(3, mine.get("manifold", "torus"), points=points),
+                                 **mine)
     with pytest.raises(ValueError) as error:
         other.load_state_dict(one.state_dict())
     assert str(error.value) == message
@@ -289,7 +299,8 @@ def test_refuses_another_table():
 
 def test_strength_blocks_and_reduction_are_not_state():
     """They may change between runs: a strength is a schedule's, blocks follow from the weight."""
-    one, other = regularizer(3, strength=1.0), mk.ModuliRegularizer(3, strength=2.0, reduction="sum", blocks=2)
+    one, other = regularizer(3, strength=1.0), mk.ModuliRegularizer(3, strength=2.0, reduction="sum",
+                                                                    blocks=2)
     other.load_state_dict(one.state_dict())
     assert other.strength == 2.0
 
@@ -323,25 +334,24 @@ def test_moves_as_modules_do():
 def test_what_is_printed():
     assert repr(regularizer(3)) == (
         "ModuliRegularizer(\n"
-        "  FlatTorus(periods=(10.0, 10.0)), DifferenceOfGaussians(c=100.0, sigma1=0.25, sigma2=5.0, zero_min=True), "
-        "power=1.0, blocks=1, reduction='mean', strength=1.0, cols=rows\n"
-        "  (rows): ManifoldEmbedding(3, FlatTorus(periods=(10.0, 10.0)), trainable=False)\n"
-        "  (cols): ManifoldEmbedding(3, FlatTorus(periods=(10.0, 10.0)), trainable=False)\n"
-        ")")
+        "  FlatTorus(periods=(10.0, 10.0)), DifferenceOfGaussians(c=100.0, sigma1=0.25, sigma2=5.0, "
+        "zero_min=True), power=1.0, blocks=1, reduction='mean', strength=1.0, cols=rows\n  (rows): "
+        "ManifoldEmbedding(3, FlatTorus(periods=(10.0, 10.0)), trainable=False)\n  (cols): "
+        "ManifoldEmbedding(3, FlatTorus(periods=(10.0, 10.0)), trainable=False)\n)")
     assert repr(mk.CoefficientRegularizer(torch.ones(2, 3), 2.0)) == (
         "CoefficientRegularizer(coefficients=(2, 3), power=2.0, reduction='mean', strength=1.0)")
 
 
-# --- the untrainable warning -----------------------------------------------------------------------------------
+# --- the untrainable warning ------------------------------------------------------------------------------
 
 MONOTONE_TABLE = mk.TabulatedInhibitor(lambda d: 1 - torch.exp(-d), 8.0, 64)
 
 
 @pytest.mark.parametrize("inhibitor", [mk.Diffusion(), mk.Constant(2.0), MONOTONE_TABLE], ids=repr)
 def test_warns_of_an_untrainable_inhibitor(inhibitor):
-    message = (f"inhibitor should not be monotone where points are trained, got {inhibitor}: every neuron is drawn to one "
-               "point (or none moves) and the penalty becomes plain L_l; use DifferenceOfGaussians, Sinusoid or "
-               "RickerWavelet, or frozen points.")
+    message = (f"inhibitor should not be monotone where points are trained, got {inhibitor}: every neuron "
+               "is drawn to one point (or none moves) and the penalty becomes plain L_l; use "
+               "DifferenceOfGaussians, Sinusoid or RickerWavelet, or frozen points.")
     trained = mk.ManifoldEmbedding(3, "torus", trainable=True)
     for make in (lambda: mk.ModuliRegularizer(3, inhibitor=inhibitor, trainable=True),
                  lambda: mk.ModuliRegularizer(trained, inhibitor=inhibitor),
@@ -359,7 +369,8 @@ def test_no_warning_without_need(inhibitor):
 
 
 def test_a_training_loop(either):
-    """The README's: task loss plus penalty lowers W where f is high, and leaves nothing behind between steps."""
+    """The README's: task loss plus penalty lowers W where f is high, and leaves nothing behind between
+    steps."""
     torch.manual_seed(0)
     layer = nn.Linear(40, 40, bias=False)
     reg = regularizer(40, strength=0.05)

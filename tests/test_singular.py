@@ -1,4 +1,5 @@
-"""Where derivatives jump or diverge, and what is not finite: both backends finite and alike, or NaN and infinite alike."""
+"""Where derivatives jump or diverge, and what is not finite: both backends finite and alike, or NaN and
+infinite alike."""
 from __future__ import annotations
 
 import math
@@ -37,7 +38,8 @@ def either(request):
 
 def check(weight: Tensor, rows: Tensor, cols: Tensor | None = None, **settings) -> None:
     """Finite, and the float64 reference's, signs and zeros of the gradients included."""
-    got, want = penalty_and_gradients(weight, rows, cols, **settings), expected(weight, rows, cols, **settings)
+    got, want = penalty_and_gradients(weight, rows, cols, **settings), expected(weight, rows, cols,
+                                                                                **settings)
     assert_close(got, want, *TOLERANCE[got.value.dtype])
     for g, w in zip(got[1:], want[1:]):
         if g is not None:
@@ -47,7 +49,7 @@ def check(weight: Tensor, rows: Tensor, cols: Tensor | None = None, **settings) 
             assert (g.double() - w).abs().max() <= 1e-4 * scale
 
 
-# --- identical points --------------------------------------------------------------------------------------------
+# --- identical points -------------------------------------------------------------------------------------
 
 @DTYPE
 @pytest.mark.parametrize("inhibitor", EVERY_INHIBITOR)
@@ -77,13 +79,14 @@ def test_nearly_identical_points(either, manifold):
     """Distances down to 1e-7 of the radius: the slope at 0 is finite and reached without loss."""
     m = MANIFOLDS[manifold]
     base = draw_points(m, 8, dtype=torch.float64)
-    cols = base + 1e-6 * torch.randn(base.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cols = base + 1e-6 * torch.randn(base.shape, dtype=torch.float64,
+                                     generator=torch.Generator().manual_seed(0))
     check(draw_weight(8, 8, dtype=torch.float64), base, cols, manifold=m)
     got = penalty_and_gradients(draw_weight(8, 8), base.float(), cols.float(), manifold=m)
     assert all(t.isfinite().all() for t in got)
 
 
-# --- cut loci --------------------------------------------------------------------------------------------------
+# --- cut loci ---------------------------------------------------------------------------------------------
 
 @DTYPE
 @pytest.mark.parametrize("inhibitor", ["dog", "diffusion", "tabulated"])
@@ -100,8 +103,8 @@ def test_antipodes(either, manifold, scale, inhibitor, dtype):
 
 
 def at_periods(periods: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pairs exactly half a period apart in each coordinate, both signs, also 1.5 and 2.5 periods away. Every number
-    is a multiple of 1/4 and so exact."""
+    """Pairs exactly half a period apart in each coordinate, both signs, also 1.5 and 2.5 periods away. Every
+    number is a multiple of 1/4 and so exact."""
     multiples = torch.tensor([-2.5, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.5], dtype=dtype)
     base = torch.tensor([0.0, 1.25, 5.0, 7.5], dtype=dtype)
     rows = base[:, None].expand(4, len(periods))
@@ -122,9 +125,11 @@ def test_cut_locus_of_the_torus(either, periods, inhibitor, dtype):
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("periods_away", [0.5, 1.5, 2.5])
 def test_side_of_the_cut_locus(either, periods_away, sign):
-    """wrap takes [-p/2, p/2): at exactly half a period the difference is -p/2, whichever sign it came with."""
+    """wrap takes [-p/2, p/2): at exactly half a period the difference is -p/2, whichever sign it came
+    with."""
     rows, cols = torch.zeros(1, 1), torch.full((1, 1), -10.0 * periods_away * sign)
-    got = penalty_and_gradients(torch.ones(1, 1), rows, cols, manifold=mk.FlatTorus((10.0,)), inhibitor=mk.Diffusion())
+    got = penalty_and_gradients(torch.ones(1, 1), rows, cols, manifold=mk.FlatTorus((10.0,)),
+                                inhibitor=mk.Diffusion())
     assert (float(got.value), float(got.rows), float(got.cols)) == (25.0, -10.0, 10.0)
 
 
@@ -149,15 +154,18 @@ def test_cut_locus_of_the_klein_bottle(either, size, inhibitor, dtype):
     x = torch.arange(-6, 7, dtype=dtype) * (width / 2)
     y = torch.arange(-4, 5, dtype=dtype) * (height / 4)
     points = torch.cartesian_prod(x, y)
-    rows = torch.tensor([[0.0, 0.0], [width / 2, height / 4], [width, 0.75 * height], [1.25, 0.5]], dtype=dtype)
-    check(draw_weight(len(rows), len(points), dtype=dtype), rows, points, manifold=mk.KleinBottle(width, height),
+    rows = torch.tensor([[0.0, 0.0], [width / 2, height / 4], [width, 0.75 * height], [1.25, 0.5]],
+                        dtype=dtype)
+    check(draw_weight(len(rows), len(points), dtype=dtype), rows, points,
+          manifold=mk.KleinBottle(width, height),
           inhibitor=INHIBITORS[inhibitor])
 
 
 @DTYPE
 @pytest.mark.parametrize("manifold", ["torus", "klein", "circle", "torus6"])
 def test_coordinates_of_any_size(either, manifold, dtype):
-    """Points many periods from the fundamental domain, on both sides, as training may leave them: the same points."""
+    """Points many periods from the fundamental domain, on both sides, as training may leave them: the same
+    points."""
     m = MANIFOLDS[manifold]
     rows, cols = ((draw_points(m, n, n) * 64).round().to(dtype) / 64 for n in (13, 17))
     periods = {"klein": (20.0, 10.0)}.get(manifold) or m._periods
@@ -171,7 +179,7 @@ def test_coordinates_of_any_size(either, manifold, dtype):
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
-# --- zero weights ----------------------------------------------------------------------------------------------
+# --- zero weights -----------------------------------------------------------------------------------------
 
 @DTYPE
 @pytest.mark.parametrize("kernel", [(), (3,)], ids=str)
@@ -198,7 +206,7 @@ def test_weights_of_any_size(either, power):
     check(weight, rows, cols, manifold="torus", power=power)
 
 
-# --- what is not finite ------------------------------------------------------------------------------------------
+# --- what is not finite -----------------------------------------------------------------------------------
 
 BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 
@@ -212,7 +220,8 @@ def test_non_finite_weights_reach_the_value(either, place, inhibitor, dtype, bad
     weight[place] = bad
     rows, cols = draw_points("torus", 7, 1), draw_points("torus", 21, 2)
     for power in (1.0, 2.0, 2.7):
-        value = mk.moduli_penalty(weight, rows, cols, manifold="torus", inhibitor=INHIBITORS[inhibitor], power=power)
+        value = mk.moduli_penalty(weight, rows, cols, manifold="torus", inhibitor=INHIBITORS[inhibitor],
+                                  power=power)
         assert value.isnan() if math.isnan(bad) else float(value) == math.inf
 
 
@@ -238,7 +247,8 @@ def test_zero_vector_on_a_sphere_reaches_the_value(either, manifold, inhibitor):
     """ManifoldEmbedding refuses it; where training makes one, the penalty says so."""
     rows = draw_points(manifold, 7)
     rows[3] = 0
-    assert mk.moduli_penalty(draw_weight(7, 7), rows, manifold=manifold, inhibitor=INHIBITORS[inhibitor]).isnan()
+    assert mk.moduli_penalty(draw_weight(7, 7), rows, manifold=manifold,
+                             inhibitor=INHIBITORS[inhibitor]).isnan()
 
 
 @needs_cpp
@@ -254,7 +264,8 @@ def test_non_finite_points_are_alike(manifold, bad):
     want = expected(weight, rows, cols, manifold=m)
     for g, w in zip(got, want):
         assert torch.equal(g.isnan(), w.isnan())
-        assert torch.allclose(g.double(), w, rtol=1e-4, atol=1e-5 * float(w.nan_to_num().abs().max()), equal_nan=True)
+        assert torch.allclose(g.double(), w, rtol=1e-4, atol=1e-5 * float(w.nan_to_num().abs().max()),
+                              equal_nan=True)
 
 
 def test_masked_entries_cost_nothing_even_where_not_finite(either):
@@ -264,7 +275,9 @@ def test_masked_entries_cost_nothing_even_where_not_finite(either):
     mask[2], mask[:, 5], mask[0, 0, 1] = False, False, False
     want = expected(weight, rows, cols, manifold="torus", mask=mask)
     weight[2], weight[:, 5], weight[0, 0, 1] = math.nan, -math.inf, math.inf
-    assert_close(penalty_and_gradients(weight, rows, cols, manifold="torus", mask=mask), want, *TOLERANCE[torch.float32])
+    assert_close(penalty_and_gradients(weight, rows, cols, manifold="torus", mask=mask), want,
+                 *TOLERANCE[torch.float32])
     rows[2], cols[5, 1] = math.nan, math.inf
     got = penalty_and_gradients(weight, rows, cols, manifold="torus", mask=mask)
-    assert_close(got._replace(rows=None, cols=None), want._replace(rows=None, cols=None), *TOLERANCE[torch.float32])
+    assert_close(got._replace(rows=None, cols=None), want._replace(rows=None, cols=None),
+                 *TOLERANCE[torch.float32])
