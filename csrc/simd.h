@@ -122,12 +122,17 @@ MODULI_HD void stream_fence() {
 #endif
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
-typedef float F32 __attribute__((vector_size(64)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef double F64 __attribute__((vector_size(64)));
-typedef uint64_t U64 __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int PACK_BYTES = 64;
+#else
+constexpr int PACK_BYTES = 32;
+#endif
+typedef float F32 __attribute__((vector_size(PACK_BYTES)));
+typedef uint32_t U32 __attribute__((vector_size(PACK_BYTES)));
+typedef double F64 __attribute__((vector_size(PACK_BYTES)));
+typedef uint64_t U64 __attribute__((vector_size(PACK_BYTES)));
 
 template <>
 struct Traits<F32> {
@@ -139,9 +144,16 @@ struct Traits<F64> {
   using Scalar = double;
   using Bits = U64;
 };
+template <>
+struct Pack<float> {
+  using V = F32;
+  static constexpr int LANES = PACK_BYTES / sizeof(float);
+};
+
+#endif
+#if defined(__AVX512F__)
 
 inline F32 larger(F32 a, F32 b) { return _mm512_max_ps(a, b); }
-inline F32 smaller(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 absolute(F32 x) { return _mm512_abs_ps(x); }
 inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
 inline F32 round_(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -163,24 +175,7 @@ inline void stream_pack(float* p, F32 x) { _mm512_stream_ps(p, x); }
 
 #elif defined(__AVX2__)
 
-typedef float F32 __attribute__((vector_size(32)));
-typedef uint32_t U32 __attribute__((vector_size(32)));
-typedef double F64 __attribute__((vector_size(32)));
-typedef uint64_t U64 __attribute__((vector_size(32)));
-
-template <>
-struct Traits<F32> {
-  using Scalar = float;
-  using Bits = U32;
-};
-template <>
-struct Traits<F64> {
-  using Scalar = double;
-  using Bits = U64;
-};
-
 inline F32 larger(F32 a, F32 b) { return _mm256_max_ps(a, b); }
-inline F32 smaller(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 absolute(F32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline F32 square_root(F32 x) { return _mm256_sqrt_ps(x); }
 inline F32 round_(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -196,14 +191,6 @@ inline float sum_lanes(F32 x) {
 }
 inline void stream_pack(float* p, F32 x) { _mm256_stream_ps(p, x); }
 
-#endif
-#if defined(__AVX2__)
-
-template <>
-struct Pack<float> {
-  using V = F32;
-  static constexpr int LANES = sizeof(F32) / sizeof(float);
-};
 #endif
 
 }  // namespace moduli::MODULI_NAMESPACE

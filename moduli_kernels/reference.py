@@ -44,7 +44,8 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def magnitude(w: Tensor, kept: Tensor | None, power: float, need_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """|w|^l and its derivative in w. w (b, r, c, q), norm over q; the value is (b, r, c), the slope like w."""
+    """|w|^l and its derivative in w. w (b, r, c, q), norm over q; the value is (b, r, c), the slope like w
+    (of entries that are not kept it is left to the caller)."""
     if kept is not None:
         w = torch.where(kept, w, torch.zeros_like(w))
     if w.shape[3] == 1:
@@ -57,7 +58,7 @@ def magnitude(w: Tensor, kept: Tensor | None, power: float, need_slope: bool) ->
     if not need_slope:
         return value, None
     per_norm = direction if power == 1 else direction * (power * (a if power == 2 else a.pow(power - 1)))[..., None]
-    return value, per_norm if kept is None else torch.where(kept, per_norm, torch.zeros_like(per_norm))
+    return value, per_norm
 
 
 def poison(points: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from .reference import compute_dtype
 from .regularizer import CoefficientRegularizer, ModuliRegularizer
 
 _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
@@ -146,7 +147,7 @@ def _regularizer(target: Target, weight: Tensor, settings: dict) -> ModuliRegula
     recurrent = target.recurrent
     if recurrent is None:
         recurrent = rows == columns and (target.columns is not None or target.name.startswith("weight_hh"))
-    defaults = {"dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32, "device": weight.device}
+    defaults = {"dtype": compute_dtype(weight), "device": weight.device}
     return ModuliRegularizer(rows, None if recurrent else columns, blocks=blocks, **{**defaults, **settings})
 
 
@@ -158,17 +159,21 @@ def _unused(name: str, made: dict) -> str:
     return candidate
 
 
-def _parameter(target: Target) -> Tensor:
-    """The tensor a weight lives in: torch prune's `_orig` where there is one."""
+def _original(target: Target) -> Tensor | None:
+    """The `_orig` parameter that torch.nn.utils.prune keeps a pruned weight in."""
     original = getattr(target.module, target.name + "_orig", None)
-    return original if isinstance(original, Tensor) else getattr(target.module, target.name)
+    return original if isinstance(original, Tensor) else None
+
+
+def _parameter(target: Target) -> Tensor:
+    """The tensor a weight lives in."""
+    original = _original(target)
+    return getattr(target.module, target.name) if original is None else original
 
 
 def _read(target: Target) -> Tensor:
     """The weight as it is now; under torch prune orig * mask, which the attribute holds only after a forward."""
-    original = getattr(target.module, target.name + "_orig", None)
-    if isinstance(original, Tensor):
-        weight = original * getattr(target.module, target.name + "_mask").to(original.dtype)
-    else:
-        weight = getattr(target.module, target.name)
+    weight = _parameter(target)
+    if _original(target) is not None:
+        weight = weight * getattr(target.module, target.name + "_mask").to(weight.dtype)
     return weight if target.columns is None else weight[:, target.columns]

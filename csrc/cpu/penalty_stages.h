@@ -271,8 +271,8 @@ struct PlaneSums {
   T *column_a, *column_b, *row;
 };
 
-// PLANE: sums.row and the columns' sums on the way, t is then
-// not stored. ADD: t of several gate blocks is summed. Returns sum f |w|^l.
+// PLANE: sums.row and the columns' sums on the way, t is then not stored. ADD: t of several gate blocks is summed.
+// Returns sum f |w|^l.
 template <typename T, int POWER, bool DW, bool GRADS, bool PLANE, bool ADD>
 inline T weight_loop(const WeightTile<T> io, int64_t n, const PlaneSums<T> sums) {
   V<T> sum{}, sum_a{}, sum_b{};
