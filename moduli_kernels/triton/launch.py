@@ -1,0 +1,205 @@
+"""The ops on CUDA tensors: unpacks arguments, allocates, launches. Schemas and contracts: moduli_kernels/_library.py.
+
+Two launches a call, nothing is copied to or read from the device: numbers travel as kernel arguments, `grad` is read
+by the kernels. Safe inside CUDA-graph capture; runs on the tensors' device and its current stream.
+"""
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from . import distance, inhibitor
+from .finish import finish_kernel
+from .launch_table import shares_for, tile_for
+from .penalty import penalty_kernel
+from .scale import scale_kernel
+
+VECTOR_BYTES = 16
+LANES = 8  # vectors that make up the width of a tile: 128 bytes of a row
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
+FINISH_CHUNK, FINISH_POINTS, FINISH_VALUES = 32, 32, 1024
+# What Triton's interpreter, on the CPU, takes the place of.
+INTERPRETED_CAPABILITY = 9
+
+
+class Arguments(NamedTuple):
+    """Those of the ops, in the order of their schema."""
+
+    weight: Tensor
+    rows: Tensor
+    cols: Tensor | None
+    mask: Tensor | None
+    table: Tensor | None
+    factors: list[int]
+    factor_parameters: list[float]
+    inhibitor: int
+    inhibitor_parameters: list[float]
+    power: float
+    blocks: int
+    scale: float
+
+
+class Results(NamedTuple):
+    """None where not asked for."""
+
+    value: Tensor | None
+    weight: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+
+
+def parameters(values: list[float], dtype: torch.dtype) -> tuple[float, ...]:
+    """Numbers as kernel arguments, which are floats in single precision: for float64 three that sum to each."""
+    if dtype != torch.float64:
+        return tuple(values)
+    parts = []
+    for value in values:
+        for _ in range(3):
+            part = torch.tensor(value, dtype=torch.float32).item()
+            parts.append(part)
+            value -= part
+    return tuple(parts)
+
+
+def factors(codes: list[int], periods: list[float]) -> tuple[tuple[tuple[int, int, int, int], ...], list[float]]:
+    """FACTORS of distance.py and their parameters, from those of moduli_kernels/_encoding.py: FLAT factors fall into
+    runs of periodic and of other axes."""
+    out, kept, column, at = [], [], 0, 0
+    for kind, columns in zip(codes[::2], codes[1::2]):
+        if kind != distance.FLAT.value:
+            count = 1 if kind == distance.SPHERE.value else 2
+            out.append((kind, column, columns, len(kept)))
+            kept += periods[at:at + count]
+            at += count
+        else:
+            for c, period in enumerate(periods[at:at + columns]):
+                run = distance.FLAT.value if period else distance.LINE.value
+                if c and out[-1][0] == run:
+                    out[-1] = (*out[-1][:2], out[-1][2] + 1, out[-1][3])
+                else:
+                    out.append((run, column + c, 1, len(kept)))
+                if period:
+                    kept.append(period)
+            at += columns
+        column += columns
+    return tuple(out), kept
+
+
+def vector_length(weight: Tensor, dweight: Tensor | None, columns: int, stride: int) -> int:
+    """Elements that can be read and written at once: 16 bytes where every row begins at a multiple of them."""
+    vector = VECTOR_BYTES // weight.element_size()
+    tensors = [weight] if dweight is None else [weight, dweight]
+    aligned = columns % vector == 0 and stride % vector == 0 and all(t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
+    return vector if aligned else 1
+
+
+def on_device(tensor: Tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def capability(tensor: Tensor) -> int:
+    """Major compute capability; known to torch without asking the device."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else INTERPRETED_CAPABILITY
+
+
+def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: bool, need_points: bool) -> Results:
+    weight, rows = a.weight, a.rows
+    cols = rows if a.cols is None else a.cols
+    value = rows.new_empty(()) if need_value else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    drows = torch.empty_like(rows) if need_points else None
+    dcols = torch.empty_like(cols) if need_points and a.cols is not None else None
+    results = Results(value, dweight, drows, dcols)
+    if weight.numel() == 0:
+        for tensor in (value, drows, dcols):
+            if tensor is not None:
+                tensor.zero_()
+        return results
+
+    dtype = rows.dtype
+    n_rows, n_columns, coordinates = rows.shape[0], cols.shape[0], rows.shape[1]
+    inner = weight[0, 0].numel()
+    kinds, periods = factors(a.factors, a.factor_parameters)
+    samples = 0 if a.table is None else a.table.shape[0]
+    code, constants = inhibitor.constants(a.inhibitor, a.inhibitor_parameters, samples)
+    constant = code == inhibitor.CONSTANT.value
+    sum_points = need_points and not constant
+    # a constant inhibitor does not look at distances: one coordinate tells whether the points are finite
+    seen = ((distance.LINE.value, 0, 1, 0),) if constant else kinds
+
+    tile = tile_for(capability(weight), coordinates, sum_points)
+    width = LANES * VECTOR_BYTES // weight.element_size()
+    block = tile.repeat * width
+    shares = shares_for(n_rows, n_columns, tile, width, weight.element_size())
+    stride = weight.stride(0) if weight.shape[0] > 1 else n_columns * inner
+    vector = vector_length(weight, dweight, n_columns, stride) if inner == 1 else 1
+    even = n_rows % (shares.tiles * tile.rows) == 0 and n_columns % (shares.group * block) == 0
+    parts = rows.new_empty(shares.strips * shares.groups)
+    row_parts = rows.new_empty(shares.groups * coordinates * n_rows) if sum_points else None
+    column_parts = rows.new_empty(shares.strips * coordinates * n_columns) if sum_points else None
+    with on_device(weight):
+        penalty_kernel[(shares.groups, shares.strips)](
+            weight, rows, cols, None if a.mask is None else a.mask.view(torch.uint8), a.table, grad, dweight, parts,
+            row_parts, column_parts, n_rows, n_columns // vector, stride // vector, parameters([a.scale, a.power], dtype),
+            parameters(periods, dtype), parameters(constants, dtype),
+            FACTORS=seen, COORDINATES=coordinates, INHIBITOR=code,
+            POWER=int(a.power) if a.power in (1, 2) else 0, BLOCKS=a.blocks, INNER=inner,
+            NEED_WEIGHT=need_weight, NEED_POINTS=sum_points, HAS_MASK=a.mask is not None, HAS_GRAD=grad is not None,
+            EVEN=even, PREFETCH=tile.prefetch and a.blocks == 1 and inner == 1 and a.mask is None, VECTOR=vector,
+            TILE_ROWS=tile.rows, REPEAT=tile.repeat, WIDTH=width, TILES=shares.tiles, GROUP=shares.group,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps,
+        )
+        if need_value or need_points:
+            blocks = 0
+            if need_points:
+                blocks = triton.cdiv(n_rows, FINISH_POINTS)
+                blocks += 0 if a.cols is None else triton.cdiv(n_columns, FINISH_POINTS)
+            finish_kernel[(1 + blocks,)](
+                rows, cols, parts, row_parts, column_parts, value, drows, dcols, n_rows, n_columns, parts.numel(),
+                shares.groups, shares.strips, FACTORS=kinds, COORDINATES=coordinates, NEED_VALUE=need_value,
+                NEED_POINTS=need_points, CONSTANT=constant, SHARED=a.cols is None, CHUNK=FINISH_CHUNK,
+                POINTS=FINISH_POINTS, VALUES=FINISH_VALUES, num_warps=4,
+            )
+    return results
+
+
+def _present(a: Arguments, results: Results) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, without elements where not asked for."""
+    return (a.weight.new_empty(0) if results.weight is None else results.weight,
+            a.rows.new_empty(0) if results.rows is None else results.rows,
+            a.rows.new_empty(0) if results.cols is None else results.cols)
+
+
+def penalty(*arguments) -> Tensor:
+    return launch(Arguments(*arguments), None, True, False, False).value
+
+
+def penalty_with_grads(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, need_weight, need_points = arguments
+    a = Arguments(*rest)
+    results = launch(a, None, True, need_weight, need_points)
+    return (results.value, *_present(a, results))
+
+
+def penalty_grads(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, need_weight, need_points = arguments
+    a = Arguments(*rest)
+    return _present(a, launch(a, grad, False, need_weight, need_points))
+
+
+def scale_grads_(grads: list[Tensor], grad: Tensor) -> None:
+    """Up to three tensors a launch."""
+    grads = [g for g in grads if g.numel()]
+    for first in range(0, len(grads), 3):
+        here = grads[first:first + 3]
+        a, b, c = (here + here[:1] * 2)[:3]
+        programs = min(SCALE_PROGRAMS, triton.cdiv(max(g.numel() for g in here), SCALE_BLOCK))
+        with on_device(a):
+            scale_kernel[(programs,)](a, b, c, a.numel(), b.numel(), c.numel(), grad, COUNT=len(here),
+                                      BLOCK=SCALE_BLOCK, num_warps=4)

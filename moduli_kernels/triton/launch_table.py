@@ -1,0 +1,90 @@
+"""Launch parameters by GPU generation and kind of work: a plain table, no tuning at first use.
+
+Results depend on the table and the shapes alone, never on the number of multiprocessors.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """What one program does at a time, and how many there are."""
+
+    warps: int
+    repeat: int  # vectors of 16 bytes a thread has of a tile: its columns are repeat * 128 bytes of W
+    programs: int  # about as many, where the weight is large enough
+    prefetch: bool = False  # ask for the weights of the next tile before working on this one
+
+    @property
+    def rows(self) -> int:
+        """Of a tile: 4 a warp."""
+        return 4 * self.warps
+
+
+# Generation (major compute capability) -> kind of work -> Tile. Kinds: "frozen" no gradient of points, "few" up to 3
+# coordinates, "some" up to 6, "many". OVERRIDES is empty but while tuning: it goes before the table.
+TABLE: dict[int, dict[str, Tile]] = {
+    8: {
+        "frozen": Tile(4, 4, 1024), "few": Tile(4, 4, 1024), "some": Tile(4, 2, 1024), "many": Tile(4, 1, 1024),
+    },
+    9: {
+        "frozen": Tile(4, 4, 1024, True), "few": Tile(4, 4, 1024, True), "some": Tile(4, 2, 1024),
+        "many": Tile(4, 1, 1024),
+    },
+    10: {
+        "frozen": Tile(4, 4, 1024, True), "few": Tile(4, 4, 1024, True), "some": Tile(4, 2, 1024),
+        "many": Tile(4, 1, 1024),
+    },
+    12: {
+        "frozen": Tile(4, 4, 1024), "few": Tile(4, 4, 1024), "some": Tile(4, 2, 1024), "many": Tile(4, 1, 1024),
+    },
+}
+OVERRIDES: dict[str, Tile] = {}
+
+PARTS = 0.008  # parts of the gradients of the points, at most, of a weight and times the coordinates ...
+SMALL = 1 << 26  # ... of this many bytes at least: of a smaller one they may take as much as of this one
+FEWEST_ROWS = 64  # of a strip
+
+
+def kind_of_work(coordinates: int, need_points: bool) -> str:
+    if not need_points:
+        return "frozen"
+    return "few" if coordinates <= 3 else "some" if coordinates <= 6 else "many"
+
+
+def tile_for(major: int, coordinates: int, need_points: bool) -> Tile:
+    """The tile for a GPU of this major compute capability; a generation that is not in the table is taken as the
+    newest one before it."""
+    kind = kind_of_work(coordinates, need_points)
+    if kind in OVERRIDES:
+        return OVERRIDES[kind]
+    known = [g for g in TABLE if g <= major]
+    return TABLE[max(known) if known else min(TABLE)][kind]
+
+
+class Shares(NamedTuple):
+    """How a weight is shared out: the grid of programs is (groups, strips)."""
+
+    tiles: int  # of a strip
+    group: int  # column blocks of a program
+    strips: int
+    groups: int
+
+
+def shares_for(rows: int, columns: int, tile: Tile, width: int, itemsize: int) -> Shares:
+    """Strips of whole tiles and groups of whole blocks (repeat * width columns): about tile.programs programs, so long
+    that the parts they leave are few, and alike in length."""
+    row_tiles, blocks = -(-rows // tile.rows), -(-columns // (tile.repeat * width))
+    longest = min(width, row_tiles)  # tiles of a strip: each needs a slot
+    budget = PARTS * max(rows * columns * itemsize, SMALL) / max(4, itemsize)  # numbers a coordinate
+    tiles, group = min(longest, -(-FEWEST_ROWS // tile.rows)), 1
+    while True:
+        strips, groups = -(-row_tiles // tiles), -(-blocks // group)
+        enough = strips * groups <= tile.programs and rows * groups + columns * strips <= budget
+        # lengthen the side that leaves more
+        if not enough and tiles < longest and (columns * strips >= rows * groups or groups == 1):
+            tiles = min(longest, 2 * tiles)
+        elif not enough and groups > 1:
+            group = min(blocks, 2 * group)
+        else:
+            return Shares(-(-row_tiles // strips), -(-blocks // groups), strips, groups)
