@@ -1,26 +1,39 @@
 """Which implementation runs: chosen by device, or by the user with `backend(...)` or MODULI_KERNELS_BACKEND."""
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from . import _library
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-_DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+_DEVICE = {"cpp": "cpu", "triton": "cpu" if _library.triton_interpreted else "cuda", "cuda": "cuda"}
 _forced: str | None = os.environ.get("MODULI_KERNELS_BACKEND") or None
 
 
 def availability() -> dict[str, tuple[bool, str]]:
     """Backend -> (can it run here, why or why not in words)."""
-    later = "its kernels are not part of this version"
     return {
         "reference": (True, "plain PyTorch, any device"),
         "cpp": (_library.cpu_ops_error is None, _library.cpu_ops_error or "compiled CPU kernels are loaded"),
-        "triton": (False, later),
-        "cuda": (False, later),
+        "triton": _triton(),
+        "cuda": (False, "its kernels are not part of this version"),
     }
+
+
+@functools.cache
+def _triton() -> tuple[bool, str]:
+    if not _library.triton_installed:
+        return False, "Triton is not installed (pip install triton; PyTorch's CUDA builds bring it along)"
+    if _library.triton_interpreted:
+        return True, "Triton's interpreter runs its kernels on CPU tensors (TRITON_INTERPRET=1): slow, for tests"
+    if not torch.cuda.is_available():
+        return False, "Triton is installed, but PyTorch finds no CUDA GPU"
+    return True, "Triton kernels, compiled at their first call"
 
 
 def _check(name: str) -> str:
@@ -51,6 +64,8 @@ def backend(name: str) -> Iterator[None]:
 def active(device_type: str) -> str:
     """The backend that serves tensors on this type of device ("cpu", "cuda", ...)."""
     if _forced is None:
+        if device_type == "cuda" and _triton()[0] and not _library.triton_interpreted:
+            return "triton"
         return "cpp" if device_type == "cpu" and _library.cpu_ops_error is None else "reference"
     if _check(_forced) != "reference" and _DEVICE[_forced] != device_type:
         raise RuntimeError(

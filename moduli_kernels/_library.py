@@ -1,6 +1,7 @@
 """Every op: schema, fake kernel, autograd formula and the reference as fallback; loads the compiled kernels.
 
-Present without a compiler too. csrc/cpu/penalty.cpp registers the CPU implementations of the same schemas.
+Present without a compiler too. csrc/cpu/penalty.cpp registers the CPU implementations of the same schemas, the Triton
+kernels are registered here and imported by the first call on a CUDA tensor.
 
     penalty             value only
     penalty_with_grads  value and the gradients in one pass; those not needed come back with no elements
@@ -14,8 +15,11 @@ factor_parameters, inhibitor, inhibitor_parameters: see _encoding.py. scale: str
 """
 from __future__ import annotations
 
+import importlib.util
+import os
 import pathlib
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -135,3 +139,43 @@ def _load_cpu_ops() -> str | None:
 
 
 cpu_ops_error = _load_cpu_ops()
+
+
+# --- the Triton kernels ----------------------------------------------------------------------------------------
+
+triton_installed = importlib.util.find_spec("triton") is not None
+# Triton reads this variable once, at its import: its kernels then run on CPU tensors, for tests without a GPU.
+triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton(name: str):
+    def on_cuda(*arguments):
+        from .triton import launch
+
+        return getattr(launch, name)(*arguments)
+
+    return on_cuda
+
+
+def _interpreted(name: str):
+    """The launcher where the backend "triton" is chosen, else what served the CPU before."""
+    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if cpu_ops_error is None else None
+
+    def on_cpu(keys, *arguments):
+        from . import _backend
+
+        if _backend.active("cpu") == "triton":
+            return _triton(name)(*arguments)
+        return before(keys, *arguments) if before else globals()[f"_{name}"](*arguments)
+
+    return on_cpu
+
+
+if triton_installed:
+    for _name in SCHEMAS:
+        _lib.impl(_name, _triton(_name), "CUDA")
+if triton_interpreted:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they replace the compiled ones
+        for _name in SCHEMAS:
+            _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

@@ -34,8 +34,8 @@ def all_finite(points):
 @triton.jit
 def reduce_coordinate(x, period):
     """x modulo period, in [0, period)."""
-    r = tl.fma(tl.floor(x / period), -period, x)
-    # the quotient may have been rounded to the next integer
+    r = tl.fma(tl.floor(x * (1.0 / period)), -period, x)
+    # the quotient may have been rounded across an integer
     r = tl.where(r < 0, r + period, r)
     return tl.where(r >= period, r - period, r)
 
@@ -102,7 +102,9 @@ def prepare(points, parameters, FACTORS: tl.constexpr):
 def copy_sign(size, x):
     """size > 0 with the sign of x."""
     if x.dtype == tl.float32:
-        bits = (x.to(tl.int32, bitcast=True) & SIGN_BIT) | size.to(tl.int32, bitcast=True)
+        bits = size.to(tl.int32, bitcast=True)
+        # all bits but the sign from `bits`: the compiler makes one operation of this form, of a plain | it does not
+        bits = bits ^ ((x.to(tl.int32, bitcast=True) ^ bits) & SIGN_BIT)
         return bits.to(tl.float32, bitcast=True)
     else:
         return tl.where(x < 0, -size, size)
@@ -110,10 +112,8 @@ def copy_sign(size, x):
 
 @triton.jit
 def nearest_image(d, period):
-    """d - period rint(d / period) for |d| <= period, ties to even: at half a period d keeps its sign."""
-    half = 0.5 * period
-    # written as a sum, the period stays in a register that one three-input operation can merge with a sign
-    return tl.where(tl.abs(d) > half, d - copy_sign(half + half, d), d)
+    """The nearest to 0 of d, d - period and d + period, for |d| <= period; d itself at a tie."""
+    return tl.where(tl.abs(d) > 0.5 * period, d - copy_sign(period, d), d)
 
 
 @triton.jit
@@ -124,18 +124,11 @@ def nearest_size(d, period):
 
 
 @triton.jit
-def nearest_image_of_sum(u, period):
-    """u - period rint(u / period) for 0 <= u <= 2 period, ties to even: u itself at half a period, u - 2 period at
-    three halves."""
-    return u - tl.where(u <= 0.5 * period, 0.0, tl.where(u < 1.5 * period, period, 2 * period))
-
-
-@triton.jit
 def klein_distance(xa, ya, xb, yb, width, height):
-    """s1 = dx^2 + wrap(ya - yb)^2; s2 = (width - |dx|)^2 + wrap(ya + yb)^2; s1 at a tie."""
+    """s1 = dx^2 + wrap(ya - yb)^2; s2 = (width - |dx|)^2 + wrap(ya + yb - height)^2; s1 at a tie."""
     dx = nearest_image(xa - xb, 2 * width)
     straight = nearest_image(ya - yb, height)
-    flipped = nearest_image_of_sum(ya + yb, height)
+    flipped = nearest_image(ya + yb - height, height)
     other = width - tl.abs(dx)
     s1 = dx * dx + straight * straight
     s2 = other * other + flipped * flipped
@@ -192,10 +185,11 @@ def flat_distance(x, y, parameters, FIRST: tl.constexpr, COLUMNS: tl.constexpr, 
     for c in tl.static_range(COLUMNS):
         d = x[FIRST + c] - y[FIRST + c]
         if PERIODIC:
+            period = parameter(parameters, PARAMETER + c, d.dtype)
             if GRADS:
-                d = nearest_image(d, parameter(parameters, PARAMETER + c, d.dtype))
+                d = nearest_image(d, period)
             else:
-                d = nearest_size(d, parameter(parameters, PARAMETER + c, d.dtype))
+                d = nearest_size(d, period)
         g = g + (d,)
     s = g[0] * g[0]
     for c in tl.static_range(1, COLUMNS):

@@ -50,7 +50,7 @@ def finish_points(points, n, parts_a, count_a, parts_b, count_b, out, block, FAC
     points; if CONSTANT zero, and NaN for points that are not finite."""
     index = block * POINTS + tl.arange(0, POINTS)
     inside = index < n
-    x = load_points(points, tl.minimum(index, n - 1), COORDINATES)
+    x = load_points(points, tl.minimum(index, n - 1), 0.0, COORDINATES)
     g = ()
     for c in tl.static_range(COORDINATES):
         if CONSTANT:

@@ -17,11 +17,10 @@ import triton.language as tl
 from . import distance, inhibitor
 from .finish import finish_kernel
 from .launch_table import shares_for, tile_for
-from .penalty import penalty_kernel
+from .penalty import LANES, penalty_kernel
 from .scale import scale_kernel
 
 VECTOR_BYTES = 16
-LANES = 8  # vectors that make up the width of a tile: 128 bytes of a row
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
 FINISH_CHUNK, FINISH_POINTS, FINISH_VALUES = 32, 32, 1024
 # What Triton's interpreter, on the CPU, takes the place of.
@@ -134,7 +133,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     seen = ((distance.LINE.value, 0, 1, 0),) if constant else kinds
 
     tile = tile_for(capability(weight), coordinates, sum_points)
-    width = LANES * VECTOR_BYTES // weight.element_size()
+    width = LANES.value * VECTOR_BYTES // weight.element_size()
     block = tile.repeat * width
     shares = shares_for(n_rows, n_columns, tile, width, weight.element_size())
     stride = weight.stride(0) if weight.shape[0] > 1 else n_columns * inner
@@ -153,7 +152,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
             NEED_WEIGHT=need_weight, NEED_POINTS=sum_points, HAS_MASK=a.mask is not None, HAS_GRAD=grad is not None,
             EVEN=even, PREFETCH=tile.prefetch and a.blocks == 1 and inner == 1 and a.mask is None, VECTOR=vector,
             TILE_ROWS=tile.rows, REPEAT=tile.repeat, WIDTH=width, TILES=shares.tiles, GROUP=shares.group,
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps, maxnreg=tile.registers,
         )
         if need_value or need_points:
             blocks = 0

@@ -14,6 +14,7 @@ class Tile(NamedTuple):
     repeat: int  # vectors of 16 bytes a thread has of a tile: its columns are repeat * 128 bytes of W
     programs: int  # about as many, where the weight is large enough
     prefetch: bool = False  # ask for the weights of the next tile before working on this one
+    registers: int | None = None  # a thread may have, where fewer than it would take leave room for more warps
 
     @property
     def rows(self) -> int:
@@ -25,18 +26,18 @@ class Tile(NamedTuple):
 # coordinates, "some" up to 6, "many". OVERRIDES is empty but while tuning: it goes before the table.
 TABLE: dict[int, dict[str, Tile]] = {
     8: {
-        "frozen": Tile(4, 4, 1024), "few": Tile(4, 4, 1024), "some": Tile(4, 2, 1024), "many": Tile(4, 1, 1024),
+        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024), "many": Tile(8, 1, 1024),
     },
     9: {
-        "frozen": Tile(4, 4, 1024, True), "few": Tile(4, 4, 1024, True), "some": Tile(4, 2, 1024),
-        "many": Tile(4, 1, 1024),
+        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024),
+        "many": Tile(8, 1, 1024),
     },
     10: {
-        "frozen": Tile(4, 4, 1024, True), "few": Tile(4, 4, 1024, True), "some": Tile(4, 2, 1024),
-        "many": Tile(4, 1, 1024),
+        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024),
+        "many": Tile(8, 1, 1024),
     },
     12: {
-        "frozen": Tile(4, 4, 1024), "few": Tile(4, 4, 1024), "some": Tile(4, 2, 1024), "many": Tile(4, 1, 1024),
+        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024), "many": Tile(8, 1, 1024),
     },
 }
 OVERRIDES: dict[str, Tile] = {}

@@ -21,13 +21,15 @@ from .distance import distance, prepare
 from .elementary import parameter, power_positive, signed_by
 from .inhibitor import inhibitor
 
+LANES = tl.constexpr(8)  # of a warp, that share a row of a tile
+
 
 @triton.jit
-def load_points(points, index, coordinates: tl.constexpr):
-    """The tuple of the coordinates of some points (n, coordinates)."""
+def load_points(points, index, zero, COORDINATES: tl.constexpr):
+    """The tuple of the coordinates of some points (n, COORDINATES), plus zero."""
     loaded = ()
-    for c in tl.static_range(coordinates):
-        loaded = loaded + (tl.load(points + index * coordinates + c),)
+    for c in tl.static_range(COORDINATES):
+        loaded = loaded + (tl.load(points + index * COORDINATES + c) + zero,)
     return loaded
 
 
@@ -128,30 +130,34 @@ def penalty_kernel(
     lane_column = tl.arange(0, REPEAT)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     slot = tl.arange(0, WIDTH)[None, :]
 
-    value = tl.zeros([TILE_ROWS, WIDTH], DTYPE)
-    lost = tl.zeros([TILE_ROWS, WIDTH], DTYPE)
+    value = tl.zeros([TILE_ROWS, LANES], DTYPE)
+    lost = tl.zeros([TILE_ROWS, LANES], DTYPE)
     row_sums = (tl.zeros([TILE_ROWS, WIDTH], DTYPE),) * COORDINATES
     for block in range(GROUP):
         column = (tl.program_id(0) * GROUP + block) * BLOCK + lane_column
         in_columns = column < n_columns
-        y = prepare(load_points(cols, tl.minimum(column, n_columns - 1), COORDINATES), factor_parameters, FACTORS)
+        # A load of nothing: zeros that lie among the threads as the weights do. What they are added to is laid out
+        # likewise, else the compiler takes all that depends on points alone through shared memory, tile by tile.
+        line = (first_row + lane_row).to(tl.int64)
+        zeros = tl.load(weight + (line * row_stride + column), mask=column < -line, other=0.0).to(DTYPE)
+        zero_row = tl.sum(tl.sum(zeros, axis=1), axis=1)[:, None, None]
+        y = prepare(load_points(cols, tl.minimum(column, n_columns - 1), zeros, COORDINATES), factor_parameters,
+                    FACTORS)
         column_sums = (tl.zeros([TILE_ROWS, REPEAT, WIDTH], DTYPE),) * COORDINATES
         if PREFETCH:
-            row = first_row + lane_row
-            ahead = load_weights(weight + (row.to(tl.int64) * row_stride + column), (row < n_rows) & in_columns, MASKED)
+            ahead = load_weights(weight + (line * row_stride + column), (line < n_rows) & in_columns, MASKED)
         for tile in range(TILES):
             row = first_row + tile * TILE_ROWS + lane_row
             inside = (row < n_rows) & in_columns
             if PREFETCH:
                 w = ahead.to(DTYPE)
-                later = row + TILE_ROWS
-                ahead = load_weights(weight + (later.to(tl.int64) * row_stride + column),
-                                     (later < n_rows) & in_columns & (tile + 1 < TILES), True)
-            x = prepare(load_points(rows, tl.minimum(row, n_rows - 1), COORDINATES), factor_parameters, FACTORS)
+                # the last tile again after the last: a branch or a mask would cost more
+                line = (first_row + tl.minimum(tile + 1, TILES - 1) * TILE_ROWS + lane_row).to(tl.int64)
+                ahead = load_weights(weight + (line * row_stride + column), (line < n_rows) & in_columns, MASKED)
+            x = prepare(load_points(rows, tl.minimum(row, n_rows - 1), zero_row, COORDINATES), factor_parameters,
+                        FACTORS)
             s, g, h = distance(x, y, factor_parameters, FACTORS, NEED_POINTS)
             f, slope = inhibitor(s, inhibitor_parameters, scale, table, INHIBITOR)
-            t = tl.zeros([TILE_ROWS, REPEAT, WIDTH], DTYPE)
-            terms = tl.zeros([TILE_ROWS, REPEAT, WIDTH], DTYPE)
             for b in tl.static_range(BLOCKS):
                 line = row.to(tl.int64) + b * n_rows
                 at = line * row_stride + column * INNER
@@ -171,8 +177,12 @@ def penalty_kernel(
                     f_kept = tl.where(kept, f, 0.0)
                     slope_kept = tl.where(kept, slope, 0.0)
                 v, per_norm = magnitude(a, exponent, POWER)
-                terms += f_kept * v
-                t += slope_kept * v
+                if b == 0:
+                    terms = f_kept * v
+                    t = slope_kept * v
+                else:
+                    terms += f_kept * v
+                    t += slope_kept * v
                 if NEED_WEIGHT:
                     if INNER > 1:
                         per_norm = f_kept * per_norm / tl.where(a == 0, 1.0, a)
@@ -184,7 +194,8 @@ def penalty_kernel(
                             tl.store(dweight + out_at, gradient, eviction_policy="evict_first")
                         else:
                             tl.store(dweight + out_at, gradient, mask=inside, eviction_policy="evict_first")
-            value, lost = compensated_add(value, lost, tl.sum(terms, axis=1))
+            vectors = tl.reshape(tl.sum(terms, axis=1), [TILE_ROWS, LANES, WIDTH // LANES])
+            value, lost = compensated_add(value, lost, tl.sum(vectors, axis=2))
             if NEED_POINTS:
                 new_rows = ()
                 new_columns = ()
