@@ -135,7 +135,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     tile = tile_for(capability(weight), coordinates, sum_points)
     width = LANES.value * VECTOR_BYTES // weight.element_size()
     block = tile.repeat * width
-    shares = shares_for(n_rows, n_columns, tile, width, weight.element_size())
+    shares = shares_for(n_rows, n_columns, tile, width, weight.element_size(), sum_points)
     stride = weight.stride(0) if weight.shape[0] > 1 else n_columns * inner
     vector = vector_length(weight, dweight, n_columns, stride) if inner == 1 else 1
     even = n_rows % (shares.tiles * tile.rows) == 0 and n_columns % (shares.group * block) == 0

@@ -72,7 +72,7 @@ class Shares(NamedTuple):
     groups: int
 
 
-def shares_for(rows: int, columns: int, tile: Tile, width: int, itemsize: int) -> Shares:
+def shares_for(rows: int, columns: int, tile: Tile, width: int, itemsize: int, need_points: bool) -> Shares:
     """Strips of whole tiles and groups of whole blocks (repeat * width columns): about tile.programs programs, so long
     that the parts they leave are few, and alike in length."""
     row_tiles, blocks = -(-rows // tile.rows), -(-columns // (tile.repeat * width))
@@ -81,7 +81,7 @@ def shares_for(rows: int, columns: int, tile: Tile, width: int, itemsize: int) -
     tiles, group = min(longest, -(-FEWEST_ROWS // tile.rows)), 1
     while True:
         strips, groups = -(-row_tiles // tiles), -(-blocks // group)
-        enough = strips * groups <= tile.programs and rows * groups + columns * strips <= budget
+        enough = strips * groups <= tile.programs and (not need_points or rows * groups + columns * strips <= budget)
         # lengthen the side that leaves more
         if not enough and tiles < longest and (columns * strips >= rows * groups or groups == 1):
             tiles = min(longest, 2 * tiles)

@@ -1,0 +1,409 @@
+"""Triton kernels in its interpreter, on CPU tensors, against the float64 reference. Run by test_triton_interpreter.py
+in a process with TRITON_INTERPRET=1; alone:
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
+
+The interpreter truncates where it rounds to bfloat16: 16-bit gradients are held to one unit in the last place.
+"""
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy
+import pytest
+import torch
+from penalty_cases import (
+    INHIBITORS,
+    MANIFOLDS,
+    TOLERANCE,
+    VARIANTS,
+    Result,
+    assert_close,
+    draw_points,
+    draw_weight,
+    expected,
+    on_a_grid,
+    penalty_and_gradients,
+    relative_error,
+)
+from torch import Tensor
+
+import moduli_kernels as mk
+from moduli_kernels import _backend, _library
+from moduli_kernels.triton import launch, launch_table
+
+# NumPy, of what is right here: log2(0), and inf - inf and 0 / 0 of poisoned points
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+
+EVERY_INHIBITOR = {name: f for name, f in (INHIBITORS | VARIANTS).items() if name != "callable"}
+MAIN_INHIBITORS = tuple(name for name in INHIBITORS if name != "callable")
+POWERS = (1.0, 1.5, 2.0, 3.0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NEEDED = ("all", "shared", "weight", "points", "value")
+
+
+@pytest.fixture(autouse=True)
+def on_triton():
+    assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
+    with mk.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """4 rows x 1 vector, few programs: many tiles, blocks, strips and groups of small weights."""
+    def use(programs: int, prefetch: bool = False, repeat: int = 1):
+        tile = launch_table.Tile(1, repeat, programs, prefetch)
+        monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(("frozen", "few", "some", "many"), tile))
+    monkeypatch.setattr(launch_table, "FEWEST_ROWS", 4)
+    return use
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_within_ulps(got: Tensor, want: Tensor, ulps: float) -> None:
+    """16-bit numbers within so many units in the last place of the float64 ones they stand for, and the error of
+    float32 on top: the coefficients of the default inhibitor cancel where it is smallest."""
+    bits, lowest = (11, -13) if got.dtype == torch.float16 else (8, -125)
+    exponent = torch.frexp(want.where(want != 0, torch.finfo(torch.float64).tiny)).exponent.clamp(min=lowest)
+    allowed = ulps * torch.ldexp(torch.ones_like(want), exponent - bits) + 1e-6 * want.abs().max()
+    worst = ((got.double() - want).abs() / allowed).max()
+    assert worst <= 1, f"{float(worst)} x {ulps} ulp"
+
+
+def check(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, grad: float = 1.0, **settings) -> Result:
+    """Value and all gradients, within the tolerance of the weight's dtype."""
+    assert _backend.active("cpu") == "triton"
+    got = penalty_and_gradients(weight, rows, cols, grad=grad, **settings)
+    want = expected(weight, rows, cols, grad=grad, **settings)
+    tolerance = TOLERANCE[got.value.dtype]
+    assert got.value.dtype == got.rows.dtype == compute_dtype(weight.dtype) and got.weight.dtype == weight.dtype
+    if weight.dtype in TOLERANCE:
+        assert_close(got, want, *tolerance)
+    else:
+        assert_close(got._replace(weight=None), want._replace(weight=None), *tolerance)
+        assert_within_ulps(got.weight, want.weight, 1 if grad == 1 else 2)  # made, then scaled
+    return got
+
+
+# --- the cross -------------------------------------------------------------------------------------------
+
+def pairwise(*choices) -> list[tuple]:
+    """Cases that hold every pair of choices of every two arguments, greedily few."""
+    def pairs(case):
+        return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
+
+    draw = random.Random(0)
+    missing = set().union(*map(pairs, itertools.product(*choices)))
+    cases = []
+    while missing:
+        seed = draw.choice(sorted(missing, key=repr))
+        candidates = []
+        for _ in range(30):
+            case = [draw.choice(c) for c in choices]
+            case[seed[0]], case[seed[2]] = seed[1], seed[3]
+            candidates.append(tuple(case))
+        best = max(candidates, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        cases.append(best)
+    return cases
+
+
+@pytest.mark.parametrize(("manifold", "inhibitor", "power", "dtype", "need"),
+                         pairwise(tuple(MANIFOLDS), MAIN_INHIBITORS, POWERS, DTYPES, NEEDED), ids=str)
+def test_every_pair_of_choices(manifold, inhibitor, power, dtype, need):
+    m, f = MANIFOLDS[manifold], INHIBITORS[inhibitor]
+    rows = on_a_grid(draw_points(m, 37, 1, compute_dtype(dtype)))
+    cols = None if need == "shared" else on_a_grid(draw_points(m, 70, 2, compute_dtype(dtype)))
+    weight = draw_weight(37, 37 if cols is None else 70, dtype=dtype)
+    weight[3, 5] = 0
+    settings = {"manifold": m, "inhibitor": f, "power": power, "strength": 3.0, "reduction": "sum"}
+    if need in ("all", "shared"):
+        check(weight, rows, cols, **settings)
+        return
+    want, tolerance = expected(weight, rows, cols, **settings), TOLERANCE[compute_dtype(dtype)]
+    leaves = [weight.requires_grad_(need == "weight"), rows.requires_grad_(need == "points"),
+              cols.requires_grad_(need == "points")]
+    value = mk.moduli_penalty(*leaves, **settings)
+    assert relative_error(value, want.value) <= tolerance[0]
+    if need == "weight":
+        value.backward()
+        if dtype in TOLERANCE:
+            assert relative_error(weight.grad, want.weight) <= tolerance[1]
+        else:
+            assert_within_ulps(weight.grad, want.weight, 1)
+        assert rows.grad is None and cols.grad is None
+    if need == "points":
+        value.backward()
+        for got, w in ((rows.grad, want.rows), (cols.grad, want.cols)):
+            assert relative_error(got, w) <= tolerance[1]
+        assert weight.grad is None
+
+
+# --- shapes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(1, 1), (63, 63), (130, 130), (257, 257), (1, 257), (257, 1), (130, 63), (32, 128)],
+                         ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes(shape, dtype):
+    cols = on_a_grid(draw_points("torus", shape[1], 2))
+    check(draw_weight(*shape, dtype=dtype), on_a_grid(draw_points("torus", shape[0], 1)), cols, manifold="torus")
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(("programs", "shape"), [(1, (32, 96)), (3, (30, 70)), (1000, (8, 64)), (4, (256, 32))],
+                         ids=str)
+def test_strips_and_groups(small_tiles, programs, shape, prefetch):
+    """One program for all; ragged ends; a program a tile; more rows than a strip has slots for."""
+    small_tiles(programs, prefetch)
+    rows, cols = (on_a_grid(draw_points("torus", n, n)) for n in shape)
+    check(draw_weight(*shape), rows, cols, manifold="torus")
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)], ids=str)
+def test_empty(shape):
+    got = penalty_and_gradients(torch.ones(shape), torch.rand(shape[0], 2), torch.rand(shape[1], 2), manifold="torus")
+    assert got.value == 0 and all(not g.any() for g in got[1:])
+    assert [tuple(g.shape) for g in got[1:]] == [shape, (shape[0], 2), (shape[1], 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [64, 70])
+def test_row_strides(columns, dtype):
+    """Columns of a wider matrix, at an offset that is no multiple of 16 bytes too."""
+    wide = draw_weight(40, 200, dtype=dtype)
+    for start in (0, 3, 64):
+        check(wide[:, start:start + columns], draw_points("sphere", 40, 1), draw_points("sphere", columns, 2),
+              manifold="sphere")
+
+
+def test_offsets_beyond_32_bits(tmp_path):
+    """Rows 2^30 + 64 elements apart, in a file that is mostly a hole."""
+    stride, shape = 2**30 + 64, (4, 64)
+    file = numpy.memmap(tmp_path / "weight", dtype=numpy.int16, mode="w+", shape=(3 * stride + 64,))
+    weight = torch.from_numpy(file).view(torch.bfloat16).as_strided(shape, (stride, 1))
+    weight.copy_(draw_weight(*shape, dtype=torch.bfloat16))
+    arguments = {"manifold": "torus", "reduction": "sum"}
+    rows, cols = draw_points("torus", 4, 1), draw_points("torus", 64, 2)
+    assert relative_error(mk.moduli_penalty(weight, rows, cols, **arguments),
+                          expected(weight, rows, cols, **arguments).value) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("blocks", [3, 4])
+def test_gate_blocks(blocks, masked, dtype):
+    weight = draw_weight(blocks * 33, 70, dtype=dtype)
+    mask = draw_weight(blocks * 33, 70, seed=1) > 0.5 if masked else None
+    check(weight, on_a_grid(draw_points("klein", 33, 1)), on_a_grid(draw_points("klein", 70, 2)), manifold="klein",
+          blocks=blocks, mask=mask, power=1.5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("kernel", [(3,), (3, 2)], ids=str)
+def test_convolutions(kernel, power, masked):
+    weight = draw_weight(33, 20, *kernel)
+    weight[2, 3] = 0
+    mask = draw_weight(33, 20, *kernel, seed=1) > 0 if masked else None
+    if masked:
+        mask[4, 5] = False
+    check(weight, draw_points("sphere", 33, 1), draw_points("sphere", 20, 2), manifold="sphere", power=power, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("power", POWERS)
+def test_masks(power, dtype):
+    mask = draw_weight(40, 70, seed=1) > 1
+    got = check(draw_weight(40, 70, dtype=dtype), draw_points("s3", 40, 1, compute_dtype(dtype)),
+                draw_points("s3", 70, 2, compute_dtype(dtype)), manifold="s3", power=power, mask=mask)
+    assert not got.weight[~mask].any()
+
+
+# --- singular points -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("inhibitor", EVERY_INHIBITOR)
+def test_identical_points(inhibitor, dtype):
+    """f(0), and no force between them: the product has a factor of every kind."""
+    cols = draw_points("product", 19, 1, dtype)
+    rows = torch.cat([cols[:5], draw_points("product", 6, 2, dtype)])
+    got = check(draw_weight(11, 19, dtype=dtype), rows, cols, manifold=MANIFOLDS["product"],
+                inhibitor=EVERY_INHIBITOR[inhibitor])
+    assert all(t.isfinite().all() for t in got)
+
+
+@pytest.mark.parametrize("manifold", MANIFOLDS)
+def test_all_neurons_at_one_point(manifold):
+    rows = draw_points(manifold, 1).repeat(9, 1)
+    got = penalty_and_gradients(draw_weight(9, 9), rows, manifold=MANIFOLDS[manifold])
+    f = mk.DifferenceOfGaussians()(torch.zeros(()))
+    assert float(got.value) == pytest.approx(float(f * draw_weight(9, 9).abs().mean()), rel=1e-6)
+    assert torch.equal(got.rows, torch.zeros_like(rows))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 3.0, -2.5])
+@pytest.mark.parametrize("manifold", ["sphere", "s3"])
+def test_antipodes(manifold, scale, dtype):
+    """x and -x exactly, of equal or other length: d = pi r, and no direction is preferred."""
+    rows = torch.eye(MANIFOLDS[manifold].ambient_dim, dtype=dtype) * 3
+    cols = torch.cat([-scale * rows, draw_points(manifold, 3, 1, dtype)])
+    for inhibitor in (mk.DifferenceOfGaussians(), mk.Diffusion()):
+        got = check(draw_weight(len(rows), len(cols), dtype=dtype), rows, cols, manifold=manifold, inhibitor=inhibitor)
+        assert all(t.isfinite().all() for t in got)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("manifold", [mk.FlatTorus((10.0,)), mk.FlatTorus((10.0, 6.0, 2.5)), mk.KleinBottle(10.0, 6.0)],
+                         ids=str)
+def test_cut_loci(manifold, dtype):
+    """Exactly half a period apart in each coordinate, both ways, also periods away: the side the reference takes."""
+    periods = torch.tensor(getattr(manifold, "periods", (20.0, 6.0)), dtype=dtype)
+    multiples = torch.tensor([-2.5, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.5], dtype=dtype)
+    rows = torch.tensor([0.0, 1.25, 5.0, 7.5], dtype=dtype)[:, None].repeat(1, len(periods))
+    cols = (rows[:, None] + multiples[:, None] * periods).reshape(-1, len(periods))
+    for inhibitor in (mk.DifferenceOfGaussians(), mk.Diffusion()):
+        check(draw_weight(len(rows), len(cols), dtype=dtype), rows, cols, manifold=manifold, inhibitor=inhibitor)
+
+
+@pytest.mark.parametrize("period", [10.0, 7.3])
+def test_beside_the_cut_locus(period):
+    """A few roundings from half a period the side is the one that the rounded difference is on."""
+    ulps = torch.tensor([-64, -16, -4, -2, 2, 4, 16, 64]) * torch.finfo(torch.float32).eps * period / 2
+    rows, cols = torch.zeros(1, 1), torch.cat([period / 2 + ulps, -period / 2 + ulps])[:, None]
+    got = penalty_and_gradients(torch.ones(1, 16), rows, cols, manifold=mk.FlatTorus((period,)),
+                                inhibitor=mk.Diffusion(), reduction="sum")
+    want = torch.where(ulps < 0, 1.0, -1.0)
+    assert torch.equal(got.cols[:8, 0].sign(), want) and torch.equal(got.cols[8:, 0].sign(), want)
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_zero_weights(power):
+    weight = draw_weight(20, 20)
+    weight[::2] = 0
+    got = check(weight, draw_points("torus", 20), manifold="torus", power=power)
+    assert not got.weight[::2].any()
+
+
+def test_far_coordinates():
+    """Any real coordinate is valid, periods away."""
+    rows, cols = draw_points("torus", 20, 1, torch.float64), draw_points("torus", 30, 2, torch.float64)
+    cols = cols + 10 * torch.arange(-15, 15)[:, None]
+    check(draw_weight(20, 30, dtype=torch.float64), rows, cols, manifold="torus")
+
+
+# --- what is not finite ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("power", POWERS)
+def test_weights_that_are_not_finite(power, dtype, bad):
+    weight = draw_weight(20, 40, dtype=dtype)
+    weight[3, 7] = bad
+    value = mk.moduli_penalty(weight, draw_points("torus", 20, 1), draw_points("torus", 40, 2), manifold="torus",
+                              power=power)
+    assert value.isnan() if bad != bad else value.isposinf()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("manifold", "inhibitor"), [("torus", name) for name in EVERY_INHIBITOR] + [("product", "dog")])
+def test_points_that_are_not_finite(manifold, inhibitor, bad):
+    m = MANIFOLDS[manifold]
+    rows, cols = draw_points(m, 10, 1), draw_points(m, 12, 2)
+    for side in (rows, cols):
+        before = float(side[4, -1])
+        side[4, -1] = bad
+        got = penalty_and_gradients(draw_weight(10, 12), rows, cols, manifold=m, inhibitor=EVERY_INHIBITOR[inhibitor])
+        assert got.value.isnan() and (got.rows if side is rows else got.cols)[4].isnan().all()
+        side[4, -1] = before
+
+
+@pytest.mark.parametrize("shape", [(20, 70), (32, 64)], ids=str)
+def test_masked_away(shape):
+    """What is masked costs nothing, whatever it is; nor does what lies beyond the last column."""
+    weight, mask = draw_weight(*shape), torch.ones(shape, dtype=torch.bool)
+    rows, cols = draw_points("sphere", shape[0], 1), draw_points("sphere", shape[1], 2)
+    weight[3, 7], mask[3, 7] = float("nan"), False
+    cols[-1], mask[:, -1] = float("nan"), False
+    rows[-1], mask[-1] = float("inf"), False
+    value = mk.moduli_penalty(weight, rows, cols, manifold="sphere", mask=mask)
+    kept = mk.moduli_penalty(weight.where(mask, 0)[:-1, :-1], rows[:-1], cols[:-1], manifold="sphere", mask=mask[:-1, :-1],
+                             reduction="sum")
+    assert relative_error(value, kept / mask.numel()) <= 1e-6
+
+
+# --- repeats, grad, scaling ------------------------------------------------------------------------------
+
+def test_bitwise_repeatable():
+    arguments = draw_weight(100, 130), draw_points("sphere", 100, 1), draw_points("sphere", 130, 2)
+    first, second = (penalty_and_gradients(*arguments, manifold="sphere") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("grad", [1.0, -3.0, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grad(dtype, grad):
+    """float16 waits for grad before it makes gradients, the others scale theirs in place."""
+    rows = on_a_grid(draw_points("torus", 40, 1, compute_dtype(dtype)))
+    check(draw_weight(40, 40, dtype=dtype), rows, manifold="torus", grad=grad)
+
+
+def test_repeated_backward():
+    weight = draw_weight(20, 20).requires_grad_()
+    value = mk.moduli_penalty(weight, draw_points("torus", 20), manifold="torus")
+    value.backward(torch.tensor(2.0), retain_graph=True)
+    first, weight.grad = weight.grad, None
+    value.backward(torch.tensor(2.0))
+    assert relative_error(weight.grad, first) <= 1e-6
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_scale_grads(factor):
+    """Several tensors and dtypes, more than a launch takes, none at all."""
+    grads = [torch.ones(n, dtype=d) for n, d in
+             ((5000, torch.float32), (0, torch.float32), (7, torch.bfloat16), (1, torch.float16), (30, torch.float32))]
+    versions = [g._version for g in grads]
+    launch.scale_grads_(grads, torch.tensor(factor))
+    launch.scale_grads_([], torch.tensor(factor))
+    assert all((g == factor).all() for g in grads) and versions == [g._version for g in grads]
+    double = torch.ones(3, dtype=torch.float64)
+    launch.scale_grads_([double], torch.tensor(1 / 3, dtype=torch.float64))
+    assert (double == torch.tensor(1 / 3, dtype=torch.float64)).all()
+
+
+def test_large_sums_keep_their_digits():
+    """Equal terms round alike: plain float32 sums would drift."""
+    value = mk.moduli_penalty(torch.full((512, 96), 0.3), torch.zeros(512, 2), torch.zeros(96, 2), manifold="torus",
+                              inhibitor=mk.Constant(0.7), reduction="sum")
+    assert relative_error(value, torch.tensor(float(numpy.float32(0.3)) * 0.7 * 512 * 96)) <= 2e-7
+
+
+# --- numbers and shares ----------------------------------------------------------------------------------
+
+def test_doubles_travel_whole():
+    values = [1 / 3, 2 * 3.141592653589793 * 5, 1e-9 / 7, 0.0, 100.0]
+    sent = launch.parameters(values, torch.float64)
+    assert [sum(sent[i:i + 3]) for i in range(0, len(sent), 3)] == values
+    assert launch.parameters(values, torch.float32) == tuple(values)
+
+
+def test_flat_factors_fall_into_runs():
+    kinds, periods = launch.factors([0, 3, 1, 3, 0, 2, 2, 2], [4.0, 0.0, 0.0, 5.0, 0.0, 7.0, 8.0, 9.0])
+    assert kinds == ((0, 0, 1, 0), (3, 1, 2, 1), (1, 3, 3, 1), (3, 6, 1, 2), (0, 7, 1, 2), (2, 8, 2, 3))
+    assert periods == [4.0, 5.0, 7.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize("tile", [launch_table.Tile(8, 4, 512), launch_table.Tile(8, 2, 512),
+                                  launch_table.Tile(4, 1, 1024)], ids=str)
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_shares_cover_the_weight(width, tile):
+    for rows, columns in itertools.product((1, 63, 650, 4096, 8192, 50000), repeat=2):
+        shares = launch_table.shares_for(rows, columns, tile, width, 4, True)
+        strip, block = shares.tiles * tile.rows, shares.group * tile.repeat * width
+        assert shares.tiles <= width
+        assert (shares.strips - 1) * strip < rows <= shares.strips * strip
+        assert (shares.groups - 1) * block < columns <= shares.groups * block
