@@ -14,7 +14,7 @@ enum ManifoldKind { FLAT = 0, SPHERE = 1, KLEIN = 2 };
 
 namespace MODULI_NAMESPACE {
 
-// One flat axis, periodic unless period is 0. s = delta^2, g = delta = wrap(x - y, period) in [-period/2, period/2).
+// One flat axis, periodic unless period is 0. s = delta^2, g = delta = wrap(x - y, period) in [-period/2, period/2].
 template <typename T>
 struct FlatAxis {
   T period;
@@ -29,7 +29,7 @@ struct FlatAxis {
   MODULI_HD V difference(T x, V y) const {
     return nearest_image<V>(x - y, period);
   }
-  // wrap(x + y, period); only of periodic axes
+  // wrap(x + y - period, period); only of periodic axes
   template <typename V>
   MODULI_HD V sum(T x, V y) const {
     return nearest_image<V>(x + y - period, period);
@@ -37,7 +37,7 @@ struct FlatAxis {
 };
 
 // Klein bottle [0, width] x [0, height], (x, 0) ~ (x, height), (0, y) ~ (width, height - y).
-// s1 = dx^2 + wrap(ya - yb)^2; s2 = (width - |dx|)^2 + wrap(ya + yb)^2; s1 at a tie.
+// s1 = dx^2 + wrap(ya - yb)^2; s2 = (width - |dx|)^2 + wrap(ya + yb - height)^2; s1 at a tie.
 template <typename T>
 struct KleinBottle {
   T width;

@@ -84,7 +84,7 @@ void define_distances(py::module_& m) {
         return py::vectorize([axis](T a, T b) { return axis.difference(axis.reduce(a), axis.reduce(b)); })(x, y);
       },
       array<T>("x"), array<T>("y"), py::arg("period"),
-      doc<T>("wrap(x - y, period), in [-period/2, period/2); x - y for period 0. It is half of ds/dx, and of -ds/dy, "
+      doc<T>("wrap(x - y, period), in [-period/2, period/2]; x - y for period 0. It is half of ds/dx, and of -ds/dy, "
              "for s its square. Any real coordinates, reduced into [0, period] first; broadcast."));
 
   const auto klein = [](double width, double height) {

@@ -1,6 +1,6 @@
 // Inhibitors as functions of the squared distance s: f and its slope df/ds, the maths once for host and device.
 // Formulas: moduli_kernels/inhibitors.py; codes: moduli_kernels/_encoding.py. Parameters come in the order of
-// _encoding.py. Constructors are cheap: the CPU loops make a functor a tile.
+// _encoding.py.
 #pragma once
 
 #include "elementary.h"
@@ -118,21 +118,11 @@ struct Tabulated {
   MODULI_HD void eval(V s, V& f, V& slope) const {
     const V d = square_root(s);
     const V x = d * steps_per_distance;
-    V t, v, m, c2, c3;
-    constexpr int lanes = sizeof(V) / sizeof(T);
-    T xs[lanes], ts[lanes], cubic[4][lanes];
-    std::memcpy(xs, &x, sizeof(x));
-    for (int l = 0; l < lanes; ++l) {
-      const bool inside = xs[l] < last;  // false for NaN
-      const int32_t i = static_cast<int32_t>(inside ? xs[l] : last);
-      ts[l] = inside ? xs[l] - T(i) : (xs[l] == xs[l] ? T(0) : xs[l]);
-      for (int p = 0; p < 4; ++p) cubic[p][l] = table[4 * i + p];
-    }
-    std::memcpy(&t, ts, sizeof(t));
-    std::memcpy(&v, cubic[0], sizeof(v));
-    std::memcpy(&m, cubic[1], sizeof(m));
-    std::memcpy(&c2, cubic[2], sizeof(c2));
-    std::memcpy(&c3, cubic[3], sizeof(c3));
+    const V at = x < last ? x : splat<V>(last);  // also where x is NaN
+    const V node = truncated(at);
+    const V t = x == x ? at - node : x;
+    V v, m, c2, c3;
+    load_cubics(table, node, v, m, c2, c3);
     f = v + t * (m + t * (c2 + t * c3));
     const V change = (m + t * (2 * c2 + t * (3 * c3))) * steps_per_distance;
     slope = d == 0 ? splat<V>(T(0)) : change / (2 * d);

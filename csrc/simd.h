@@ -78,17 +78,29 @@ MODULI_HD double square_root(double x) { return std::sqrt(x); }
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
 MODULI_HD float round_(float x) { return (x + ROUND) - ROUND; }
 
+MODULI_HD float truncated(float x) { return std::trunc(x); }
+MODULI_HD double truncated(double x) { return std::trunc(x); }
+
+// The four numbers of row `node`, a whole number, of a table (samples, 4); of a pack, lane by lane.
+template <typename T>
+MODULI_HD void load_cubics(const T* table, T node, T& a, T& b, T& c, T& d) {
+  const T* cubic = table + 4 * static_cast<int32_t>(node);
+  a = cubic[0];
+  b = cubic[1];
+  c = cubic[2];
+  d = cubic[3];
+}
+
 // p * 2^n for p in [0.5, 2) and an integer n >= -126
 MODULI_HD float scale_exponent(float p, float n) {
   return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(n + ROUND) << 23));
 }
-// Of d and d -+ period the nearest to 0, for |d| <= period; -period/2 at a tie; d itself for period 0. Comparisons, not
-// a product with 1/period: exactly half a period then falls on the same side as in the reference.
+// Of d and d -+ period the nearest to 0, for |d| <= period; d itself at a tie and for period 0: an odd function of d.
+// Comparisons, not a product with 1/period: a pair then falls on the same side as in the reference.
 template <typename V>
 MODULI_HD V nearest_image(V d, typename Traits<V>::Scalar period) {
   const auto half = period / 2;
-  const V lower = d >= half ? d - period : d;
-  return lower < -half ? lower + period : lower;
+  return d > half ? d - period : (d < -half ? d + period : d);
 }
 
 // y with the sign of x where x is not 0, else 0
@@ -157,13 +169,15 @@ inline F32 larger(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 absolute(F32 x) { return _mm512_abs_ps(x); }
 inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
 inline F32 round_(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 truncated(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
 inline F32 scale_exponent(F32 p, F32 n) { return _mm512_scalef_ps(p, n); }
 template <>
 inline F32 nearest_image<F32>(F32 d, float period) {
-  // d - period with the sign of d; of two values the one smaller in magnitude, at a tie the negative one
+  const __mmask16 far = _mm512_cmp_ps_mask(absolute(d), _mm512_set1_ps(period / 2), _CMP_GT_OQ);
+  // period with the sign of d: one three-input operation
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
   const F32 towards = (F32)_mm512_ternarylogic_epi32(sign, (__m512i)d, (__m512i)(F32)_mm512_set1_ps(period), 0xEA);
-  return _mm512_range_ps(d, d - towards, 0b0110);
+  return _mm512_mask_sub_ps(d, far, d, towards);
 }
 inline F32 signed_by(F32 y, F32 x) {
   const __mmask16 nonzero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
@@ -172,6 +186,14 @@ inline F32 signed_by(F32 y, F32 x) {
 }
 inline float sum_lanes(F32 x) { return _mm512_reduce_add_ps(x); }
 inline void stream_pack(float* p, F32 x) { _mm512_stream_ps(p, x); }
+inline F32 load_fours(const float* const (&row)[16], int l) {  // lanes l, l + 4, l + 8, l + 12, four numbers each
+  const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[l])), _mm_loadu_ps(row[l + 4]), 1);
+  return _mm512_insertf32x4(_mm512_insertf32x4(low, _mm_loadu_ps(row[l + 8]), 2), _mm_loadu_ps(row[l + 12]), 3);
+}
+inline F32 low_pairs(F32 a, F32 b) { return _mm512_unpacklo_ps(a, b); }
+inline F32 high_pairs(F32 a, F32 b) { return _mm512_unpackhi_ps(a, b); }
+inline F32 low_halves(F32 a, F32 b) { return (F32)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); }
+inline F32 high_halves(F32 a, F32 b) { return (F32)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); }
 
 #elif defined(__AVX2__)
 
@@ -179,6 +201,7 @@ inline F32 larger(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline F32 absolute(F32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline F32 square_root(F32 x) { return _mm256_sqrt_ps(x); }
 inline F32 round_(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 truncated(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
 inline F32 scale_exponent(F32 p, F32 n) { return (F32)((U32)p + ((U32)(n + ROUND) << 23)); }
 inline F32 signed_by(F32 y, F32 x) {
   const __m256 nonzero = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_OQ);
@@ -190,6 +213,31 @@ inline float sum_lanes(F32 x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 inline void stream_pack(float* p, F32 x) { _mm256_stream_ps(p, x); }
+inline F32 load_fours(const float* const (&row)[8], int l) {  // lanes l, l + 4, four numbers each
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[l])), _mm_loadu_ps(row[l + 4]), 1);
+}
+inline F32 low_pairs(F32 a, F32 b) { return _mm256_unpacklo_ps(a, b); }
+inline F32 high_pairs(F32 a, F32 b) { return _mm256_unpackhi_ps(a, b); }
+inline F32 low_halves(F32 a, F32 b) { return (F32)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); }
+inline F32 high_halves(F32 a, F32 b) { return (F32)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); }
+
+#endif
+#if defined(__AVX2__)
+
+inline void load_cubics(const float* table, F32 node, F32& a, F32& b, F32& c, F32& d) {
+  typedef int32_t I32 __attribute__((vector_size(PACK_BYTES)));
+  constexpr int LANES = Pack<float>::LANES;
+  const I32 index = __builtin_convertvector(node, I32) * 4;
+  const float* row[LANES];
+  for (int l = 0; l < LANES; ++l) row[l] = table + index[l];
+  // transposed within each quarter of four lanes
+  const F32 r0 = load_fours(row, 0), r1 = load_fours(row, 1), r2 = load_fours(row, 2), r3 = load_fours(row, 3);
+  const F32 ab01 = low_pairs(r0, r1), ab23 = low_pairs(r2, r3), cd01 = high_pairs(r0, r1), cd23 = high_pairs(r2, r3);
+  a = low_halves(ab01, ab23);
+  b = high_halves(ab01, ab23);
+  c = low_halves(cd01, cd23);
+  d = high_halves(cd01, cd23);
+}
 
 #endif
 

@@ -17,9 +17,15 @@ from torch import Tensor
 from . import _checks
 
 
-def wrap(d: Tensor, period: float) -> Tensor:
-    """The representative of d modulo `period` in [-period/2, period/2): d - p floor(d/p + 1/2)."""
-    return d - period * torch.floor(d / period + 0.5)
+def reduced(x: Tensor, period: float) -> Tensor:
+    """x modulo `period`, in [0, period]."""
+    return x - period * torch.floor(x / period)
+
+
+def wrap(d: Tensor, period: float | Tensor) -> Tensor:
+    """The nearest to 0 of d, d - period and d + period, for a difference d of reduced coordinates; d itself at a tie.
+    So wrap(-d) = -wrap(d) everywhere: two points pull at each other with opposite gradients on the cut locus too."""
+    return torch.where(d.abs() > period / 2, d - period * torch.sign(d), d)
 
 
 def sqrt_of_square(s: Tensor) -> Tensor:
@@ -99,7 +105,8 @@ def _lattice(n: int, sides: tuple[float, ...]) -> Tensor:
 
 
 class _Flat(Manifold):
-    """R^k with column c taken modulo `_periods[c]` (0 = not periodic). With delta_c = wrap(x_c - y_c, p_c):
+    """R^k with column c taken modulo `_periods[c]` (0 = not periodic). With delta_c = wrap(x_c - y_c, p_c) of
+    coordinates reduced into [0, p_c]:
 
         s = sum_c delta_c^2,   ds/dx_c = 2 delta_c = -ds/dy_c.
     """
@@ -107,8 +114,10 @@ class _Flat(Manifold):
     _periods: tuple[float, ...]
 
     def _difference(self, x: Tensor, y: Tensor, c: int) -> Tensor:
-        d = x[:, c, None] - y[None, :, c]
-        return wrap(d, self._periods[c]) if self._periods[c] else d
+        x, y, period = x[:, c], y[:, c], self._periods[c]
+        if not period:
+            return x[:, None] - y
+        return wrap(reduced(x, period)[:, None] - reduced(y, period), period)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         _checks.distance_arguments(self, x, y)
@@ -271,9 +280,10 @@ class Sphere(Manifold):
 @dataclass(frozen=True)
 class KleinBottle(Manifold):
     """[0, width] x [0, height] with (x, 0) ~ (x, height) and (0, y) ~ (width, height - y). Of all images of a pair
-    two can be nearest; with dx = |wrap(xa - xb, 2 width)|,
+    two can be nearest; with coordinates reduced modulo (2 width, height) and dx = |wrap(xa - xb, 2 width)|,
 
-        s1 = dx^2 + wrap(ya - yb, height)^2,   s2 = (width - dx)^2 + wrap(ya + yb, height)^2,   s = min(s1, s2);
+        s1 = dx^2 + wrap(ya - yb, height)^2,   s2 = (width - dx)^2 + wrap(ya + yb - height, height)^2,
+        s = min(s1, s2);
 
     s1 is taken at a tie. Any real coordinate is valid (the identity is periodic in (2 width, height)).
     """
@@ -294,9 +304,11 @@ class KleinBottle(Manifold):
         return _lattice(n, (self.width, self.height))
 
     def _candidates(self, x: Tensor, y: Tensor):
-        dx = wrap(x[:, 0, None] - y[None, :, 0], 2 * self.width)
-        straight = wrap(x[:, 1, None] - y[None, :, 1], self.height)
-        flipped = wrap(x[:, 1, None] + y[None, :, 1], self.height)
+        xa, xb = (reduced(p[:, 0], 2 * self.width) for p in (x, y))
+        ya, yb = (reduced(p[:, 1], self.height) for p in (x, y))
+        dx = wrap(xa[:, None] - xb, 2 * self.width)
+        straight = wrap(ya[:, None] - yb, self.height)
+        flipped = wrap(ya[:, None] + yb - self.height, self.height)
         s1 = dx.square() + straight.square()
         s2 = (self.width - dx.abs()).square() + flipped.square()
         return dx, straight, flipped, s1, s2

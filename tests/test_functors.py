@@ -153,10 +153,11 @@ def test_flat_axis(dtype, period):
 
 
 @each_dtype
-def test_flat_axis_takes_half_a_period_to_minus_half(dtype):
+def test_flat_axis_leaves_half_a_period_between_reduced_coordinates(dtype):
     x = np.array([5, 7.5, 0, 2.5, 15, -5, 9.75], dtype)
     y = np.array([0, 2.5, 5, 7.5, 0, 0, 0], dtype)
-    assert F.flat_axis_difference(x, y, 10).tolist() == [-5, -5, -5, -5, -5, -5, -0.25]
+    assert F.flat_axis_difference(x, y, 10).tolist() == [5, 5, -5, -5, 5, 5, -0.25]
+    assert F.flat_axis_difference(y, x, 10).tolist() == [-5, -5, 5, 5, -5, -5, 0.25]
 
 
 @each_dtype

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 
 import moduli_kernels as mk
-from moduli_kernels.manifolds import PRESETS, wrap
+from moduli_kernels.manifolds import PRESETS, reduced, wrap
 
 MANIFOLDS = {
     **PRESETS,
@@ -181,9 +181,15 @@ def test_images_of_a_point_are_the_point(m, k):
     assert m.distance(images(m, x, k), x).diagonal().max() < 1e-12
 
 
-def test_wrap_takes_half_a_period_to_minus_half():
-    d = torch.tensor([5.0, -5.0, 15.0, 4.75, -4.75, 0.0, 10.0, 25.0])
-    assert wrap(d, 10.0).tolist() == [-5, -5, -5, 4.75, -4.75, 0, 0, -5]
+def test_wrap_leaves_half_a_period_as_it_is():
+    d = torch.tensor([5.0, -5.0, 5.25, -5.25, 4.75, -4.75, 0.0, 10.0, -10.0])
+    assert wrap(d, 10.0).tolist() == [5, -5, -4.75, 4.75, 4.75, -4.75, 0, 0, 0]
+    assert torch.equal(wrap(-d, 10.0), -wrap(d, 10.0))
+
+
+def test_reduced_is_within_one_period():
+    x = torch.tensor([0.0, 10.0, -10.0, 12.5, -2.5, 1e4, -1e-9])
+    assert reduced(x, 10.0).tolist() == [0, 0, 0, 2.5, 7.5, 0, 10]
 
 
 @every_manifold

@@ -122,15 +122,14 @@ def test_cut_locus_of_the_torus(either, periods, inhibitor, dtype):
           inhibitor=INHIBITORS[inhibitor])
 
 
-@pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("periods_away", [0.5, 1.5, 2.5])
-def test_side_of_the_cut_locus(either, periods_away, sign):
-    """wrap takes [-p/2, p/2): at exactly half a period the difference is -p/2, whichever sign it came
-    with."""
-    rows, cols = torch.zeros(1, 1), torch.full((1, 1), -10.0 * periods_away * sign)
+@pytest.mark.parametrize("row, col, delta", [(0, 5, -5), (5, 0, 5), (0, -5, -5), (15, 0, 5), (2.5, 17.5, -5), (7.5, -7.5, 5)])
+def test_side_of_the_cut_locus(either, row, col, delta):
+    """At exactly half a period the difference of the reduced coordinates stays as it is, so two points pull at
+    each other with opposite gradients."""
+    rows, cols = torch.full((1, 1), float(row)), torch.full((1, 1), float(col))
     got = penalty_and_gradients(torch.ones(1, 1), rows, cols, manifold=mk.FlatTorus((10.0,)),
                                 inhibitor=mk.Diffusion())
-    assert (float(got.value), float(got.rows), float(got.cols)) == (25.0, -10.0, 10.0)
+    assert (float(got.value), float(got.rows), float(got.cols)) == (25.0, 2 * delta, -2 * delta)
 
 
 @DTYPE

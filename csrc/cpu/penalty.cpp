@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -13,15 +14,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../distance.h"
 #include "../inhibitor.h"
-#include "penalty.h"
+#include "points.h"
 
 namespace moduli {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // A gradient of this size would only push others out of the caches on its way.
@@ -85,86 +84,21 @@ TaskGrid task_grid(int64_t rows, int64_t columns) {
   return {row_chunks, column_chunks};
 }
 
-// Points of one side, ready for the loops: one array a coordinate.
+// Bands of a mirrored matrix: of 192 rows on average, for the memory of their parts of the points, a multiple of 4
+// where they are many; at least what the threads of a small matrix can share.
+TaskGrid band_grid(int64_t size) {
+  const int64_t least = size < 128 ? 1 : size < 384 ? 2 : 4;
+  return {std::max(least, std::min<int64_t>(size / 192 / 4 * 4, 128)), 1};
+}
+
+// Of a square matrix over one set of points. Where memory is the limit anyway (few flat coordinates, nothing to sum for
+// the points) mirrored entries, which come and go a line at a time, would only slow it down.
 template <typename T>
-struct Points {
-  const T* raw;  // (count, coordinates)
-  int64_t count, coordinates, stride;
-  std::unique_ptr<T[]> ready;  // ready[c * stride + i], padded with 0 to whole packs
-  std::vector<std::pair<int64_t, int64_t>> spheres;  // (first coordinate, columns)
-
-  Points(const Tensor& points, const std::vector<int64_t>& factors, const std::vector<double>& parameters)
-      : raw(static_cast<const T*>(points.const_data_ptr())), count(points.size(0)), coordinates(points.size(1)),
-        stride((count + MAX_LANES - 1) / MAX_LANES * MAX_LANES),
-        ready(new T[std::max<int64_t>(1, stride * coordinates)]()) {
-    int64_t first = 0;
-    const double* parameter = parameters.data();
-    for (size_t q = 0; q + 1 < factors.size(); q += 2) {
-      const int64_t kind = factors[q], k = factors[q + 1];
-      if (kind == SPHERE) spheres.emplace_back(first, k);
-      for (int64_t c = 0; c < k; ++c) {
-        const double period = kind == FLAT ? parameter[c] : kind == KLEIN ? (c ? parameter[1] : 2 * parameter[0]) : 0;
-        const portable::FlatAxis<T> axis{T(period)};
-        for (int64_t i = 0; i < count; ++i) {
-          const T x = raw[i * coordinates + first + c];
-          ready[(first + c) * stride + i] = kind == SPHERE ? x / norm(i, first, k) : axis.reduce(x);
-        }
-      }
-      parameter += kind == SPHERE ? 1 : kind == KLEIN ? 2 : k;
-      first += k;
-    }
-    poison();
-  }
-
-  T norm(int64_t i, int64_t first, int64_t k) const {
-    T squares = 0;
-    for (int64_t c = first; c < first + k; ++c) squares += raw[i * coordinates + c] * raw[i * coordinates + c];
-    return std::sqrt(squares);
-  }
-
-  void poison() {
-    for (int64_t i = 0; i < count; ++i) {
-      bool finite = true;
-      for (int64_t c = 0; c < coordinates; ++c) finite = finite && std::isfinite(raw[i * coordinates + c]);
-      if (!finite)
-        for (int64_t c = 0; c < coordinates; ++c) ready[c * stride + i] = std::numeric_limits<T>::quiet_NaN();
-    }
-  }
-
-  // 0, and NaN for points that are not finite.
-  void zero_gradient(T* to) const {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < coordinates; ++c) {
-        const T x = ready[c * stride + i];
-        to[i * coordinates + c] = x == x ? T(0) : x;
-      }
-  }
-
-  // to (count, coordinates) (+)= 2 scale * the sum of `chunks` parts (chunk, coordinate, part_stride), on each sphere
-  // projected on the tangent space and divided by |x|.
-  void add_gradient(const T* parts, int64_t chunks, int64_t part_stride, double scale, bool add, T* to) const {
-    torch::stable::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
-      std::vector<double> g(coordinates);
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t c = 0; c < coordinates; ++c) {
-          double sum = 0;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[(chunk * coordinates + c) * part_stride + i];
-          g[c] = 2 * scale * sum;
-        }
-        for (const auto& [first, k] : spheres) {
-          double radial = 0;
-          for (int64_t c = first; c < first + k; ++c) radial += g[c] * ready[c * stride + i];
-          const double length = norm(i, first, k);
-          for (int64_t c = first; c < first + k; ++c) g[c] = (g[c] - radial * ready[c * stride + i]) / length;
-        }
-        for (int64_t c = 0; c < coordinates; ++c) {
-          T& out = to[i * coordinates + c];
-          out = T(add ? out + g[c] : g[c]);
-        }
-      }
-    });
-  }
-};
+bool worth_mirroring(const PenaltyProblem<T>& p) {
+  const bool cheap = p.factor_count == 1 && p.factors[0] == FLAT && p.coordinates <= 2;
+  const bool memory_bound = p.stream && cheap && !p.need_points;
+  return p.blocks == 1 && p.inner == 1 && !p.mask && p.inhibitor != CONSTANT && !memory_bound;
+}
 
 struct Settings {
   const std::vector<int64_t>& factors;
@@ -215,9 +149,6 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.power = settings.power;
   p.scale = settings.scale;
   p.need_points = need_points && p.inhibitor != CONSTANT;  // its slope is 0 everywhere
-  p.grid = task_grid(p.rows, p.columns);
-  p.tile = tile_width(p.columns);
-
 
   const std::vector<int64_t> none{0};
   Result result;
@@ -234,23 +165,27 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   p.stream = need_weight && p.weight_type == WeightType::FLOAT32 && p.blocks == 1 && p.inner == 1 &&
              weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0 &&
              reinterpret_cast<uintptr_t>(p.dweight) % (MAX_LANES * sizeof(float)) == 0;
+  p.mirrored = !cols && worth_mirroring(p);
+  p.grid = p.mirrored ? band_grid(p.rows) : task_grid(p.rows, p.columns);
+  p.tile = p.mirrored ? mirrored_tile_width(p.rows, p.stream) : tile_width(p.columns);
 
   const int64_t tasks = p.grid.row_chunks * p.grid.column_chunks;
   std::vector<double> value_parts(tasks);
   p.value_parts = value_parts.data();
   std::unique_ptr<T[]> row_parts, column_parts;
   if (p.need_points) {
-    row_parts.reset(new T[std::max<int64_t>(1, p.grid.column_chunks * p.coordinates * p.rows)]);
+    if (!p.mirrored) row_parts.reset(new T[std::max<int64_t>(1, p.grid.column_chunks * p.coordinates * p.rows)]);
     column_parts.reset(new T[std::max<int64_t>(1, p.grid.row_chunks * p.coordinates * p.column_stride)]);
   }
   p.row_parts = row_parts.get();
   p.column_parts = column_parts.get();
 
   const auto run = run_of(T());
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[scratch_size<T>(p.coordinates, p.tile) + MAX_LANES]);
+  std::atomic<int64_t> next{0};  // a thread that is held up takes fewer
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
+    std::unique_ptr<T[]> scratch(new T[scratch_size(p.coordinates, p.tile, p.mirrored) + MAX_LANES]);
     auto aligned = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
-    for (int64_t task = begin; task < end; ++task) run(p, task, aligned);
+    for (int64_t task = next++; task < tasks; task = next++) run(p, task, aligned);
   });
 
   double value = 0;
@@ -258,9 +193,9 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   *static_cast<T*>(result.value.mutable_data_ptr()) = T(value * p.scale);
   if (p.need_points) {
     auto drows = static_cast<T*>(result.drows.mutable_data_ptr());
-    row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.rows, p.scale, false, drows);
+    if (!p.mirrored) row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.rows, p.scale, false, drows);
     auto dcols = cols ? static_cast<T*>(result.dcols.mutable_data_ptr()) : drows;
-    column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !cols, dcols);
+    column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !cols && !p.mirrored, dcols);
   } else if (need_points) {
     row_points.zero_gradient(static_cast<T*>(result.drows.mutable_data_ptr()));
     if (cols) column_points.zero_gradient(static_cast<T*>(result.dcols.mutable_data_ptr()));

@@ -2,7 +2,6 @@
 // once per instruction set. Plain pointers only: no std container may be instantiated in an ISA's translation unit.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace moduli {
@@ -45,12 +44,13 @@ struct PenaltyProblem {
   // need_points, sum of f'(s) |w|^l (1/2) ds/dx:
   void* dweight;
   bool need_points;
+  bool mirrored;             // rows and columns share their points: see penalty_mirrored.h
   bool stream;               // dweight goes past the caches: float32, blocks 1, no kernel, whole aligned packs
   double* value_parts;       // one a task
-  T* row_parts;              // [column chunk][coordinate][row]
-  T* column_parts;           // [row chunk][coordinate][column_stride]
+  T* row_parts;              // [column chunk][coordinate][row]; mirrored: unused
+  T* column_parts;           // [row chunk][coordinate][column_stride]; mirrored: the rows' part too
   TaskGrid grid;
-  int64_t tile;  // tile_width(columns)
+  int64_t tile;  // columns of the widest tile
 };
 
 constexpr int64_t MAX_LANES = 16;
@@ -64,6 +64,15 @@ constexpr int64_t tile_width(int64_t columns) {
   return packs > 0 ? packs * MAX_LANES : MAX_LANES;
 }
 
+// Mirrored tasks: side of the squares that are transposed at a time, also the rows worked on as one; how many rows ahead
+// of its turn a square is asked for; columns a tile, fewer where the matrix does not fit in the caches, for what is
+// asked for at distances of a row would push itself out.
+constexpr int64_t SQUARE = 16, ASK_AHEAD = 2;
+constexpr int64_t mirrored_tile_width(int64_t size, bool stream) {
+  const int64_t most = stream ? 256 : 512, whole = (size + SQUARE - 1) / SQUARE * SQUARE;
+  return whole < most ? whole : most;
+}
+
 // Between buffers of a tile: a pack more than its width, so that they do not all fall on the same lines of the cache.
 constexpr int64_t buffer_stride(int64_t width) { return width + MAX_LANES; }
 
@@ -73,13 +82,13 @@ constexpr int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t size, int64
   return begin < size ? begin : size;
 }
 
-// One task; `scratch` holds scratch_size<T>() elements and is the thread's own.
+// One task; `scratch` holds scratch_size() elements and is the thread's own.
 template <typename T>
 using RunTask = void (*)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
 
-template <typename T>
-constexpr size_t scratch_size(int64_t coordinates, int64_t width) {
-  return static_cast<size_t>((2 * coordinates + 8) * buffer_stride(width));
+constexpr int64_t tile_size(int64_t coordinates, int64_t width) { return (2 * coordinates + 8) * buffer_stride(width); }
+constexpr int64_t scratch_size(int64_t coordinates, int64_t width, bool mirrored) {
+  return tile_size(coordinates, width) + (mirrored ? 2 * SQUARE * buffer_stride(width) : 0);
 }
 
 // grads *= factor
