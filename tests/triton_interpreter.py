@@ -402,8 +402,8 @@ def test_flat_factors_fall_into_runs():
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_shares_cover_the_weight(width, tile):
     for rows, columns in itertools.product((1, 63, 650, 4096, 8192, 50000), repeat=2):
-        shares = launch_table.shares_for(rows, columns, tile, width, 4, True)
+        shares = launch_table.shares_for(rows, columns, tile, tile.repeat * width, 4, True)
         strip, block = shares.tiles * tile.rows, shares.group * tile.repeat * width
-        assert shares.tiles <= width
+        assert shares.tiles <= launch_table.LANES
         assert (shares.strips - 1) * strip < rows <= shares.strips * strip
         assert (shares.groups - 1) * block < columns <= shares.groups * block

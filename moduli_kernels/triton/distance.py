@@ -23,76 +23,72 @@ LINE = tl.constexpr(3)
 # --- points ----------------------------------------------------------------------------------------------------
 
 @triton.jit
-def all_finite(points):
-    """Whether every coordinate is finite."""
-    finite = tl.abs(points[0]) < float("inf")
+def zero_or_nan(points):
+    """0, or NaN where a coordinate is not finite."""
+    zero = points[0] * 0
     for c in tl.static_range(1, len(points)):
-        finite = finite & (tl.abs(points[c]) < float("inf"))
-    return finite
+        zero = tl.fma(points[c], 0.0, zero)
+    return zero
 
 
 @triton.jit
 def reduce_coordinate(x, period):
-    """x modulo period, in [0, period)."""
-    r = tl.fma(tl.floor(x * (1.0 / period)), -period, x)
-    # the quotient may have been rounded across an integer
-    r = tl.where(r < 0, r + period, r)
-    return tl.where(r >= period, r - period, r)
+    """x modulo period, in [0, period] but for rounding; 0 for multiples of it."""
+    return tl.fma(tl.floor(x * (1.0 / period)), -period, x)
 
 
 @triton.jit
-def norm(points, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Length of the vector of some of the coordinates, correctly rounded but for the sum."""
+def unit_vector(points, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some of the coordinates divided by the length of their vector, and 1/length. Quotients are rounded once (a step of
+    Newton's method after the approximate ones): unit vectors of x and -3x along an axis are opposite to the last bit."""
     square = points[FIRST] * points[FIRST]
     for c in tl.static_range(FIRST + 1, FIRST + COLUMNS):
         square = tl.fma(points[c], points[c], square)
     if square.dtype == tl.float64:
-        return tl.sqrt(square)
+        reciprocal = 1.0 / tl.sqrt(square)
+        length = tl.sqrt(square)
     else:
-        return tl.sqrt_rn(square)
-
-
-@triton.jit
-def divided(x, y):
-    """x / y, correctly rounded: of x and -3x the unit vectors are opposite to the last bit."""
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
+        reciprocal = tl.rsqrt(square)
+        length = square * reciprocal
+        length = tl.fma(tl.fma(-length, length, square), 0.5 * reciprocal, length)
+    unit = ()
+    for c in tl.static_range(FIRST, FIRST + COLUMNS):
+        quotient = points[c] * reciprocal
+        unit = unit + (tl.fma(tl.fma(-quotient, length, points[c]), reciprocal, quotient),)
+    return unit, reciprocal
 
 
 @triton.jit
 def prepare_factor(points, parameters, KIND: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
                    PARAMETER: tl.constexpr):
-    DTYPE: tl.constexpr = points[0].dtype
-    ready = ()
     if KIND == SPHERE:
-        length = norm(points, FIRST, COLUMNS)
-        for c in tl.static_range(FIRST, FIRST + COLUMNS):
-            ready = ready + (divided(points[c], length),)
-    elif KIND == FLAT:
-        for c in tl.static_range(COLUMNS):
-            ready = ready + (reduce_coordinate(points[FIRST + c], parameter(parameters, PARAMETER + c, DTYPE)),)
+        ready, _ = unit_vector(points, FIRST, COLUMNS)
+        return ready
     elif KIND == KLEIN:
-        ready = (reduce_coordinate(points[FIRST], 2 * parameter(parameters, PARAMETER, DTYPE)),
-                 reduce_coordinate(points[FIRST + 1], parameter(parameters, PARAMETER + 1, DTYPE)))
+        width = parameter(parameters, PARAMETER, points[0].dtype)
+        height = parameter(parameters, PARAMETER + 1, points[0].dtype)
+        return reduce_coordinate(points[FIRST], 2 * width), reduce_coordinate(points[FIRST + 1], height)
     else:
-        for c in tl.static_range(FIRST, FIRST + COLUMNS):
-            ready = ready + (points[c],)
-    return ready
+        ready = ()
+        for c in tl.static_range(COLUMNS):
+            x = points[FIRST + c]
+            if KIND == FLAT:
+                x = reduce_coordinate(x, parameter(parameters, PARAMETER + c, x.dtype))
+            ready = ready + (x,)
+        return ready
 
 
 @triton.jit
-def prepare(points, parameters, FACTORS: tl.constexpr):
+def prepare(points, zero, parameters, FACTORS: tl.constexpr):
     """Coordinates as `distance` wants them: periodic ones reduced, spheres normalized, and all of them NaN where one
-    is not finite, so that it reaches the value."""
-    finite = all_finite(points)
+    is not finite, so that it reaches the value. zero is added to each."""
+    zero = zero + zero_or_nan(points)
     ready = ()
     for q in tl.static_range(len(FACTORS)):
         ready = ready + prepare_factor(points, parameters, FACTORS[q][0], FACTORS[q][1], FACTORS[q][2], FACTORS[q][3])
     poisoned = ()
     for c in tl.static_range(len(ready)):
-        poisoned = poisoned + (tl.where(finite, ready[c], float("nan")),)
+        poisoned = poisoned + (ready[c] + zero,)
     return poisoned
 
 
@@ -140,7 +136,7 @@ def klein_distance(xa, ya, xb, yb, width, height):
 
 @triton.jit
 def sphere_angle(minus, plus):
-    """theta and theta / sin(theta), 0 at antipodes, from the squares of |x^ - y^| and |x^ + y^|:
+    """theta / 2 and theta / (4 sin(theta)), 0 at antipodes, from the squares of |x^ - y^| and |x^ + y^|:
     theta = 2 atan2(sqrt minus, sqrt plus), 2 sin(theta) = sqrt(minus plus)."""
     far = minus > plus
     less, more = tl.minimum(minus, plus), tl.maximum(minus, plus)
@@ -151,8 +147,7 @@ def sphere_angle(minus, plus):
     angle = atan_of_ratio(less * reciprocal)  # less / sqrt(less more) = sqrt(less / more)
     # pi/2 in two parts, for its rounding alone is 4.4e-8
     angle = tl.where(far, 1.5707963705062866 - (angle + 4.371139000186241e-8), angle)
-    ratio = tl.where(less < TINY, tl.where(far, 0.0, 1.0), 4 * angle * reciprocal)
-    return 2 * angle, ratio
+    return angle, tl.where(less < TINY, tl.where(far, 0.0, 0.25), angle * reciprocal)
 
 
 @triton.jit
@@ -168,9 +163,9 @@ def sphere_distance(x, y, radius, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
         minus += difference[c] * difference[c]
         both = x[FIRST + c] + y[FIRST + c]
         plus += both * both
-    theta, ratio = sphere_angle(minus, plus)
-    d = radius * theta
-    factor = radius * radius * ratio
+    angle, ratio = sphere_angle(minus, plus)
+    d = (2 * radius) * angle
+    factor = (4 * radius * radius) * ratio
     g = ()
     for c in tl.static_range(COLUMNS):
         g = g + (factor * difference[c],)

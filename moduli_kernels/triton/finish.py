@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .distance import SPHERE, all_finite, divided, norm
+from .distance import SPHERE, unit_vector, zero_or_nan
 from .penalty import load_points
 
 
@@ -29,13 +29,12 @@ def project(g, points, KIND: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.cons
     """The coordinates of one factor of a gradient, from those in the space around it."""
     projected = ()
     if KIND == SPHERE:
-        length = norm(points, FIRST, COLUMNS)
-        radial = g[FIRST] * divided(points[FIRST], length).to(tl.float64)
-        for c in tl.static_range(FIRST + 1, FIRST + COLUMNS):
-            radial += g[c] * divided(points[c], length).to(tl.float64)
-        for c in tl.static_range(FIRST, FIRST + COLUMNS):
-            unit = divided(points[c], length).to(tl.float64)
-            projected = projected + ((g[c] - radial * unit) / length.to(tl.float64),)
+        unit, reciprocal = unit_vector(points, FIRST, COLUMNS)
+        radial = g[FIRST] * unit[0]
+        for c in tl.static_range(1, COLUMNS):
+            radial += g[FIRST + c] * unit[c]
+        for c in tl.static_range(COLUMNS):
+            projected = projected + ((g[FIRST + c] - radial * unit[c]) * reciprocal,)
     else:
         for c in tl.static_range(FIRST, FIRST + COLUMNS):
             projected = projected + (g[c],)
@@ -50,11 +49,11 @@ def finish_points(points, n, parts_a, count_a, parts_b, count_b, out, block, FAC
     points; if CONSTANT zero, and NaN for points that are not finite."""
     index = block * POINTS + tl.arange(0, POINTS)
     inside = index < n
-    x = load_points(points, tl.minimum(index, n - 1), 0.0, COORDINATES)
+    x = load_points(points, tl.minimum(index, n - 1), COORDINATES)
     g = ()
     for c in tl.static_range(COORDINATES):
         if CONSTANT:
-            g = g + (tl.where(all_finite(x), 0.0, float("nan")),)
+            g = g + (zero_or_nan(x),)
         else:
             total = sum_parts(parts_a, count_a, n, index, inside, c, COORDINATES, CHUNK)
             if SHARED:

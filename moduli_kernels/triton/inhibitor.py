@@ -19,6 +19,7 @@ TABULATED = tl.constexpr(5)
 # Diffusion with the exponents 2 and 1: c s and c sqrt(s), without powers
 SQUARE = tl.constexpr(6)
 ROOT = tl.constexpr(7)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no machine instructions
 
 
 def constants(kind: int, p: list[float], samples: int) -> tuple[int, list[float]]:
@@ -103,6 +104,18 @@ def constant(s, p, scale):
 
 
 @triton.jit
+def cubic(pointer):
+    """The four numbers there."""
+    if INTERPRETED or pointer.dtype.element_ty == tl.float64:
+        return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
+    else:
+        # one load of 16 bytes, where the entry is: for loads of its own the compiler would move entries to other threads
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [pointer.to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
+
+
+@triton.jit
 def tabulated(s, p, scale, table):
     """table steps a distance, last sample; table (samples, 4): the cubic v + t (m + t (c2 + t c3)) from each
     equidistant node on, t in steps."""
@@ -113,10 +126,7 @@ def tabulated(s, p, scale, table):
     inside = x < last  # not so for NaN
     i = tl.where(inside, x, last).to(tl.int32)
     t = tl.where(inside, x - i.to(s.dtype), tl.where(x == x, 0.0, x))
-    v = tl.load(table + 4 * i)
-    m = tl.load(table + 4 * i + 1)
-    c2 = tl.load(table + 4 * i + 2)
-    c3 = tl.load(table + 4 * i + 3)
+    v, m, c2, c3 = cubic(table + 4 * i)
     f = v + t * (m + t * (c2 + t * c3))
     change = m + t * (2 * c2 + t * (3 * c3))
     return scale * f, tl.where(s == 0, 0.0, (0.5 * scale * steps) * change * reciprocal)

@@ -134,8 +134,9 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
 
     tile = tile_for(capability(weight), coordinates, sum_points)
     width = LANES.value * VECTOR_BYTES // weight.element_size()
-    block = tile.repeat * width
-    shares = shares_for(n_rows, n_columns, tile, width, weight.element_size(), sum_points)
+    repeat = tile.vectors(weight.element_size())
+    block = repeat * width
+    shares = shares_for(n_rows, n_columns, tile, block, weight.element_size(), sum_points)
     stride = weight.stride(0) if weight.shape[0] > 1 else n_columns * inner
     vector = vector_length(weight, dweight, n_columns, stride) if inner == 1 else 1
     even = n_rows % (shares.tiles * tile.rows) == 0 and n_columns % (shares.group * block) == 0
@@ -151,8 +152,9 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
             POWER=int(a.power) if a.power in (1, 2) else 0, BLOCKS=a.blocks, INNER=inner,
             NEED_WEIGHT=need_weight, NEED_POINTS=sum_points, HAS_MASK=a.mask is not None, HAS_GRAD=grad is not None,
             EVEN=even, PREFETCH=tile.prefetch and a.blocks == 1 and inner == 1 and a.mask is None, VECTOR=vector,
-            TILE_ROWS=tile.rows, REPEAT=tile.repeat, WIDTH=width, TILES=shares.tiles, GROUP=shares.group,
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps, maxnreg=tile.registers,
+            TILE_ROWS=tile.rows, REPEAT=repeat, WIDTH=width, TILES=shares.tiles, GROUP=shares.group,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps,
+            maxnreg=tile.registers if dtype == torch.float32 and inner == 1 else None,
         )
         if need_value or need_points:
             blocks = 0
@@ -201,4 +203,4 @@ def scale_grads_(grads: list[Tensor], grad: Tensor) -> None:
         programs = min(SCALE_PROGRAMS, triton.cdiv(max(g.numel() for g in here), SCALE_BLOCK))
         with on_device(a):
             scale_kernel[(programs,)](a, b, c, a.numel(), b.numel(), c.numel(), grad, COUNT=len(here),
-                                      BLOCK=SCALE_BLOCK, num_warps=4)
+                                      BLOCK=SCALE_BLOCK, num_warps=8)

@@ -11,7 +11,7 @@ class Tile(NamedTuple):
     """What one program does at a time, and how many there are."""
 
     warps: int
-    repeat: int  # vectors of 16 bytes a thread has of a tile: its columns are repeat * 128 bytes of W
+    repeat: int  # vectors of 16 bytes a thread has of a tile of a float32 weight
     programs: int  # about as many, where the weight is large enough
     prefetch: bool = False  # ask for the weights of the next tile before working on this one
     registers: int | None = None  # a thread may have, where fewer than it would take leave room for more warps
@@ -21,30 +21,30 @@ class Tile(NamedTuple):
         """Of a tile: 4 a warp."""
         return 4 * self.warps
 
+    def vectors(self, itemsize: int) -> int:
+        """A thread has of a tile: of 16-bit weights half as many, for each holds twice the entries."""
+        return max(1, self.repeat * min(itemsize, 4) // 4)
+
 
 # Generation (major compute capability) -> kind of work -> Tile. Kinds: "frozen" no gradient of points, "few" up to 3
-# coordinates, "some" up to 6, "many". OVERRIDES is empty but while tuning: it goes before the table.
-TABLE: dict[int, dict[str, Tile]] = {
-    8: {
-        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024), "many": Tile(8, 1, 1024),
-    },
-    9: {
-        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024),
-        "many": Tile(8, 1, 1024),
-    },
-    10: {
-        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024),
-        "many": Tile(8, 1, 1024),
-    },
-    12: {
-        "frozen": Tile(8, 4, 1024, False), "few": Tile(8, 4, 1024, False), "some": Tile(8, 2, 1024), "many": Tile(8, 1, 1024),
-    },
+# coordinates, "some" up to 6, "many". Registers decide: nothing is spilled in float32, and where 128 a thread suffice
+# two programs fit a multiprocessor.
+_AMPERE = {
+    "frozen": Tile(8, 4, 1024), "few": Tile(8, 2, 1024, registers=128), "some": Tile(8, 2, 1024),
+    "many": Tile(8, 1, 1024),
 }
+_HOPPER = {
+    "frozen": Tile(8, 4, 512, True), "few": Tile(8, 2, 512, True, 128), "some": Tile(8, 2, 512, True),
+    "many": Tile(8, 1, 512, True),
+}
+TABLE: dict[int, dict[str, Tile]] = {8: _AMPERE, 9: _HOPPER, 10: _HOPPER, 12: _AMPERE}
+# Before the table while one tunes: kind of work -> Tile.
 OVERRIDES: dict[str, Tile] = {}
 
 PARTS = 0.008  # parts of the gradients of the points, at most, of a weight and times the coordinates ...
 SMALL = 1 << 26  # ... of this many bytes at least: of a smaller one they may take as much as of this one
 FEWEST_ROWS = 64  # of a strip
+LANES = 8  # as in penalty.py
 
 
 def kind_of_work(coordinates: int, need_points: bool) -> str:
@@ -72,11 +72,11 @@ class Shares(NamedTuple):
     groups: int
 
 
-def shares_for(rows: int, columns: int, tile: Tile, width: int, itemsize: int, need_points: bool) -> Shares:
-    """Strips of whole tiles and groups of whole blocks (repeat * width columns): about tile.programs programs, so long
+def shares_for(rows: int, columns: int, tile: Tile, block: int, itemsize: int, need_points: bool) -> Shares:
+    """Strips of whole tiles and groups of whole blocks of columns: about tile.programs programs, so long
     that the parts they leave are few, and alike in length."""
-    row_tiles, blocks = -(-rows // tile.rows), -(-columns // (tile.repeat * width))
-    longest = min(width, row_tiles)  # tiles of a strip: each needs a slot
+    row_tiles, blocks = -(-rows // tile.rows), -(-columns // block)
+    longest = min(LANES, row_tiles)  # tiles of a strip: the row sums of each are kept by another lane
     budget = PARTS * max(rows * columns * itemsize, SMALL) / max(4, itemsize)  # numbers a coordinate
     tiles, group = min(longest, -(-FEWEST_ROWS // tile.rows)), 1
     while True:

@@ -8,7 +8,7 @@ stored whole. What a thread sums stays in its registers:
     value          one number a lane, compensated
     columns of dE  a tile a coordinate, over the rows of the strip; reduced over rows once a block
     rows of dE     over the columns of a tile at once, 3 shuffles a coordinate for REPEAT vectors; the sums of tile i are
-                   kept in slot i of (TILE_ROWS, WIDTH), over all blocks of the group: no memory but at the end
+                   kept by lane i of the 8 that share a row, over all blocks of the group: no memory but at the end
 
 Parts: value (strips, groups); rows (groups, coordinates, R); columns (strips, coordinates, C). finish.py adds them.
 """
@@ -25,11 +25,11 @@ LANES = tl.constexpr(8)  # of a warp, that share a row of a tile
 
 
 @triton.jit
-def load_points(points, index, zero, COORDINATES: tl.constexpr):
-    """The tuple of the coordinates of some points (n, COORDINATES), plus zero."""
+def load_points(points, index, COORDINATES: tl.constexpr):
+    """The tuple of the coordinates of some points (n, COORDINATES)."""
     loaded = ()
     for c in tl.static_range(COORDINATES):
-        loaded = loaded + (tl.load(points + index * COORDINATES + c) + zero,)
+        loaded = loaded + (tl.load(points + index * COORDINATES + c),)
     return loaded
 
 
@@ -66,31 +66,38 @@ def weight_gradient(f, w, a, exponent, POWER: tl.constexpr):
 
 
 @triton.jit
-def kernel_norms(weight, at, mask, mask_at, inside, INNER: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
+def kernel_norms(weights, mask, mask_at, inside, INNER: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
     """L2 norms of the kept weights of kernels of INNER elements, and where one of them is kept."""
-    squares = tl.zeros(at.shape, DTYPE)
-    kept = inside & (at < 0)
+    squares = tl.zeros(inside.shape, DTYPE)
+    kept = inside & (mask_at < 0)
     for q in range(INNER):
         here = inside
         if HAS_MASK:
             here = here & (tl.load(mask + mask_at + q, mask=inside, other=0) != 0)
-        w = tl.load(weight + at + q, mask=here, other=0.0).to(DTYPE)
+        w = tl.load(weights + q, mask=here, other=0.0).to(DTYPE)
         squares += w * w
         kept = kept | here
     return tl.sqrt(squares), kept
 
 
 @triton.jit
-def store_kernel_gradients(dweight, weight, at, mask, out_at, inside, per_norm, INNER: tl.constexpr,
+def store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INNER: tl.constexpr,
                            HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
     """dW of the kernels: that of the norms, divided by them (per_norm), times w; 0 where masked."""
     for q in range(INNER):
         here = inside
         if HAS_MASK:
             here = here & (tl.load(mask + out_at + q, mask=inside, other=0) != 0)
-        w = tl.load(weight + at + q, mask=here, other=0.0).to(DTYPE)
+        w = tl.load(weights + q, mask=here, other=0.0).to(DTYPE)
         gradient = tl.where(here, per_norm * w, 0.0)
         tl.store(dweight + out_at + q, gradient.to(dweight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_in_lanes(tile):
+    """(TILE_ROWS, LANES) from (TILE_ROWS, REPEAT, WIDTH): what each lane has of a row, without a shuffle."""
+    of_vectors = tl.sum(tile, axis=1)
+    return tl.sum(tl.reshape(of_vectors, [tile.shape[0], LANES, tile.shape[2] // LANES]), axis=2)
 
 
 @triton.jit
@@ -113,7 +120,7 @@ def penalty_kernel(
 ):
     """weight (BLOCKS*n_rows, n_columns, INNER), rows a stride apart; mask and dweight contiguous. n_columns and stride
     come in units of VECTOR elements, so that the compiler knows what is aligned. A program has a strip of TILES tiles
-    of rows, WIDTH at most, and GROUP blocks of columns. numbers: scale and power. grad: 0-d factor of the gradients.
+    of rows, LANES at most, and GROUP blocks of columns. numbers: scale and power. grad: 0-d factor of the gradients.
     INNER: elements of a convolution's kernel, else 1. EVEN: no program has anything out of bounds. PREFETCH: the
     weights of the next tile are asked for early; for plain weights only."""
     BLOCK: tl.constexpr = REPEAT * WIDTH
@@ -126,50 +133,59 @@ def penalty_kernel(
         scale = scale * tl.load(grad).to(DTYPE)
 
     first_row = tl.program_id(1) * (TILES * TILE_ROWS)
+    first_block = tl.program_id(0) * GROUP
     lane_row = tl.arange(0, TILE_ROWS)[:, None, None]
     lane_column = tl.arange(0, REPEAT)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    slot = tl.arange(0, WIDTH)[None, :]
+    lane = tl.arange(0, LANES)[None, :]
+    # where an entry lies is a part the tile has in common and one that stays the same: one addition a tile
+    lane_at = lane_row.to(tl.int64) * row_stride + lane_column * INNER
+    lane_out = (lane_row.to(tl.int64) * n_columns + lane_column) * INNER
 
     value = tl.zeros([TILE_ROWS, LANES], DTYPE)
     lost = tl.zeros([TILE_ROWS, LANES], DTYPE)
-    row_sums = (tl.zeros([TILE_ROWS, WIDTH], DTYPE),) * COORDINATES
+    row_sums = (tl.zeros([TILE_ROWS, LANES], DTYPE),) * COORDINATES
+    if PREFETCH:
+        at = first_row.to(tl.int64) * row_stride + first_block * BLOCK
+        inside = (first_row + lane_row < n_rows) & (first_block * BLOCK + lane_column < n_columns)
+        ahead = load_weights(weight + at + lane_at, inside, MASKED)
     for block in range(GROUP):
-        column = (tl.program_id(0) * GROUP + block) * BLOCK + lane_column
+        first_column = (first_block + block) * BLOCK
+        column = first_column + lane_column
         in_columns = column < n_columns
         # A load of nothing: zeros that lie among the threads as the weights do. What they are added to is laid out
         # likewise, else the compiler takes all that depends on points alone through shared memory, tile by tile.
-        line = (first_row + lane_row).to(tl.int64)
-        zeros = tl.load(weight + (line * row_stride + column), mask=column < -line, other=0.0).to(DTYPE)
+        zeros = tl.load(weight + lane_at, mask=lane_row < -column, other=0.0).to(DTYPE)
         zero_row = tl.sum(tl.sum(zeros, axis=1), axis=1)[:, None, None]
-        y = prepare(load_points(cols, tl.minimum(column, n_columns - 1), zeros, COORDINATES), factor_parameters,
-                    FACTORS)
+        y = prepare(load_points(cols, tl.minimum(column, n_columns - 1), COORDINATES), zeros, factor_parameters, FACTORS)
         column_sums = (tl.zeros([TILE_ROWS, REPEAT, WIDTH], DTYPE),) * COORDINATES
-        if PREFETCH:
-            ahead = load_weights(weight + (line * row_stride + column), (line < n_rows) & in_columns, MASKED)
         for tile in range(TILES):
             row = first_row + tile * TILE_ROWS + lane_row
             inside = (row < n_rows) & in_columns
             if PREFETCH:
                 w = ahead.to(DTYPE)
-                # the last tile again after the last: a branch or a mask would cost more
-                line = (first_row + tl.minimum(tile + 1, TILES - 1) * TILE_ROWS + lane_row).to(tl.int64)
-                ahead = load_weights(weight + (line * row_stride + column), (line < n_rows) & in_columns, MASKED)
-            x = prepare(load_points(rows, tl.minimum(row, n_rows - 1), zero_row, COORDINATES), factor_parameters,
+                # the last tile of all again after the last: a branch or a mask would cost more
+                step = tl.minimum(block * TILES + tile + 1, GROUP * TILES - 1)
+                later_row = first_row + (step % TILES) * TILE_ROWS
+                later_column = (first_block + step // TILES) * BLOCK
+                at = later_row.to(tl.int64) * row_stride + later_column
+                inside_later = (later_row + lane_row < n_rows) & (later_column + lane_column < n_columns)
+                ahead = load_weights(weight + at + lane_at, inside_later, MASKED)
+            x = prepare(load_points(rows, tl.minimum(row, n_rows - 1), COORDINATES), zero_row, factor_parameters,
                         FACTORS)
             s, g, h = distance(x, y, factor_parameters, FACTORS, NEED_POINTS)
             f, slope = inhibitor(s, inhibitor_parameters, scale, table, INHIBITOR)
             for b in tl.static_range(BLOCKS):
-                line = row.to(tl.int64) + b * n_rows
-                at = line * row_stride + column * INNER
-                out_at = (line * n_columns + column) * INNER
+                line = (first_row + tile * TILE_ROWS + b * n_rows).to(tl.int64)
+                weights = weight + (line * row_stride + first_column * INNER) + lane_at
+                out_at = (line * n_columns + first_column) * INNER + lane_out
                 kept = inside
                 if INNER > 1:
-                    a, kept = kernel_norms(weight, at, mask, out_at, inside, INNER, HAS_MASK, DTYPE)
+                    a, kept = kernel_norms(weights, mask, out_at, inside, INNER, HAS_MASK, DTYPE)
                 else:
                     if HAS_MASK:
                         kept = kept & (tl.load(mask + out_at, mask=inside, other=0) != 0)
                     if not PREFETCH:
-                        w = load_weights(weight + at, kept, MASKED).to(DTYPE)
+                        w = load_weights(weights, kept, MASKED).to(DTYPE)
                     a = tl.abs(w)
                 f_kept = f
                 slope_kept = slope
@@ -186,7 +202,7 @@ def penalty_kernel(
                 if NEED_WEIGHT:
                     if INNER > 1:
                         per_norm = f_kept * per_norm / tl.where(a == 0, 1.0, a)
-                        store_kernel_gradients(dweight, weight, at, mask, out_at, inside,
+                        store_kernel_gradients(dweight, weights, mask, out_at, inside,
                                                tl.where(a == 0, 0.0, per_norm), INNER, HAS_MASK, DTYPE)
                     else:
                         gradient = weight_gradient(f_kept, w, a, exponent, POWER).to(dweight.dtype.element_ty)
@@ -194,14 +210,13 @@ def penalty_kernel(
                             tl.store(dweight + out_at, gradient, eviction_policy="evict_first")
                         else:
                             tl.store(dweight + out_at, gradient, mask=inside, eviction_policy="evict_first")
-            vectors = tl.reshape(tl.sum(terms, axis=1), [TILE_ROWS, LANES, WIDTH // LANES])
-            value, lost = compensated_add(value, lost, tl.sum(vectors, axis=2))
+            value, lost = compensated_add(value, lost, sum_in_lanes(terms))
             if NEED_POINTS:
                 new_rows = ()
                 new_columns = ()
                 for c in tl.static_range(COORDINATES):
-                    over_columns = tl.sum(tl.sum(t * g[c], axis=1), axis=1)[:, None]
-                    new_rows = new_rows + (tl.where(slot == tile, row_sums[c] + over_columns, row_sums[c]),)
+                    over_columns = tl.sum(sum_in_lanes(t * g[c]), axis=1)[:, None]
+                    new_rows = new_rows + (row_sums[c] + tl.where(lane == tile, over_columns, 0.0),)
                     new_columns = new_columns + (column_sums[c] - t * h[c],)
                 row_sums = new_rows
                 column_sums = new_columns
@@ -214,7 +229,7 @@ def penalty_kernel(
     part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(value_parts + part, tl.sum(tl.sum(value, axis=1), axis=0))
     if NEED_POINTS:
-        slot_row = first_row + slot * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+        row = first_row + lane * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
         for c in tl.static_range(COORDINATES):
             to = row_parts + (tl.program_id(0).to(tl.int64) * COORDINATES + c) * n_rows
-            tl.store(to + slot_row, row_sums[c], mask=(slot < TILES) & (slot_row < n_rows))
+            tl.store(to + row, row_sums[c], mask=(lane < TILES) & (row < n_rows))

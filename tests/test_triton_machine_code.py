@@ -1,0 +1,146 @@
+"""The Triton kernels as machine code, without a GPU: registers and stack, what the inner loop is made of, bytes moved.
+triton_machine_code.py compiles them."""
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from moduli_kernels import _library
+
+pytestmark = [
+    pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
+]
+if _library.triton_installed:
+    import triton_machine_code as code
+
+    from moduli_kernels.triton import launch, launch_table
+
+ARCHITECTURES = (80, 86, 90, 100, 120)
+# case -> registers and, for each entry of W, instructions and special-function operations of the inner loop, at most
+HOT = {
+    "torus frozen": (128, 25, 2),
+    "torus trained": (128, 42, 2),
+    "torus trained bfloat16": (128, 42, 2),
+    "sphere trained": (128, 80, 3.5),
+    "klein trained": (128, 60, 2),
+    "torus6 trained": (254, 82, 2),
+}
+OTHERS = {  # on one architecture
+    "torus trained power 2": (128, 42, 2),
+    "s3 trained": (254, 90, 3.5),
+    "mixed trained": (254, 100, 3.5),
+    "r3 trained": (128, 42, 2),
+    "circle sinusoid trained": (128, 65, 2.5),
+    "torus ricker trained power 1.5": (128, 85, 3.5),
+    "torus diffusion frozen": (128, 20, 0),
+    "torus table trained": (128, 65, 1),
+}
+CASES = [(case, a, *limits) for case, limits in HOT.items() for a in ARCHITECTURES]
+CASES += [(case, 90, *limits) for case, limits in OTHERS.items()]
+
+
+@pytest.mark.parametrize(("case", "architecture", "registers", "instructions", "special"), CASES)
+def test_hot_kernels(case, architecture, registers, instructions, special):
+    """Nothing spilled; W and dW move in vectors of 16 bytes; a tile costs no barrier."""
+    penalty, finish = code.report(case, architecture)
+    assert penalty["kernel"] == "penalty_kernel" and finish["kernel"] == "finish_kernel"
+    assert penalty["STACK"] == penalty["LOCAL"] == finish["STACK"] == 0
+    assert penalty["REG"] <= registers and finish["REG"] <= 128
+    assert penalty["barriers"] == 0
+    vectors = penalty["entries"] * (2 if "bfloat16" in case else 4) // 16
+    tables = penalty["entries"] if "table" in case else 0
+    coordinates = penalty["loads"] - penalty["loads128"]
+    assert penalty["loads128"] == vectors + tables and penalty["stores128"] == penalty["stores"] == vectors
+    assert 1 <= coordinates <= 6
+    assert penalty["instructions"] <= instructions and penalty["special"] <= special
+
+
+OTHER_KERNELS = {
+    "ragged": {"n": 1000}, "unaligned": {"n": 650}, "small": {"n": 37}, "blocks": {"n": 512, "blocks": 4},
+    "value": {"need": (False, False)}, "points": {"need": (False, True)},
+    "float64": {"dtype": torch.float64}, "float16": {"dtype": torch.float16, "power": 1.5},
+    "mask": {"mask": True}, "convolution": {"kernel": (3, 3), "n": 64}, "masked convolution": {
+        "kernel": (3,), "mask": True, "n": 64, "dtype": torch.bfloat16}, "grad": {"grad": True},
+}
+
+
+@pytest.mark.parametrize("settings", OTHER_KERNELS.values(), ids=OTHER_KERNELS)
+def test_everything_compiles(settings):
+    """What the interpreter accepts the compiler might not."""
+    need = settings.get("need", (True, True))
+    n, blocks, kernel = settings.get("n", 512), settings.get("blocks", 1), settings.get("kernel", ())
+    arguments = list(code.op_arguments("mixed", code.CASES["torus trained"][1], settings.get("dtype", torch.float32),
+                                       settings.get("power", 1.0), n, blocks))
+    arguments[0] = arguments[0].reshape(blocks * n, n, *[1] * len(kernel)).expand(-1, -1, *kernel).contiguous()
+    arguments[3] = torch.empty(arguments[0].shape, dtype=torch.bool) if settings.get("mask") else None
+    if settings.get("grad"):
+        launches = code.record(lambda: launch.penalty_grads(torch.ones(()), *arguments, *need))
+    else:
+        launches = code.record(lambda: launch.penalty_with_grads(*arguments, *need))
+    for recorded in launches:
+        spills = settings.get("dtype") == torch.float64 or "kernel" in settings  # no speed goal
+        assert spills or code.usage(code.machine_code(recorded, 90))["STACK"] == 0
+        assert not spills or code.machine_code(recorded, 90)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale_compiles(dtype):
+    grads = [torch.ones(5000, dtype=dtype), torch.ones(7), torch.ones(7)]
+    recorded, = code.record(lambda: launch.scale_grads_(grads, torch.ones(())))
+    assert code.usage(code.machine_code(recorded, 90))["STACK"] == 0
+
+
+# --- from the launch grid --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", ["torus frozen", "torus trained", "sphere trained", "torus6 trained"])
+@pytest.mark.parametrize("generation", [8, 9])
+@pytest.mark.parametrize("n", [2048, 4096])
+def test_bytes_moved(case, generation, n):
+    """Tiles meet every entry once, so W is read once and dW written once; parts stay under 1 % x coordinates of 64 MB
+    or, if it is larger, of W."""
+    penalty, finish = code.launches_of(case, generation, n)
+    a = penalty.arguments
+    tile = a["TILES"] * a["TILE_ROWS"] * a["GROUP"] * a["REPEAT"] * a["WIDTH"]
+    assert a["EVEN"] and tile * penalty.grid[0] * penalty.grid[1] == n * n
+    parts = [a[name] for name in ("row_parts", "column_parts") if a[name] is not None]
+    coordinates = a["COORDINATES"]
+    limit = 0.01 * coordinates * max(n * n * 4, launch_table.SMALL)
+    assert sum(t.numel() * t.element_size() for t in parts) <= limit
+    assert len(parts) == (0 if "frozen" in case else 2) and a["value_parts"].numel() <= 4096
+    if n == 4096:  # beside W and dW: points, once a strip or a group, and parts, written and read
+        points = 4 * coordinates * n * (penalty.grid[0] + penalty.grid[1])
+        assert points + 2 * sum(4 * t.numel() for t in parts) <= 2 * 4 * n * n * 0.015 * coordinates
+    assert finish.grid[0] <= 1 + 2 * n
+
+
+def test_programs_fill_a_gpu_at_the_sizes_that_count():
+    for n, programs in ((1024, 128), (2048, 256), (4096, 256), (8192, 512)):
+        for trained in (False, True):
+            tile = launch_table.tile_for(9, 2, trained)
+            shares = launch_table.shares_for(n, n, tile, tile.vectors(4) * 32, 4, trained)
+            assert shares.strips * shares.groups >= programs
+
+
+def test_generations_that_are_not_in_the_table():
+    assert launch_table.tile_for(7, 2, True) == launch_table.tile_for(8, 2, True)
+    assert launch_table.tile_for(11, 2, True) == launch_table.tile_for(10, 2, True)
+    assert launch_table.tile_for(13, 2, True) == launch_table.tile_for(12, 2, True)
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch):
+    """Numbers travel as kernel arguments: no .item(), .cpu() nor a copy of a host tensor between device and host."""
+    arguments = code.op_arguments("mixed", code.CASES["torus trained"][1], torch.float32, 1.0, 64)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.namespace == "aten" and function._opname in (
+                "empty", "empty_like", "new_empty", "select", "view", "empty_strided"), function
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        launches = code.record(lambda: launch.penalty_with_grads(*arguments, True, True))
+        launches += code.record(lambda: launch.penalty_grads(torch.empty(()), *arguments, True, True))
+    assert len(launches) == 4
