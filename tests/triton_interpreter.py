@@ -55,7 +55,7 @@ def small_tiles(monkeypatch):
     """4 rows x 1 vector, few programs: many tiles, blocks, strips and groups of small weights."""
     def use(programs: int, prefetch: bool = False, repeat: int = 1):
         tile = launch_table.Tile(1, repeat, programs, prefetch)
-        monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(("frozen", "few", "some", "many"), tile))
+        monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(launch_table.TABLE[9], tile))
     monkeypatch.setattr(launch_table, "FEWEST_ROWS", 4)
     return use
 
@@ -407,3 +407,30 @@ def test_shares_cover_the_weight(width, tile):
         assert shares.tiles <= launch_table.LANES
         assert (shares.strips - 1) * strip < rows <= shares.strips * strip
         assert (shares.groups - 1) * block < columns <= shares.groups * block
+
+
+# --- into an existing gradient ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "masked"), [((40, 70), False), ((32, 128), False), ((40, 70), True),
+                                               ((20, 12, 3), True)], ids=str)
+def test_accumulates(shape, masked, dtype):
+    """grad += dW in the same pass, value and gradients of the points as ever."""
+    weight, before = draw_weight(*shape, dtype=dtype), draw_weight(*shape, seed=1, dtype=dtype)
+    rows, cols = (on_a_grid(draw_points("torus", n, n)) for n in shape[:2])
+    mask = draw_weight(*shape, seed=2) > 0 if masked else None
+    kinds, parameters = mk._encoding.encode_manifold(mk.FlatTorus())
+    kind, numbers = mk._encoding.encode_inhibitor(mk.DifferenceOfGaussians())
+    arguments = launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
+        "weight": weight, "rows": rows, "cols": cols, "mask": mask, "factors": kinds, "factor_parameters": parameters,
+        "inhibitor": kind, "inhibitor_parameters": numbers, "power": 1.0, "blocks": 1, "scale": 0.1})
+    grad = before.clone()
+    value, drows, dcols = launch.accumulate_penalty_grad_(grad, *arguments, True)
+    want = expected(weight, rows, cols, mask=mask, reduction="sum", strength=0.1)
+    assert_close(Result(value, None, drows, dcols), want._replace(weight=None), 1e-6, 1e-5)
+    if dtype == torch.float32:
+        assert relative_error(grad, before.double() + want.weight) <= 1e-6
+    else:
+        assert_within_ulps(grad, before.double() + want.weight, 1)
+    if masked:
+        assert torch.equal(grad[~mask], before[~mask])

@@ -83,14 +83,17 @@ def record(call) -> list[Launch]:
 
 
 def op_arguments(manifold: str, inhibitor: mk.Inhibitor, dtype: torch.dtype, power: float, n: int = N,
-                 blocks: int = 1) -> tuple:
-    """The leading arguments of the ops for an uninitialized weight of n x n a block."""
+                 blocks: int = 1) -> launch.Arguments:
+    """Those of the ops for an uninitialized weight of n x n a block."""
     weight = torch.empty(blocks * n, n, dtype=dtype)
     m = mk.manifold(manifold)
     rows = torch.empty(n, m.ambient_dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     table = inhibitor.table(rows.dtype) if isinstance(inhibitor, mk.TabulatedInhibitor) else None
-    return (weight, rows, None, None, table, *_encoding.encode_manifold(m), *_encoding.encode_inhibitor(inhibitor),
-            power, blocks, 1.0)
+    kinds, parameters = _encoding.encode_manifold(m)
+    kind, numbers = _encoding.encode_inhibitor(inhibitor)
+    return launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
+        "weight": weight, "rows": rows, "table": table, "factors": kinds, "factor_parameters": parameters,
+        "inhibitor": kind, "inhibitor_parameters": numbers, "power": power, "blocks": blocks, "scale": 1.0})
 
 
 def launches_of(case: str, generation: int, n: int = N) -> list[Launch]:

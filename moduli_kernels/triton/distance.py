@@ -83,13 +83,13 @@ def prepare(points, zero, parameters, FACTORS: tl.constexpr):
     """Coordinates as `distance` wants them: periodic ones reduced, spheres normalized, and all of them NaN where one
     is not finite, so that it reaches the value. zero is added to each."""
     zero = zero + zero_or_nan(points)
+    poisoned = ()
+    for c in tl.static_range(len(points)):
+        poisoned = poisoned + (points[c] + zero,)
     ready = ()
     for q in tl.static_range(len(FACTORS)):
-        ready = ready + prepare_factor(points, parameters, FACTORS[q][0], FACTORS[q][1], FACTORS[q][2], FACTORS[q][3])
-    poisoned = ()
-    for c in tl.static_range(len(ready)):
-        poisoned = poisoned + (ready[c] + zero,)
-    return poisoned
+        ready = ready + prepare_factor(poisoned, parameters, FACTORS[q][0], FACTORS[q][1], FACTORS[q][2], FACTORS[q][3])
+    return ready
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ by the kernels. Safe inside CUDA-graph capture; runs on the tensors' device and 
 from __future__ import annotations
 
 import contextlib
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from .. import _library
 from . import distance, inhibitor
 from .finish import finish_kernel
 from .launch_table import shares_for, tile_for
@@ -27,21 +29,8 @@ FINISH_CHUNK, FINISH_POINTS, FINISH_VALUES = 32, 32, 1024
 INTERPRETED_CAPABILITY = 9
 
 
-class Arguments(NamedTuple):
-    """Those of the ops, in the order of their schema."""
-
-    weight: Tensor
-    rows: Tensor
-    cols: Tensor | None
-    mask: Tensor | None
-    table: Tensor | None
-    factors: list[int]
-    factor_parameters: list[float]
-    inhibitor: int
-    inhibitor_parameters: list[float]
-    power: float
-    blocks: int
-    scale: float
+# Those of the ops, by their names in the schema.
+Arguments = namedtuple("Arguments", [argument.split()[-1] for argument in _library.PENALTY.split(", ")])
 
 
 class Results(NamedTuple):
@@ -107,11 +96,15 @@ def capability(tensor: Tensor) -> int:
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else INTERPRETED_CAPABILITY
 
 
-def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: bool, need_points: bool) -> Results:
+def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: bool, need_points: bool,
+           into: Tensor | None = None) -> Results:
+    """into: a gradient of the weight, contiguous, to which dW is added; else one is made."""
     weight, rows = a.weight, a.rows
     cols = rows if a.cols is None else a.cols
     value = rows.new_empty(()) if need_value else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    dweight = into
+    if need_weight and into is None:
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     drows = torch.empty_like(rows) if need_points else None
     dcols = torch.empty_like(cols) if need_points and a.cols is not None else None
     results = Results(value, dweight, drows, dcols)
@@ -132,7 +125,8 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     # a constant inhibitor does not look at distances: one coordinate tells whether the points are finite
     seen = ((distance.LINE.value, 0, 1, 0),) if constant else kinds
 
-    tile = tile_for(capability(weight), coordinates, sum_points)
+    curved = any(factor[0] in (distance.SPHERE.value, distance.KLEIN.value) for factor in seen)
+    tile = tile_for(capability(weight), coordinates, curved, sum_points)
     width = LANES.value * VECTOR_BYTES // weight.element_size()
     repeat = tile.vectors(weight.element_size())
     block = repeat * width
@@ -140,6 +134,9 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     stride = weight.stride(0) if weight.shape[0] > 1 else n_columns * inner
     vector = vector_length(weight, dweight, n_columns, stride) if inner == 1 else 1
     even = n_rows % (shares.tiles * tile.rows) == 0 and n_columns % (shares.group * block) == 0
+    # the loads of a table leave no registers for it
+    prefetch = tile.prefetch and a.blocks == 1 and inner == 1 and a.mask is None and a.table is None
+    registers = tile.registers if dtype == torch.float32 and inner == 1 and a.table is None else None
     parts = rows.new_empty(shares.strips * shares.groups)
     row_parts = rows.new_empty(shares.groups * coordinates * n_rows) if sum_points else None
     column_parts = rows.new_empty(shares.strips * coordinates * n_columns) if sum_points else None
@@ -150,11 +147,11 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
             parameters(periods, dtype), parameters(constants, dtype),
             FACTORS=seen, COORDINATES=coordinates, INHIBITOR=code,
             POWER=int(a.power) if a.power in (1, 2) else 0, BLOCKS=a.blocks, INNER=inner,
-            NEED_WEIGHT=need_weight, NEED_POINTS=sum_points, HAS_MASK=a.mask is not None, HAS_GRAD=grad is not None,
-            EVEN=even, PREFETCH=tile.prefetch and a.blocks == 1 and inner == 1 and a.mask is None, VECTOR=vector,
+            NEED_WEIGHT=need_weight, ACCUMULATE=into is not None, NEED_POINTS=sum_points,
+            HAS_MASK=a.mask is not None, HAS_GRAD=grad is not None, EVEN=even, PREFETCH=prefetch, VECTOR=vector,
             TILE_ROWS=tile.rows, REPEAT=repeat, WIDTH=width, TILES=shares.tiles, GROUP=shares.group,
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps,
-            maxnreg=tile.registers if dtype == torch.float32 and inner == 1 else None,
+            maxnreg=registers, enable_fp_fusion=True,
         )
         if need_value or need_points:
             blocks = 0
@@ -165,7 +162,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
                 rows, cols, parts, row_parts, column_parts, value, drows, dcols, n_rows, n_columns, parts.numel(),
                 shares.groups, shares.strips, FACTORS=kinds, COORDINATES=coordinates, NEED_VALUE=need_value,
                 NEED_POINTS=need_points, CONSTANT=constant, SHARED=a.cols is None, CHUNK=FINISH_CHUNK,
-                POINTS=FINISH_POINTS, VALUES=FINISH_VALUES, num_warps=4,
+                POINTS=FINISH_POINTS, VALUES=FINISH_VALUES, num_warps=4, enable_fp_fusion=True,
             )
     return results
 
@@ -194,6 +191,15 @@ def penalty_grads(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     return _present(a, launch(a, grad, False, need_weight, need_points))
 
 
+def accumulate_penalty_grad_(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (like weight, contiguous) += dW, in the same pass; value and the gradients of the points."""
+    *rest, need_points = arguments
+    a = Arguments(*rest)
+    results = launch(a, None, True, True, need_points, grad)
+    _, *points = _present(a, results)
+    return (results.value, *points)
+
+
 def scale_grads_(grads: list[Tensor], grad: Tensor) -> None:
     """Up to three tensors a launch."""
     grads = [g for g in grads if g.numel()]
@@ -203,4 +209,4 @@ def scale_grads_(grads: list[Tensor], grad: Tensor) -> None:
         programs = min(SCALE_PROGRAMS, triton.cdiv(max(g.numel() for g in here), SCALE_BLOCK))
         with on_device(a):
             scale_kernel[(programs,)](a, b, c, a.numel(), b.numel(), c.numel(), grad, COUNT=len(here),
-                                      BLOCK=SCALE_BLOCK, num_warps=8)
+                                      BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)

@@ -26,18 +26,19 @@ class Tile(NamedTuple):
         return max(1, self.repeat * min(itemsize, 4) // 4)
 
 
-# Generation (major compute capability) -> kind of work -> Tile. Kinds: "frozen" no gradient of points, "few" up to 3
-# coordinates, "some" up to 6, "many". Registers decide: nothing is spilled in float32, and where 128 a thread suffice
-# two programs fit a multiprocessor.
+# Generation (major compute capability) -> kind of work -> Tile. Kinds: "frozen" no gradient of points; else "flat" up to
+# 3 coordinates, flat ones; "curved" up to 3 with a sphere or a Klein bottle; "some" up to 6; "many". Registers decide:
+# nothing is spilled, and where 128 a thread suffice two programs fit a multiprocessor.
 _AMPERE = {
-    "frozen": Tile(8, 4, 1024), "few": Tile(8, 2, 1024, registers=128), "some": Tile(8, 2, 1024),
-    "many": Tile(8, 1, 1024),
+    "frozen": Tile(8, 4, 1024), "flat": Tile(8, 2, 1024, registers=128), "curved": Tile(8, 2, 1024, registers=128),
+    "some": Tile(8, 2, 1024), "many": Tile(8, 1, 1024),
 }
 _HOPPER = {
-    "frozen": Tile(8, 4, 512, True), "few": Tile(8, 2, 512, True, 128), "some": Tile(8, 2, 512, True),
-    "many": Tile(8, 1, 512, True),
+    "frozen": Tile(8, 4, 512, True), "flat": Tile(8, 2, 512, True, 128), "curved": Tile(8, 2, 512, True, 128),
+    "some": Tile(8, 2, 512, True), "many": Tile(8, 1, 512, True),
 }
-TABLE: dict[int, dict[str, Tile]] = {8: _AMPERE, 9: _HOPPER, 10: _HOPPER, 12: _AMPERE}
+_BLACKWELL = _HOPPER | {"curved": Tile(8, 1, 512, True, 128)}
+TABLE: dict[int, dict[str, Tile]] = {8: _AMPERE, 9: _HOPPER, 10: _BLACKWELL, 12: _AMPERE}
 # Before the table while one tunes: kind of work -> Tile.
 OVERRIDES: dict[str, Tile] = {}
 
@@ -47,16 +48,16 @@ FEWEST_ROWS = 64  # of a strip
 LANES = 8  # as in penalty.py
 
 
-def kind_of_work(coordinates: int, need_points: bool) -> str:
+def kind_of_work(coordinates: int, curved: bool, need_points: bool) -> str:
     if not need_points:
         return "frozen"
-    return "few" if coordinates <= 3 else "some" if coordinates <= 6 else "many"
+    return ("curved" if curved else "flat") if coordinates <= 3 else "some" if coordinates <= 6 else "many"
 
 
-def tile_for(major: int, coordinates: int, need_points: bool) -> Tile:
+def tile_for(major: int, coordinates: int, curved: bool, need_points: bool) -> Tile:
     """The tile for a GPU of this major compute capability; a generation that is not in the table is taken as the
     newest one before it."""
-    kind = kind_of_work(coordinates, need_points)
+    kind = kind_of_work(coordinates, curved, need_points)
     if kind in OVERRIDES:
         return OVERRIDES[kind]
     known = [g for g in TABLE if g <= major]
