@@ -11,6 +11,7 @@ from ._backend import backend
 from ._version import __version__
 from .embedding import ManifoldEmbedding
 from .env_report import env_report
+from .in_place import accumulate_penalty_grad_, proximal_step_
 from .inhibitors import (
     Constant,
     DifferenceOfGaussians,
@@ -32,7 +33,7 @@ from .schedules import linear_schedule
 __all__ = [
     "Circle", "CoefficientRegularizer", "Constant", "DifferenceOfGaussians", "Diffusion", "Euclidean", "FlatTorus",
     "Inhibitor", "KleinBottle", "MagnitudePruner", "Manifold", "ManifoldEmbedding", "ModuliRegularizer", "Product",
-    "Regularization", "RickerWavelet", "Sinusoid", "Sphere", "TabulatedInhibitor", "Target", "__version__", "backend",
-    "env_report", "linear_schedule", "manifold", "manifold_order", "moduli_penalty", "plots", "regularize",
-    "reinitialize_", "rewind_",
+    "Regularization", "RickerWavelet", "Sinusoid", "Sphere", "TabulatedInhibitor", "Target", "__version__",
+    "accumulate_penalty_grad_", "backend", "env_report", "linear_schedule", "manifold", "manifold_order", "moduli_penalty",
+    "plots", "proximal_step_", "regularize", "reinitialize_", "rewind_",
 ]

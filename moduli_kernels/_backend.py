@@ -1,7 +1,6 @@
 """Which implementation runs: chosen by device, or by the user with `backend(...)` or MODULI_KERNELS_BACKEND."""
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ def availability() -> dict[str, tuple[bool, str]]:
     }
 
 
-@functools.cache
 def _triton() -> tuple[bool, str]:
     if not _library.triton_installed:
         return False, "Triton is not installed (pip install triton; PyTorch's CUDA builds bring it along)"
@@ -64,7 +62,7 @@ def backend(name: str) -> Iterator[None]:
 def active(device_type: str) -> str:
     """The backend that serves tensors on this type of device ("cpu", "cuda", ...)."""
     if _forced is None:
-        if device_type == "cuda" and _triton()[0] and not _library.triton_interpreted:
+        if device_type == "cuda" and _library.triton_installed and not _library.triton_interpreted:
             return "triton"
         return "cpp" if device_type == "cpu" and _library.cpu_ops_error is None else "reference"
     if _check(_forced) != "reference" and _DEVICE[_forced] != device_type:

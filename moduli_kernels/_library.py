@@ -6,11 +6,14 @@ kernels are registered here and imported by the first call on a CUDA tensor.
     penalty             value only
     penalty_with_grads  value and the gradients in one pass; those not needed come back with no elements
     penalty_grads       gradients times `grad` (0-d): the stateless partner of `penalty` under torch.compile
+    accumulate_penalty_grad_  value, points' gradients; dW is added into `grad`, which is like weight and contiguous
+    proximal_step_      weight <- sign(w) max(|w| - step scale f, 0) in place; power is 1
     scale_grads_        multiplies in place by the 0-d `grad`, returning at once where it is 1
 
 weight (blocks*R, C, *kernel): any row stride, all else contiguous. rows (R, k), cols (C, k) or None (= rows, and the
 gradient of the rows then holds both parts): contiguous, float64 for a float64 weight, else float32, as is the
-value. mask: like weight, contiguous. table: (samples, 4) for the tabulated inhibitor, like the points. factors,
+value. mask: like weight, contiguous. crow_indices (blocks*R + 1), col_indices, int64: of a torch.sparse_csr weight, whose
+values (entries) then stand for weight, and gradients are those of the values; no mask. table: (samples, 4) for the tabulated inhibitor, like the points. factors,
 factor_parameters, inhibitor, inhibitor_parameters: see _encoding.py. scale: strength over the number of entries.
 """
 from __future__ import annotations
@@ -27,14 +30,17 @@ from torch import Tensor
 from . import _encoding, reference
 
 PENALTY = (
-    "Tensor weight, Tensor rows, Tensor? cols, Tensor? mask, Tensor? table, int[] factors, float[] factor_parameters, "
-    "int inhibitor, float[] inhibitor_parameters, float power, int blocks, float scale"
+    "Tensor weight, Tensor rows, Tensor? cols, Tensor? mask, Tensor? crow_indices, Tensor? col_indices, Tensor? table, "
+    "int[] factors, float[] factor_parameters, int inhibitor, float[] inhibitor_parameters, float power, int blocks, "
+    "float scale"
 )
 NEEDS = "bool need_weight, bool need_points"
 SCHEMAS = {
     "penalty": f"({PENALTY}) -> Tensor",
     "penalty_with_grads": f"({PENALTY}, {NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "penalty_grads": f"(Tensor grad, {PENALTY}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    "accumulate_penalty_grad_": f"(Tensor(a!) grad, {PENALTY}, bool need_points) -> (Tensor, Tensor, Tensor)",
+    "proximal_step_": f"({PENALTY}, float step) -> ()".replace("Tensor weight", "Tensor(a!) weight"),
     "scale_grads_": "(Tensor(a!)[] grads, Tensor grad) -> ()",
 }
 
@@ -52,12 +58,22 @@ def _what(factors, factor_parameters, inhibitor, inhibitor_parameters, table, po
     )
 
 
-def _penalty_with_grads(weight, rows, cols, mask, table, factors, factor_parameters, inhibitor, inhibitor_parameters,
-                        power, blocks, scale, need_weight, need_points):
+def _whole(weight, rows, cols, crow, col, blocks):
+    """The weight that compressed values stand for, or itself."""
+    if crow is None:
+        return weight
+    size = (blocks * len(rows), len(rows if cols is None else cols))
+    return torch.sparse_csr_tensor(crow, col, weight, size, check_invariants=False)
+
+
+def _penalty_with_grads(weight, rows, cols, mask, crow, col, table, factors, factor_parameters, inhibitor,
+                        inhibitor_parameters, power, blocks, scale, need_weight, need_points):
     what = _what(factors, factor_parameters, inhibitor, inhibitor_parameters, table, power, blocks, scale)
-    value, grads = reference.penalty_with_grads(weight, rows, cols, mask, what, need_weight, need_points)
+    whole = _whole(weight, rows, cols, crow, col, blocks)
+    value, grads = reference.penalty_with_grads(whole, rows, cols, mask, what, need_weight, need_points)
     none_weight, none_points = weight.new_empty(0), rows.new_empty(0)
-    return (value, none_weight if grads.weight is None else grads.weight,
+    dweight = grads.weight if crow is None or grads.weight is None else grads.weight.values()
+    return (value, none_weight if dweight is None else dweight,
             none_points if grads.rows is None else grads.rows, none_points.clone() if grads.cols is None else grads.cols)
 
 
@@ -70,13 +86,27 @@ def _penalty_grads(grad, *arguments):
     return _penalty_with_grads(*rest, scale * grad, need_weight, need_points)[1:]
 
 
+def _accumulate_penalty_grad_(grad, *arguments):
+    *rest, need_points = arguments
+    value, dweight, drows, dcols = torch.ops.moduli_kernels.penalty_with_grads(*rest, True, need_points)
+    grad.add_(dweight)
+    return value, drows, dcols
+
+
+def _proximal_step_(weight, rows, cols, mask, crow, col, table, factors, factor_parameters, inhibitor,
+                    inhibitor_parameters, power, blocks, scale, step):
+    what = _what(factors, factor_parameters, inhibitor, inhibitor_parameters, table, power, blocks, scale)
+    reference.proximal_step_(_whole(weight, rows, cols, crow, col, blocks), rows, cols, mask, what, step)
+
+
 def _scale_grads_(grads, grad):
     for tensor in grads:
         tensor.mul_(grad)
 
 
 for _name, _function in (("penalty", _penalty), ("penalty_with_grads", _penalty_with_grads),
-                         ("penalty_grads", _penalty_grads), ("scale_grads_", _scale_grads_)):
+                         ("penalty_grads", _penalty_grads), ("accumulate_penalty_grad_", _accumulate_penalty_grad_),
+                         ("proximal_step_", _proximal_step_), ("scale_grads_", _scale_grads_)):
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -103,12 +133,17 @@ torch.library.register_fake(
 torch.library.register_fake(
     "moduli_kernels::penalty_grads", lambda grad, *a: _fake_grads(a[0], a[1], a[2], a[-2], a[-1]), lib=_lib,
 )
+torch.library.register_fake(
+    "moduli_kernels::accumulate_penalty_grad_",
+    lambda grad, *a: (a[1].new_empty(()), *_fake_grads(a[0], a[1], a[2], False, a[-1])[1:]), lib=_lib,
+)
+torch.library.register_fake("moduli_kernels::proximal_step_", lambda *a: None, lib=_lib)
 torch.library.register_fake("moduli_kernels::scale_grads_", lambda grads, grad: None, lib=_lib)
 
 
 def _setup_context(ctx, inputs, output):
-    weight, rows, cols, mask, table, *ctx.rest = inputs
-    ctx.save_for_backward(weight, rows, cols, mask, table)
+    tensors, ctx.rest = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
@@ -116,7 +151,7 @@ def _backward(ctx, grad):
     dweight, drows, dcols = torch.ops.moduli_kernels.penalty_grads(
         grad, *ctx.saved_tensors, *ctx.rest, needs[0], needs[1] or needs[2])
     return (dweight if needs[0] else None, drows if needs[1] else None, dcols if needs[2] else None,
-            *(None,) * (2 + len(ctx.rest)))
+            *(None,) * (4 + len(ctx.rest)))
 
 
 torch.library.register_autograd("moduli_kernels::penalty", _backward, setup_context=_setup_context, lib=_lib)
@@ -148,10 +183,17 @@ triton_installed = importlib.util.find_spec("triton") is not None
 triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+TRITON_OPS = ("penalty", "penalty_with_grads", "penalty_grads", "scale_grads_")
+
+
 def _triton(name: str):
+    at = 4 + (name == "penalty_grads")  # crow_indices
+
     def on_cuda(*arguments):
         from .triton import launch
 
+        if name != "scale_grads_" and arguments[at] is not None:  # compressed rows
+            return globals()[f"_{name}"](*arguments)
         return getattr(launch, name)(*arguments)
 
     return on_cuda
@@ -172,10 +214,10 @@ def _interpreted(name: str):
 
 
 if triton_installed:
-    for _name in SCHEMAS:
+    for _name in TRITON_OPS:
         _lib.impl(_name, _triton(_name), "CUDA")
 if triton_interpreted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they replace the compiled ones
-        for _name in SCHEMAS:
+        for _name in TRITON_OPS:
             _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

@@ -290,10 +290,13 @@ class CallableInhibitor(Inhibitor):
             return torch.autograd.grad(value.sum(), s)[0]
 
 
+DEFAULT = DifferenceOfGaussians()  # made once: its checks cost as much as a small penalty
+
+
 def inhibitor(f: Inhibitor | Callable[[Tensor], Tensor] | None) -> Inhibitor:
     """None = DifferenceOfGaussians(); a bare callable is wrapped; an Inhibitor is handed back as it is."""
     if f is None:
-        return DifferenceOfGaussians()
+        return DEFAULT
     if isinstance(f, Inhibitor):
         return f
     if callable(f):

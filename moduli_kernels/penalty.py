@@ -14,6 +14,8 @@ from .manifolds import Manifold, manifold as resolve_manifold
 _penalty = torch.ops.moduli_kernels.penalty.default
 _penalty_with_grads = torch.ops.moduli_kernels.penalty_with_grads.default
 _penalty_grads = torch.ops.moduli_kernels.penalty_grads.default
+_accumulate_penalty_grad_ = torch.ops.moduli_kernels.accumulate_penalty_grad_.default
+_proximal_step_ = torch.ops.moduli_kernels.proximal_step_.default
 _scale_grads_ = torch.ops.moduli_kernels.scale_grads_.default
 
 
@@ -45,16 +47,8 @@ def moduli_penalty(
         ValueError, TypeError: an argument does not fit; the message says which, and what to do.
         NotImplementedError: on a second or a forward-mode derivative. torch.func transforms are not supported.
     """
-    manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
-    _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
-    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    scale = _checks.finite("strength", strength)
-    if reduction == "mean":
-        scale /= max(1, weight.shape[0] * weight.shape[1])
-    what = reference.Penalty(manifold, inhibitor, _checks.power(power), blocks, scale)
-    dtype = reference.compute_dtype(weight)
-    rows, cols = rows.to(dtype), None if cols is None else cols.to(dtype)
-    run = _runner(what, weight)
+    what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)
+    run = runner(what, weight)
     if torch.compiler.is_compiling():
         return run.traced(weight, rows, cols, mask)
     tensors = (weight, rows) if cols is None else (weight, rows, cols)
@@ -66,6 +60,19 @@ def moduli_penalty(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _PenaltyFunction.apply(weight, rows, cols, mask, run)
     return run.value(weight, rows, cols, mask)
+
+
+def checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength):
+    """(what is computed, rows, cols) from the arguments of `moduli_penalty`, points in the compute dtype."""
+    manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
+    _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    scale = _checks.finite("strength", strength)
+    if reduction == "mean":
+        scale /= max(1, weight.shape[0] * weight.shape[1])
+    what = reference.Penalty(manifold, inhibitor, _checks.power(power), blocks, scale)
+    dtype = reference.compute_dtype(weight)
+    return what, rows.to(dtype), None if cols is None else cols.to(dtype)
 
 
 class _PenaltyFunction(torch.autograd.Function):
@@ -119,30 +126,49 @@ class _OpRunner:
         self.table_source = what.inhibitor if isinstance(what.inhibitor, TabulatedInhibitor) else None
         self.code = (*code, *inhibitor, what.power, what.blocks, what.scale)
 
-    def _arguments(self, weight, rows, cols, mask):
+    def arguments(self, weight, rows, cols, mask):
+        """Those of the ops, up to what they need."""
         table = None if self.table_source is None else self.table_source.table(rows.dtype, rows.device)
-        return (_row_strided(weight), rows.contiguous(), None if cols is None else cols.contiguous(),
-                None if mask is None else mask.contiguous(), table, *self.code)
+        crow = col = None
+        if weight.layout == torch.sparse_csr:
+            crow, col = (index.to(torch.int64).contiguous() for index in (weight.crow_indices(), weight.col_indices()))
+            weight = weight.values().contiguous()
+        return (row_strided(weight), rows.contiguous(), None if cols is None else cols.contiguous(),
+                None if mask is None else mask.contiguous(), crow, col, table, *self.code)
 
     def value(self, *tensors) -> Tensor:
-        return _penalty(*self._arguments(*tensors))
+        return _penalty(*self.arguments(*tensors))
 
     def traced(self, *tensors) -> Tensor:
         """By the op with a registered autograd formula. The scale stays outside: shapes and a strength that change from
         step to step are symbols to the compiler, and the op's own numbers are constants."""
-        *arguments, scale = self._arguments(*tensors)
+        _refuse_traced_csr(tensors[0])
+        *arguments, scale = self.arguments(*tensors)
         return _penalty(*arguments, 1.0) * scale
 
     def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
-        value, *grads = _penalty_with_grads(*self._arguments(weight, rows, cols, mask), need_weight, need_points)
-        return value, self._present(grads, need_weight, need_points, cols)
+        value, *grads = _penalty_with_grads(*self.arguments(weight, rows, cols, mask), need_weight, need_points)
+        return value, self._present(grads, weight, need_weight, need_points, cols)
 
     def grads(self, grad, weight, rows, cols, mask, need_weight, need_points):
-        grads = _penalty_grads(grad, *self._arguments(weight, rows, cols, mask), need_weight, need_points)
-        return self._present(grads, need_weight, need_points, cols)
+        grads = _penalty_grads(grad, *self.arguments(weight, rows, cols, mask), need_weight, need_points)
+        return self._present(grads, weight, need_weight, need_points, cols)
+
+    def accumulate_(self, into, weight, rows, cols, mask, need_points):
+        value, drows, dcols = _accumulate_penalty_grad_(into, *self.arguments(weight, rows, cols, mask), need_points)
+        return value, drows if need_points else None, dcols if need_points and cols is not None else None
+
+    def proximal_step_(self, weight, rows, cols, mask, step) -> None:
+        values, *arguments = self.arguments(weight, rows, cols, mask)
+        _proximal_step_(values, *arguments, step)
+        if values.data_ptr() != stored(weight).data_ptr():  # a weight of other strides went through a copy
+            stored(weight).copy_(values)
 
     @staticmethod
-    def _present(grads, need_weight, need_points, cols):
+    def _present(grads, weight, need_weight, need_points, cols):
+        if need_weight and weight.layout == torch.sparse_csr:  # the weight's own pattern
+            grads = (torch.sparse_csr_tensor(weight.crow_indices(), weight.col_indices(), grads[0], weight.shape,
+                                             check_invariants=False), *grads[1:])
         present = (need_weight, need_points, need_points and cols is not None)
         return tuple(g if p else None for g, p in zip(grads, present))
 
@@ -150,7 +176,7 @@ class _OpRunner:
     def scale_(grads, grad) -> None:
         if grad.device.type == "cpu" and grad.item() == 1:  # loss = criterion + penalty: nothing to do
             return
-        _scale_grads_([g for g in grads if g is not None], grad)
+        _scale_grads_([stored(g) for g in grads if g is not None], grad)
 
 
 class _ReferenceRunner:
@@ -164,11 +190,7 @@ class _ReferenceRunner:
             return reference.penalty_with_grads(weight, rows, cols, mask, self.what, False, False)[0]
 
     def traced(self, weight, rows, cols, mask) -> Tensor:
-        if weight.layout != torch.strided:
-            raise NotImplementedError(
-                "weight must be dense under torch.compile, got torch.sparse_csr; call the penalty outside the "
-                "compiled function."
-            )
+        _refuse_traced_csr(weight)
         return reference.penalty_formula(weight, rows, cols, mask, self.what)
 
     def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
@@ -178,14 +200,36 @@ class _ReferenceRunner:
         what = self.what._replace(scale=self.what.scale * grad)
         return reference.penalty_with_grads(weight, rows, cols, mask, what, need_weight, need_points)[1]
 
+    def accumulate_(self, into, weight, rows, cols, mask, need_points):
+        value, (dweight, *points) = self.value_and_grads(weight, rows, cols, mask, True, need_points)
+        into.add_(stored(dweight))
+        return value, *points
+
+    def proximal_step_(self, weight, rows, cols, mask, step) -> None:
+        reference.proximal_step_(weight, rows, cols, mask, self.what, step)
+
     @staticmethod
     def scale_(grads, grad) -> None:
         for g in grads:
             if g is not None:
-                (g if g.layout == torch.strided else g.values()).mul_(grad)
+                stored(g).mul_(grad)
 
 
-def _runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRunner:
+def stored(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient: itself, or the values of a compressed one."""
+    return gradient if gradient.layout == torch.strided else gradient.values()
+
+
+def _refuse_traced_csr(weight: Tensor) -> None:
+    if weight.layout != torch.strided:
+        raise NotImplementedError(
+            "weight must be dense under torch.compile, got torch.sparse_csr; call the penalty outside the "
+            "compiled function."
+        )
+
+
+def runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRunner:
+    """What computes it: the ops or, for what they do not know, the reference."""
     backend = _backend.active(weight.device.type)
     code, inhibitor = _encoding.encode_manifold(what.manifold), _encoding.encode_inhibitor(what.inhibitor)
     if (code is None or inhibitor is None) and not torch.compiler.is_compiling():
@@ -193,12 +237,12 @@ def _runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRu
             Manifold.warn_tiled(type(what.manifold).__name__, "the manifold")
         if inhibitor is None:
             Manifold.warn_tiled(repr(what.inhibitor), "the inhibitor")
-    if backend == "reference" or code is None or inhibitor is None or weight.layout != torch.strided:
+    if backend == "reference" or code is None or inhibitor is None:
         return _ReferenceRunner(what)
     return _OpRunner(what, code, inhibitor)
 
 
-def _row_strided(weight: Tensor) -> Tensor:
+def row_strided(weight: Tensor) -> Tensor:
     """weight with any row stride and the rest of it contiguous: itself where it is so, else one copy."""
     expected = 1
     for size, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:])):

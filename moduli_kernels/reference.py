@@ -106,6 +106,26 @@ def penalty_with_grads(
                             dcols if need_points else None)
 
 
+def proximal_step_(weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, what: Penalty,
+                   step: float) -> None:
+    """weight <- argmin_v (1/2) |v - weight|^2 + step * (the penalty of v), in place, for power 1: each kernel w becomes
+    w max(1 - step scale f / |w|, 0). Arguments as penalty_with_grads; entries that are not kept stay as they are."""
+    dtype = compute_dtype(weight)
+    x, y = poison(rows), poison(rows if cols is None else cols)
+    strips = _CompressedStrips(weight, x) if weight.layout == torch.sparse_csr else _DenseStrips(weight, mask, x)
+    rows_a_strip = max(1, TILE // max(1, weight.shape[1] * what.blocks))
+    for start in range(0, len(x), rows_a_strip):
+        here = slice(start, min(start + rows_a_strip, len(x)))
+        w, kept = strips.read(here, what.blocks, dtype)
+        f = what.inhibitor.from_squared(what.manifold.squared_distance(x[here], y)).detach()
+        a, direction = magnitude(w, kept, 1.0, True)
+        left = a - step * what.scale * f
+        shrunk = direction * torch.where((left <= 0) | ((a == 0) & (f == f)), torch.zeros_like(left), left)[..., None]
+        strips.write(here, shrunk if kept is None else torch.where(kept, shrunk, w))
+    new = strips.gradient()
+    (weight if weight.layout == torch.strided else weight.values()).copy_(new if new.layout == torch.strided else new.values())
+
+
 def penalty_formula(
     weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, what: Penalty,
 ) -> Tensor:

@@ -7,13 +7,15 @@ import torch
 from penalty_cases import (
     BACKENDS,
     INHIBITORS,
+    KERNELS,
     MANIFOLDS,
     bump,
     draw_points,
     draw_weight,
     expected,
     generator,
-    needs_cpp,
+    needs_kernels,
+    on_device,
     relative_error,
 )
 from functorch.compile import make_boxed_func
@@ -27,7 +29,7 @@ from moduli_kernels import _encoding, reference
 ops = torch.ops.moduli_kernels
 
 # torch's own, on the way
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+pytestmark = [on_device, pytest.mark.filterwarnings("ignore::DeprecationWarning"),
               pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
@@ -52,7 +54,7 @@ def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9
     mask = torch.rand(weight.shape, generator=generator()) < 0.5 if masked else None
     f = INHIBITORS[inhibitor]
     table = f.table(point_dtype) if inhibitor == "tabulated" else None
-    return (weight, rows, cols, mask, table, *_encoding.encode_manifold(MANIFOLDS[manifold]),
+    return (weight, rows, cols, mask, None, None, table, *_encoding.encode_manifold(MANIFOLDS[manifold]),
             *_encoding.encode_inhibitor(f),
             power, blocks, 0.25)
 
@@ -74,13 +76,13 @@ OP_CASES = {
 }
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_of_penalty(case):
     torch.library.opcheck(ops.penalty.default, op_arguments(**OP_CASES[case]))
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("need_weight", [False, True])
 @pytest.mark.parametrize("need_points", [False, True])
 @pytest.mark.parametrize("case", ["plain", "shared", "kernel", "blocks", "float64", "bfloat16", "empty"])
@@ -92,7 +94,7 @@ def test_opcheck_of_the_gradients(case, need_weight, need_points):
     torch.library.opcheck(ops.penalty_grads.default, (grad, *arguments, need_weight, need_points))
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck_of_scaling(dtype):
     gradients = [draw_weight(5, 7, dtype=dtype), draw_weight(300, dtype=dtype)]
@@ -105,8 +107,8 @@ def test_ops_agree_with_their_fallback(case):
     """The implementation without a compiler, for any device, serves the same schemas."""
     arguments = op_arguments(**{**OP_CASES[case], "needs": (False, False, False)})
     dtype = arguments[0].dtype
-    what = reference.Penalty(_encoding.decode_manifold(*arguments[5:7]),
-                             _encoding.decode_inhibitor(*arguments[7:9], arguments[4]), *arguments[9:])
+    what = reference.Penalty(_encoding.decode_manifold(*arguments[7:9]),
+                             _encoding.decode_inhibitor(*arguments[9:11], arguments[6]), *arguments[11:])
     value, gradients = reference.penalty_with_grads(*arguments[:4], what, True, True)
     got, *got_gradients = ops.penalty_with_grads(*arguments, True, True)
     assert relative_error(got, value) <= 1e-6
@@ -154,10 +156,10 @@ def regularizer(manifold="torus", inhibitor="dog", n: int = 12, trainable: bool 
                                 generator=generator(), **settings)
 
 
-@needs_cpp
+@needs_kernels
 def test_compiled_loss():
     """Through inductor to machine code."""
-    with mk.backend("cpp"):
+    with mk.backend(KERNELS):
         assert_as_eager(Net(regularizer()), draw_weight(5, 12))
 
 
@@ -211,7 +213,7 @@ def test_compiled_settings(backend, settings):
             assert a.dtype == b.dtype and relative_error(a, b) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("layout", ["transposed", "rows", "columns"])
 def test_compiled_with_strides(layout):
     base = draw_weight(24, 24).requires_grad_()
@@ -222,7 +224,7 @@ def test_compiled_with_strides(layout):
     def penalty(w: Tensor) -> Tensor:
         return mk.moduli_penalty(take(w), rows, cols, manifold="torus")
 
-    with mk.backend("cpp"):
+    with mk.backend(KERNELS):
         eager = torch.autograd.grad(penalty(base), base)[0]
         compiled = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(base),
                                        base)[0]
@@ -253,7 +255,7 @@ def test_tables_outlive_the_mode_they_were_made_in(backend, first):
                 assert relative_error(gradient, wanted) <= 1e-5
 
 
-@needs_cpp
+@needs_kernels
 def test_dynamic_shapes():
     """One graph for all sizes from 2 on (torch.compile always takes 0 and 1 apart)."""
     def penalty(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ def test_dynamic_shapes():
         leaves = [t.requires_grad_() for t in (draw_weight(n, m), draw_points("torus", n, 1),
                                                draw_points("torus", m, 2))]
         want = expected(*leaves, manifold="torus")
-        with mk.backend("cpp"):
+        with mk.backend(KERNELS):
             value = compiled(*leaves)
         assert relative_error(value, want.value) <= 1e-6
         for gradient, wanted in zip(torch.autograd.grad(value, leaves), want[1:]):
@@ -275,18 +277,18 @@ def test_dynamic_shapes():
     assert compilations[-1] == compilations[0]
 
 
-@needs_cpp
+@needs_kernels
 def test_strength_changed_between_steps():
     """A schedule of ten strengths does not run into the limit of recompilations (8)."""
     reg, weight = regularizer(), draw_weight(12, 12)
     compiled = torch.compile(reg, fullgraph=True, backend="aot_eager")
-    with mk.backend("cpp"):
+    with mk.backend(KERNELS):
         for k in range(10):
             reg.strength = 0.1 * k
             assert relative_error(compiled(weight), reg(weight).double()) <= 1e-6
 
 
-@needs_cpp
+@needs_kernels
 def test_the_compiled_graph_holds_the_op():
     """Not a formula that was traced through: one op, and in backward one more."""
     names = []
@@ -297,7 +299,7 @@ def test_the_compiled_graph_holds_the_op():
 
     weight, rows = draw_weight(8, 8).requires_grad_(), draw_points("torus", 8).requires_grad_()
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    with mk.backend("cpp"):
+    with mk.backend(KERNELS):
         torch.compile(lambda w, e: mk.moduli_penalty(w, e, manifold="torus"), fullgraph=True,
                       backend=backend)(
             weight, rows).backward()

@@ -71,4 +71,16 @@ inline void store(void* data, WeightType type, int64_t offset, int64_t count, co
   }
 }
 
+// data += from
+template <typename T>
+inline void add(void* data, WeightType type, int64_t offset, int64_t count, const T* from) {
+  T piece[64];
+  for (int64_t at = 0; at < count; at += 64) {
+    const int64_t n = count - at < 64 ? count - at : 64;
+    load(data, type, offset + at, n, piece);
+    for (int64_t j = 0; j < n; ++j) piece[j] += from[at + j];
+    store(data, type, offset + at, n, piece);
+  }
+}
+
 }  // namespace moduli::MODULI_NAMESPACE

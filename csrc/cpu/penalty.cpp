@@ -29,8 +29,12 @@ constexpr int64_t STREAM_BYTES = int64_t{1} << 24;
 struct Isa {
   RunTask<float> run_f32;
   RunTask<double> run_f64;
+  RunTask<float> proximal_f32;
+  RunTask<double> proximal_f64;
   Scale scale;
 };
+
+#define MODULI_ISA(isa) {isa::run_task_f32, isa::run_task_f64, isa::proximal_task_f32, isa::proximal_task_f64, isa::scale}
 
 // The newest instruction set that the processor has; MODULI_KERNELS_ISA (portable, avx2, avx512) asks for a lesser one,
 // so that every path can be tested on one machine.
@@ -44,10 +48,10 @@ Isa pick_isa() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (most == "avx512" && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::run_task_f32, avx512::run_task_f64, avx512::scale};
-  if (most != "portable" && has_avx2) return {avx2::run_task_f32, avx2::run_task_f64, avx2::scale};
+    return MODULI_ISA(avx512);
+  if (most != "portable" && has_avx2) return MODULI_ISA(avx2);
 #endif
-  return {portable::run_task_f32, portable::run_task_f64, portable::scale};
+  return MODULI_ISA(portable);
 }
 
 const Isa& isa() {
@@ -57,6 +61,8 @@ const Isa& isa() {
 
 RunTask<float> run_of(float) { return isa().run_f32; }
 RunTask<double> run_of(double) { return isa().run_f64; }
+RunTask<float> proximal_of(float) { return isa().proximal_f32; }
+RunTask<double> proximal_of(double) { return isa().proximal_f64; }
 
 WeightType weight_type(const Tensor& weight) {
   switch (weight.scalar_type()) {
@@ -97,10 +103,14 @@ template <typename T>
 bool worth_mirroring(const PenaltyProblem<T>& p) {
   const bool cheap = p.factor_count == 1 && p.factors[0] == FLAT && p.coordinates <= 2;
   const bool memory_bound = p.stream && cheap && !p.need_points;
-  return p.blocks == 1 && p.inner == 1 && !p.mask && p.inhibitor != CONSTANT && !memory_bound;
+  return p.blocks == 1 && p.inner == 1 && !p.mask && !p.crow && p.inhibitor != CONSTANT && !memory_bound;
 }
 
-struct Settings {
+// What every op takes; contracts: moduli_kernels/_library.py.
+struct Arguments {
+  const Tensor& weight;
+  const Tensor& rows;
+  const OptionalTensor &cols, &mask, &crow, &col, &table;
   const std::vector<int64_t>& factors;
   const std::vector<double>& factor_parameters;
   int64_t inhibitor;
@@ -110,67 +120,95 @@ struct Settings {
   double scale;
 };
 
+// The points of both sides, which are the same where cols is not given, and the problem over them.
+template <typename T>
+struct Prepared {
+  Points<T> row_points;
+  std::optional<Points<T>> own_columns;
+  PenaltyProblem<T> p{};
+
+  explicit Prepared(const Arguments& a) : row_points(a.rows, a.factors, a.factor_parameters) {
+    if (a.cols) own_columns.emplace(*a.cols, a.factors, a.factor_parameters);
+    p.weight = a.weight.const_data_ptr();
+    p.weight_type = weight_type(a.weight);
+    p.weight_size = static_cast<int64_t>(a.weight.element_size());
+    p.mask = a.mask ? static_cast<const uint8_t*>(a.mask->const_data_ptr()) : nullptr;
+    p.crow = a.crow ? static_cast<const int64_t*>(a.crow->const_data_ptr()) : nullptr;
+    p.col = a.col ? static_cast<const int64_t*>(a.col->const_data_ptr()) : nullptr;
+    p.rows = row_points.count;
+    p.columns = columns().count;
+    p.blocks = a.blocks;
+    p.inner = 1;
+    for (int64_t d = 2; d < a.weight.dim(); ++d) p.inner *= a.weight.size(d);
+    p.row_stride = a.weight.stride(0);
+    p.row_points = row_points.ready.get();
+    p.column_points = columns().ready.get();
+    p.coordinates = row_points.coordinates;
+    p.row_point_stride = row_points.stride;
+    p.column_stride = columns().stride;
+    p.factors = a.factors.data();
+    p.factor_count = static_cast<int64_t>(a.factors.size() / 2);
+    p.factor_parameters = a.factor_parameters.data();
+    p.inhibitor = a.inhibitor;
+    p.inhibitor_parameters = a.inhibitor_parameters.data();
+    p.table = a.table ? static_cast<const T*>(a.table->const_data_ptr()) : nullptr;
+    p.table_samples = a.table ? a.table->size(0) : 0;
+    p.power = a.power;
+    p.scale = a.scale;
+    p.grid = p.crow ? TaskGrid{task_grid(p.rows, p.columns).row_chunks, 1} : task_grid(p.rows, p.columns);
+    p.tile = tile_width(p.columns);
+  }
+  const Points<T>& columns() const { return own_columns ? *own_columns : row_points; }
+};
+
+// All tasks on torch's threads, each with scratch of its own.
+template <typename T>
+void run_tasks(const PenaltyProblem<T>& p, RunTask<T> run) {
+  const int64_t tasks = p.grid.row_chunks * p.grid.column_chunks;
+  std::atomic<int64_t> next{0};  // a thread that is held up takes fewer
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
+    std::unique_ptr<T[]> scratch(new T[scratch_size(p) + MAX_LANES]);
+    auto aligned = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
+    for (int64_t task = next++; task < tasks; task = next++) run(p, task, aligned);
+  });
+}
+
 struct Result {
   Tensor value, dweight, drows, dcols;
 };
 
+// accumulate_into: memory like the weight, contiguous, to which dW is added; else dW is new, if needed.
 template <typename T>
-Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& cols, const OptionalTensor& mask,
-               const OptionalTensor& table, const Settings& settings, bool need_weight, bool need_points) {
-  const auto type = rows.scalar_type();
-  Points<T> row_points(rows, settings.factors, settings.factor_parameters);
-  std::optional<Points<T>> own_columns;
-  if (cols) own_columns.emplace(*cols, settings.factors, settings.factor_parameters);
-  const Points<T>& column_points = cols ? *own_columns : row_points;
-
-  PenaltyProblem<T> p{};
-  p.weight = weight.const_data_ptr();
-  p.weight_type = weight_type(weight);
-  p.mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
-  p.rows = row_points.count;
-  p.columns = column_points.count;
-  p.blocks = settings.blocks;
-  p.inner = 1;
-  for (int64_t d = 2; d < weight.dim(); ++d) p.inner *= weight.size(d);
-  p.row_stride = weight.stride(0);
-  p.weight_size = static_cast<int64_t>(weight.element_size());
-  p.row_points = row_points.ready.get();
-  p.column_points = column_points.ready.get();
-  p.coordinates = row_points.coordinates;
-  p.row_point_stride = row_points.stride;
-  p.column_stride = column_points.stride;
-  p.factors = settings.factors.data();
-  p.factor_count = static_cast<int64_t>(settings.factors.size() / 2);
-  p.factor_parameters = settings.factor_parameters.data();
-  p.inhibitor = settings.inhibitor;
-  p.inhibitor_parameters = settings.inhibitor_parameters.data();
-  p.table = table ? static_cast<const T*>(table->const_data_ptr()) : nullptr;
-  p.table_samples = table ? table->size(0) : 0;
-  p.power = settings.power;
-  p.scale = settings.scale;
-  p.need_points = need_points && p.inhibitor != CONSTANT;  // its slope is 0 everywhere
+Result compute(const Arguments& a, bool need_weight, bool need_points, const OptionalTensor& accumulate_into) {
+  const auto type = a.rows.scalar_type();
+  Prepared<T> prepared(a);
+  const Points<T>&row_points = prepared.row_points, &column_points = prepared.columns();
+  PenaltyProblem<T>& p = prepared.p;
 
   const std::vector<int64_t> none{0};
   Result result;
   result.value = torch::stable::empty({}, type);
-  const auto sizes = weight.sizes();
-  result.dweight = torch::stable::empty(need_weight ? std::vector<int64_t>(sizes.begin(), sizes.end()) : none,
-                                        weight.scalar_type());
+  const auto sizes = a.weight.sizes();
+  result.dweight = torch::stable::empty(
+      need_weight && !accumulate_into ? std::vector<int64_t>(sizes.begin(), sizes.end()) : none, a.weight.scalar_type());
   const auto points_like = [&](const Tensor& points, bool need) {
     return torch::stable::empty(need ? std::vector<int64_t>{points.size(0), points.size(1)} : none, type);
   };
-  result.drows = points_like(rows, need_points);
-  result.dcols = points_like(cols ? *cols : rows, need_points && cols);
-  p.dweight = need_weight ? result.dweight.mutable_data_ptr() : nullptr;
-  p.stream = need_weight && p.weight_type == WeightType::FLOAT32 && p.blocks == 1 && p.inner == 1 &&
-             weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0 &&
+  result.drows = points_like(a.rows, need_points);
+  result.dcols = points_like(a.cols ? *a.cols : a.rows, need_points && a.cols);
+  p.dweight = accumulate_into ? accumulate_into->mutable_data_ptr() : need_weight ? result.dweight.mutable_data_ptr() : nullptr;
+  p.accumulate = accumulate_into.has_value();
+  p.need_points = need_points && p.inhibitor != CONSTANT;  // its slope is 0 everywhere
+  p.stream = need_weight && !p.accumulate && !p.mask && !p.crow && p.weight_type == WeightType::FLOAT32 && p.blocks == 1 &&
+             p.inner == 1 && a.weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0 &&
              reinterpret_cast<uintptr_t>(p.dweight) % (MAX_LANES * sizeof(float)) == 0;
-  p.mirrored = !cols && worth_mirroring(p);
-  p.grid = p.mirrored ? band_grid(p.rows) : task_grid(p.rows, p.columns);
-  p.tile = p.mirrored ? mirrored_tile_width(p.rows, p.stream) : tile_width(p.columns);
+  p.mirrored = !a.cols && worth_mirroring(p);
+  if (p.mirrored) {
+    p.grid = band_grid(p.rows);
+    p.tile = mirrored_tile_width(p.rows, p.stream);
+  }
 
-  const int64_t tasks = p.grid.row_chunks * p.grid.column_chunks;
-  std::vector<double> value_parts(tasks);
+  std::vector<double> value_parts(p.grid.row_chunks * p.grid.column_chunks);
   p.value_parts = value_parts.data();
   std::unique_ptr<T[]> row_parts, column_parts;
   if (p.need_points) {
@@ -179,14 +217,7 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   }
   p.row_parts = row_parts.get();
   p.column_parts = column_parts.get();
-
-  const auto run = run_of(T());
-  std::atomic<int64_t> next{0};  // a thread that is held up takes fewer
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
-    std::unique_ptr<T[]> scratch(new T[scratch_size(p.coordinates, p.tile, p.mirrored) + MAX_LANES]);
-    auto aligned = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
-    for (int64_t task = next++; task < tasks; task = next++) run(p, task, aligned);
-  });
+  run_tasks(p, run_of(T()));
 
   double value = 0;
   for (const double part : value_parts) value += part;
@@ -194,19 +225,26 @@ Result compute(const Tensor& weight, const Tensor& rows, const OptionalTensor& c
   if (p.need_points) {
     auto drows = static_cast<T*>(result.drows.mutable_data_ptr());
     if (!p.mirrored) row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.rows, p.scale, false, drows);
-    auto dcols = cols ? static_cast<T*>(result.dcols.mutable_data_ptr()) : drows;
-    column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !cols && !p.mirrored, dcols);
+    auto dcols = a.cols ? static_cast<T*>(result.dcols.mutable_data_ptr()) : drows;
+    column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !a.cols && !p.mirrored, dcols);
   } else if (need_points) {
     row_points.zero_gradient(static_cast<T*>(result.drows.mutable_data_ptr()));
-    if (cols) column_points.zero_gradient(static_cast<T*>(result.dcols.mutable_data_ptr()));
+    if (a.cols) column_points.zero_gradient(static_cast<T*>(result.dcols.mutable_data_ptr()));
   }
   return result;
 }
 
-Result dispatch(const Tensor& weight, const Tensor& rows, const OptionalTensor& cols, const OptionalTensor& mask,
-                const OptionalTensor& table, const Settings& settings, bool need_weight, bool need_points) {
-  const auto run = weight.scalar_type() == ScalarType::Double ? compute<double> : compute<float>;
-  return run(weight, rows, cols, mask, table, settings, need_weight, need_points);
+Result dispatch(const Arguments& a, bool need_weight, bool need_points, const OptionalTensor& accumulate_into = {}) {
+  const auto run = a.weight.scalar_type() == ScalarType::Double ? compute<double> : compute<float>;
+  return run(a, need_weight, need_points, accumulate_into);
+}
+
+template <typename T>
+void proximal(const Arguments& a, Tensor& weight) {
+  Prepared<T> prepared(a);
+  prepared.p.dweight = weight.mutable_data_ptr();
+  prepared.p.grid.column_chunks = 1;
+  run_tasks(prepared.p, proximal_of(T()));
 }
 
 double read_scalar(const Tensor& scalar) {
@@ -215,29 +253,36 @@ double read_scalar(const Tensor& scalar) {
                                                     : double(*static_cast<const float*>(data));
 }
 
-#define MODULI_PENALTY_ARGUMENTS                                                                                  \
-  Tensor weight, Tensor rows, OptionalTensor cols, OptionalTensor mask, OptionalTensor table,                    \
-      std::vector<int64_t> factors, std::vector<double> factor_parameters, int64_t inhibitor,                    \
+#define MODULI_PENALTY_ARGUMENTS                                                                                     \
+  Tensor weight, Tensor rows, OptionalTensor cols, OptionalTensor mask, OptionalTensor crow, OptionalTensor col,     \
+      OptionalTensor table, std::vector<int64_t> factors, std::vector<double> factor_parameters, int64_t inhibitor,  \
       std::vector<double> inhibitor_parameters, double power, int64_t blocks, double scale
+#define MODULI_ARGUMENTS(factor)                                                                          \
+  Arguments{weight, rows, cols, mask, crow, col, table, factors, factor_parameters, inhibitor, inhibitor_parameters, \
+            power, blocks, scale * (factor)}
 
-Tensor penalty(MODULI_PENALTY_ARGUMENTS) {
-  const Settings settings{factors, factor_parameters, inhibitor, inhibitor_parameters, power, blocks, scale};
-  return dispatch(weight, rows, cols, mask, table, settings, false, false).value;
-}
+Tensor penalty(MODULI_PENALTY_ARGUMENTS) { return dispatch(MODULI_ARGUMENTS(1), false, false).value; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> penalty_with_grads(MODULI_PENALTY_ARGUMENTS, bool need_weight,
                                                               bool need_points) {
-  const Settings settings{factors, factor_parameters, inhibitor, inhibitor_parameters, power, blocks, scale};
-  auto r = dispatch(weight, rows, cols, mask, table, settings, need_weight, need_points);
+  auto r = dispatch(MODULI_ARGUMENTS(1), need_weight, need_points);
   return {r.value, r.dweight, r.drows, r.dcols};
 }
 
 std::tuple<Tensor, Tensor, Tensor> penalty_grads(Tensor grad, MODULI_PENALTY_ARGUMENTS, bool need_weight,
                                                  bool need_points) {
-  const Settings settings{factors,  factor_parameters, inhibitor, inhibitor_parameters,
-                          power,    blocks,            scale * read_scalar(grad)};
-  auto r = dispatch(weight, rows, cols, mask, table, settings, need_weight, need_points);
+  auto r = dispatch(MODULI_ARGUMENTS(read_scalar(grad)), need_weight, need_points);
   return {r.dweight, r.drows, r.dcols};
+}
+
+std::tuple<Tensor, Tensor, Tensor> accumulate_penalty_grad_(Tensor dweight, MODULI_PENALTY_ARGUMENTS, bool need_points) {
+  auto r = dispatch(MODULI_ARGUMENTS(1), true, need_points, dweight);
+  return {r.value, r.drows, r.dcols};
+}
+
+void proximal_step_(MODULI_PENALTY_ARGUMENTS, double step) {
+  const auto run = weight.scalar_type() == ScalarType::Double ? proximal<double> : proximal<float>;
+  run(MODULI_ARGUMENTS(step), weight);
 }
 
 void scale_grads_(std::vector<Tensor> grads, Tensor grad) {
@@ -260,5 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(moduli_kernels, CPU, m) {
   m.impl("penalty", TORCH_BOX(&moduli::penalty));
   m.impl("penalty_with_grads", TORCH_BOX(&moduli::penalty_with_grads));
   m.impl("penalty_grads", TORCH_BOX(&moduli::penalty_grads));
+  m.impl("accumulate_penalty_grad_", TORCH_BOX(&moduli::accumulate_penalty_grad_));
+  m.impl("proximal_step_", TORCH_BOX(&moduli::proximal_step_));
   m.impl("scale_grads_", TORCH_BOX(&moduli::scale_grads_));
 }

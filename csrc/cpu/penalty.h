@@ -18,7 +18,9 @@ template <typename T>
 struct PenaltyProblem {
   // Weight (blocks*rows, columns, inner), strides row_stride, inner, 1 (in elements); mask like it but contiguous,
   // or null: 1 = kept.
+  // Compressed rows instead: weight holds the stored entries, crow (blocks*rows + 1) and col as in torch.sparse_csr.
   const void* weight;
+  const int64_t *crow, *col;
   WeightType weight_type;
   const uint8_t* mask;
   int64_t rows, columns, blocks, inner, row_stride, weight_size;  // weight_size: bytes an element
@@ -40,10 +42,10 @@ struct PenaltyProblem {
 
   double power, scale;
 
-  // Outputs. dweight like weight, contiguous, or null. Sums over entries without scale, for value, and, where
+  // Outputs. dweight like weight, contiguous, or null; added to what it holds where accumulate. Sums over entries without scale, for value, and, where
   // need_points, sum of f'(s) |w|^l (1/2) ds/dx:
   void* dweight;
-  bool need_points;
+  bool accumulate, need_points;
   bool mirrored;             // rows and columns share their points: see penalty_mirrored.h
   bool stream;               // dweight goes past the caches: float32, blocks 1, no kernel, whole aligned packs
   double* value_parts;       // one a task
@@ -87,8 +89,13 @@ template <typename T>
 using RunTask = void (*)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
 
 constexpr int64_t tile_size(int64_t coordinates, int64_t width) { return (2 * coordinates + 8) * buffer_stride(width); }
-constexpr int64_t scratch_size(int64_t coordinates, int64_t width, bool mirrored) {
-  return tile_size(coordinates, width) + (mirrored ? 2 * SQUARE * buffer_stride(width) : 0);
+// Elements of scratch: a tile; and two groups of mirrored weights, or the points and columns (8 bytes) of kept entries.
+template <typename T>
+int64_t scratch_size(const PenaltyProblem<T>& p) {
+  const int64_t stride = buffer_stride(p.tile);
+  return tile_size(p.coordinates, p.tile) + (p.mirrored           ? 2 * SQUARE * stride
+                                                 : p.mask || p.crow ? (p.coordinates + 2) * stride
+                                                                    : 0);
 }
 
 // grads *= factor
@@ -98,6 +105,8 @@ using Scale = void (*)(void* data, WeightType type, int64_t count, double factor
   namespace isa {                                                                      \
   void run_task_f32(const PenaltyProblem<float>& problem, int64_t task, float* scratch);    \
   void run_task_f64(const PenaltyProblem<double>& problem, int64_t task, double* scratch);  \
+  void proximal_task_f32(const PenaltyProblem<float>& problem, int64_t task, float* scratch);    \
+  void proximal_task_f64(const PenaltyProblem<double>& problem, int64_t task, double* scratch);  \
   void scale(void* data, WeightType type, int64_t count, double factor);               \
   }
 MODULI_DECLARE_ISA(portable)

@@ -2,7 +2,9 @@
 // set, which includes this file once. See penalty.h.
 #pragma once
 
+#include "penalty_kept.h"
 #include "penalty_mirrored.h"
+#include "proximal.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
@@ -15,7 +17,7 @@ template <typename T, bool DW, bool GRADS>
 inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile,
                        const Traffic<T>& traffic, T* row_parts, T* column_parts) {
   const int64_t packs = padded<T>(n);
-  distance_stage<T, GRADS>(p, i, j0, packs, tile);
+  distance_stage<T, GRADS>(p, i, p.column_points + j0, p.column_stride, packs, tile);
   inhibitor_stage<T, GRADS>(p, packs, tile, traffic);
   traffic.rest(packs);
   const bool plane = GRADS && is_plane(p);
@@ -25,7 +27,7 @@ inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t row = b * p.rows + i;
     const int64_t at = row * p.row_stride + j0 * p.inner, out = (row * p.columns + j0) * p.inner;
-    const bool direct = p.inner == 1 && p.weight_type == weight_type(T()) && packs == n;
+    const bool direct = p.inner == 1 && p.weight_type == weight_type(T()) && packs == n && !p.accumulate;
     WeightTile<T> io{read_weights(p, at, out, n, tile), nullptr, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
     if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // else tile.dw, sent off later
     if (p.mask) {
@@ -36,7 +38,7 @@ inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_
     value += weight_stage<T, DW, GRADS, false>(io, packs, plane, b > 0, sums);
     if (DW && !direct) {
       if (p.inner == 1)
-        store(p.dweight, p.weight_type, out, n, tile.dw);
+        write_gradient(p, out, n, tile.dw);
       else
         write_kernels(p, at, out, n, tile);
     }
@@ -70,9 +72,17 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
   int64_t sent_count = 0;
   for (int64_t i = i0; i < i1; i += ROW_BLOCK) {
     const int64_t block_end = i + ROW_BLOCK < i1 ? i + ROW_BLOCK : i1;
+    bool few[ROW_BLOCK] = {};
+    for (int64_t row = i; row < block_end; ++row) {
+      few[row - i] = few_kept(p, row, begin, end);
+      if (few[row - i])
+        value += kept_row<T, DW, GRADS>(p, row, begin, end, tile, scratch + tile_size(p.coordinates, p.tile), row_parts,
+                                        column_parts);
+    }
     for (int64_t j0 = begin; j0 < end; j0 += p.tile) {
       const int64_t n = end - j0 < p.tile ? end - j0 : p.tile;
       for (int64_t row = i; row < block_end; ++row) {
+        if (few[row - i]) continue;
         const bool down = row + 1 < block_end, right = j0 + p.tile < end;
         Traffic<T> traffic = down    ? traffic_before(p, row + 1, j0)
                              : right ? traffic_before(p, i, j0 + p.tile)
@@ -103,6 +113,8 @@ inline void run_task(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
 
 void run_task_f32(const PenaltyProblem<float>& p, int64_t task, float* scratch) { run_task(p, task, scratch); }
 void run_task_f64(const PenaltyProblem<double>& p, int64_t task, double* scratch) { run_task(p, task, scratch); }
+void proximal_task_f32(const PenaltyProblem<float>& p, int64_t task, float* scratch) { proximal(p, task, scratch); }
+void proximal_task_f64(const PenaltyProblem<double>& p, int64_t task, double* scratch) { proximal(p, task, scratch); }
 
 // In place, through the compute type, in pieces that stay in the first-level cache.
 void scale(void* data, WeightType type, int64_t count, double factor) {

@@ -74,7 +74,7 @@ struct Mirror {
     const int64_t i = g.i, j = g.j + q * SQUARE;
     if (j == i) return;
     const T* from = turned + q * SQUARE;
-    if (whole(i, j)) {
+    if (whole(i, j) && !p.accumulate) {
       T* to = static_cast<T*>(p.dweight) + j * p.columns + i;
       return p.stream ? transpose_square<true>(from, stride, to, p.columns)
                       : transpose_square<false>(from, stride, to, p.columns);
@@ -82,7 +82,7 @@ struct Mirror {
     T piece[SQUARE * SQUARE];
     transpose_square<false>(from, stride, piece, SQUARE);
     for (int64_t l = 0; l < count(j); ++l)
-      store(p.dweight, p.weight_type, (j + l) * p.columns + i, count(i), piece + l * SQUARE);
+      write_gradient(p, (j + l) * p.columns + i, count(i), piece + l * SQUARE);
   }
 
   // A square's worth of `matrix` a line a row, from `line` on in `first` or, past its end, in `second`.
@@ -100,7 +100,7 @@ template <typename T, bool DW, bool GRADS>
 inline double mirrored_row(const PenaltyProblem<T>& p, int64_t i, int64_t j, int64_t n, Tile<T>& tile, T* turned,
                            const Traffic<T>& traffic, T* parts) {
   const int64_t packs = padded<T>(n);
-  distance_stage<T, GRADS>(p, i, j, packs, tile);
+  distance_stage<T, GRADS>(p, i, p.column_points + j, p.column_stride, packs, tile);
   inhibitor_stage<T, GRADS>(p, packs, tile, traffic);
   traffic.rest(packs);
   const bool plane = GRADS && is_plane(p);
@@ -108,11 +108,11 @@ inline double mirrored_row(const PenaltyProblem<T>& p, int64_t i, int64_t j, int
   T row_sums[2];
   const PlaneSums<T> sums{tile.g, tile.g + tile.stride, column_parts, column_parts + p.column_stride, row_sums};
   const int64_t at = i * p.row_stride + j, out = i * p.columns + j;
-  const bool direct = p.weight_type == weight_type(T()) && packs == n;
+  const bool direct = p.weight_type == weight_type(T()) && packs == n && !p.accumulate;
   WeightTile<T> io{read_weights(p, at, out, n, tile), turned, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
   if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // else tile.dw, sent off later
   const double value = weight_stage<T, DW, GRADS, true>(io, packs, plane, false, sums);
-  if (DW && !direct) store(p.dweight, p.weight_type, out, n, tile.dw);
+  if (DW && !direct) write_gradient(p, out, n, tile.dw);
   if (plane) {
     parts[i] += row_sums[0];
     parts[p.column_stride + i] += row_sums[1];

@@ -1,5 +1,5 @@
 // A tile between memory and its stages: weights in, gradients out, sums of the points. Shared by the
-// rectangular task (penalty_loops.h) and the mirrored one (penalty_mirrored.h).
+// tasks: rectangular (penalty_loops.h), mirrored (penalty_mirrored.h), of few kept entries (penalty_kept.h).
 #pragma once
 
 #include "convert.h"
@@ -56,6 +56,11 @@ inline void mask_coefficients(const PenaltyProblem<T>& p, int64_t mask_at, int64
   for (int64_t j = n; j < padded<T>(n); ++j) tile.minus[j] = tile.plus[j] = 0;
 }
 
+template <typename T>
+inline void write_gradient(const PenaltyProblem<T>& p, int64_t out, int64_t n, const T* from) {
+  p.accumulate ? add(p.dweight, p.weight_type, out, n, from) : store(p.dweight, p.weight_type, out, n, from);
+}
+
 // dW of the kernels from that of their norms: dw * w / |w|, 0 where masked.
 template <typename T>
 inline void write_kernels(const PenaltyProblem<T>& p, int64_t at, int64_t out, int64_t n, const Tile<T>& tile) {
@@ -65,7 +70,7 @@ inline void write_kernels(const PenaltyProblem<T>& p, int64_t at, int64_t out, i
       T w = 0;
       load(p.weight, p.weight_type, at + j * p.inner + l, 1, &w);
       const T dw = p.mask && !p.mask[out + j * p.inner + l] ? T(0) : per_norm * w;
-      store(p.dweight, p.weight_type, out + j * p.inner + l, 1, &dw);
+      write_gradient(p, out + j * p.inner + l, 1, &dw);
     }
   }
 }

@@ -123,9 +123,9 @@ struct FactorView {
 
 template <typename T, bool GRADS>
 inline FactorView<T, GRADS> factor_view(const PenaltyProblem<T>& p, int64_t first, const double* parameter, int64_t i,
-                                        int64_t j0, const Tile<T>& tile) {
-  return {p.row_points + first * p.row_point_stride + i, p.column_points + first * p.column_stride + j0,
-          p.row_point_stride, p.column_stride, tile.g + first * tile.stride, tile.g_column + first * tile.stride,
+                                        const T* y, int64_t y_stride, const Tile<T>& tile) {
+  return {p.row_points + first * p.row_point_stride + i, y + first * y_stride,
+          p.row_point_stride, y_stride, tile.g + first * tile.stride, tile.g_column + first * tile.stride,
           tile.stride, parameter};
 }
 
@@ -146,17 +146,18 @@ inline void factor_stage(const FactorView<T, GRADS>& view, int64_t kind, int64_t
   }
 }
 
+// Row point i against n column points, y[c * y_stride + j].
 template <typename T, bool GRADS>
-inline void distance_stage(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile) {
+inline void distance_stage(const PenaltyProblem<T>& p, int64_t i, const T* y, int64_t y_stride, int64_t n, Tile<T>& tile) {
   if (p.inhibitor == CONSTANT && !GRADS) {  // nothing depends on s but whether the points are finite: one column tells
-    const LineDistance<T, false> line{FlatAxis<T>(T(0)), p.row_points[i], p.column_points + j0, nullptr};
+    const LineDistance<T, false> line{FlatAxis<T>(T(0)), p.row_points[i], y, nullptr};
     return distance_loop<T, true>(line, n, tile.s);
   }
   const double* parameter = p.factor_parameters;
   int64_t first = 0;
   for (int64_t q = 0; q < p.factor_count; ++q) {
     const int64_t kind = p.factors[2 * q], k = p.factors[2 * q + 1];
-    const auto view = factor_view<T, GRADS>(p, first, parameter, i, j0, tile);
+    const auto view = factor_view<T, GRADS>(p, first, parameter, i, y, y_stride, tile);
     if (q == 0)
       factor_stage<T, true>(view, kind, k, n, tile);
     else

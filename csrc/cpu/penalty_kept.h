@@ -1,0 +1,131 @@
+// Rows of which few entries are kept, by a mask or because the matrix is compressed: these entries alone, gathered into a
+// tile with the points of their columns.
+#pragma once
+
+#include <cstring>
+
+#include "penalty_tile.h"
+
+namespace moduli::MODULI_NAMESPACE {
+
+// The columns of kept entries from `from` on, at most `most`; `from` moves behind the last one looked at. A mask is
+// read eight entries at a time.
+inline int64_t kept_columns(const uint8_t* mask, int64_t& from, int64_t end, int64_t most, int64_t* columns) {
+  int64_t count = 0;
+  while (from + 8 <= end && count + 8 <= most) {
+    uint64_t eight;
+    std::memcpy(&eight, mask + from, 8);
+    if (eight)
+      for (int64_t l = 0; l < 8; ++l)
+        if (mask[from + l]) columns[count++] = from + l;
+    from += 8;
+  }
+  for (; from < end && from + 8 > end && count < most; ++from)
+    if (mask[from]) columns[count++] = from;
+  return count;
+}
+
+// Whether gathering beats going through row i, columns begin .. end, of all blocks.
+template <typename T>
+inline bool few_kept(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int64_t end) {
+  constexpr int64_t WORTH_IT = 4;  // a gathered entry costs about as much as this many in a row
+  if (p.crow) return true;
+  if (!p.mask || p.inner > 1) return false;
+  int64_t kept = 0;
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    const uint8_t* mask = p.mask + (b * p.rows + i) * p.columns;
+    for (int64_t j = begin; j < end; ++j) kept += mask[j] != 0;
+  }
+  return kept * WORTH_IT < (end - begin) * p.blocks;
+}
+
+// What a piece of a row gathers: weights into tile.w, points into y; padded to whole packs.
+template <typename T>
+struct KeptPiece {
+  const int64_t* columns;
+  int64_t count, at;  // at: of the piece's first entry in compressed values, or of the row in the weight
+  T* y;
+
+  int64_t place(const PenaltyProblem<T>& p, int64_t l) const { return p.crow ? at + l : at + columns[l]; }
+
+  void gather(const PenaltyProblem<T>& p, Tile<T>& tile) const {
+    if (p.crow)
+      load(p.weight, p.weight_type, at, count, tile.w);
+    else
+      for (int64_t l = 0; l < count; ++l) load(p.weight, p.weight_type, at + columns[l], 1, tile.w + l);
+    for (int64_t l = count; l < padded<T>(count); ++l) tile.w[l] = 0;
+    for (int64_t c = 0; c < p.coordinates; ++c) {
+      const T* points = p.column_points + c * p.column_stride;
+      T* to = y + c * tile.stride;
+      for (int64_t l = 0; l < count; ++l) to[l] = points[columns[l]];
+      for (int64_t l = count; l < padded<T>(count); ++l) to[l] = 0;
+    }
+  }
+};
+
+// Calls piece(KeptPiece) for the kept entries of row i of block b, columns begin .. end.
+template <typename T, typename Function>
+inline void each_kept_piece(const PenaltyProblem<T>& p, int64_t b, int64_t i, int64_t begin, int64_t end, T* scratch,
+                            const Function& piece) {
+  const int64_t row = b * p.rows + i;
+  T* y = scratch;
+  if (p.crow) {
+    for (int64_t at = p.crow[row]; at < p.crow[row + 1]; at += p.tile) {
+      const int64_t left = p.crow[row + 1] - at;
+      piece(KeptPiece<T>{p.col + at, left < p.tile ? left : p.tile, at, y});
+    }
+    return;
+  }
+  auto columns = reinterpret_cast<int64_t*>(scratch + p.coordinates * buffer_stride(p.tile));
+  for (int64_t from = begin; from < end;) {
+    const int64_t count = kept_columns(p.mask + row * p.columns, from, end, p.tile, columns);
+    if (count) piece(KeptPiece<T>{columns, count, row * p.row_stride, y});
+  }
+}
+
+// Sums of t * g over the piece (returned) and into its columns, of one coordinate.
+template <typename T, bool MIRRORED>
+inline T kept_points(const T* t, const T* g, const T* g_column, const int64_t* columns, int64_t n, T* column_sums) {
+  T sum = 0;
+  for (int64_t l = 0; l < n; ++l) {
+    const T part = t[l] * g[l];
+    sum += part;
+    column_sums[columns[l]] += MIRRORED ? -part : t[l] * g_column[l];
+  }
+  return sum;
+}
+
+// Value (without scale), dW and the sums for the points of the kept entries of row i, columns begin .. end.
+template <typename T, bool DW, bool GRADS>
+inline double kept_row(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int64_t end, Tile<T>& tile, T* scratch,
+                       T* row_parts, T* column_parts) {
+  double value = 0;
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    const int64_t out = (b * p.rows + i) * p.columns;
+    if (DW && !p.crow && !p.accumulate)
+      std::memset(static_cast<char*>(p.dweight) + (out + begin) * p.weight_size, 0, (end - begin) * p.weight_size);
+    each_kept_piece(p, b, i, begin, end, scratch, [&](const KeptPiece<T>& piece) {
+      const int64_t n = piece.count, packs = padded<T>(n);
+      piece.gather(p, tile);
+      distance_stage<T, GRADS>(p, i, piece.y, tile.stride, packs, tile);
+      inhibitor_stage<T, GRADS>(p, packs, tile, Traffic<T>{});
+      const WeightTile<T> io{tile.w, nullptr, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
+      value += weight_stage<T, DW, GRADS, false>(io, packs, false, false, {});
+      if (DW && p.crow) write_gradient(p, piece.at, n, tile.dw);
+      for (int64_t l = 0; DW && !p.crow && l < n; ++l) write_gradient(p, out + piece.columns[l], 1, tile.dw + l);
+      for (int64_t q = 0, c = 0; GRADS && q < p.factor_count; ++q) {
+        const int64_t last = c + p.factors[2 * q + 1], unmirrored = p.factors[2 * q] == KLEIN ? c + 1 : -1;
+        for (; c < last; ++c) {
+          const T *g = tile.g + c * tile.stride, *g_column = tile.g_column + c * tile.stride;
+          T* sums = column_parts + c * p.column_stride;
+          row_parts[c * p.rows + i] += c == unmirrored
+                                           ? kept_points<T, false>(tile.t, g, g_column, piece.columns, n, sums)
+                                           : kept_points<T, true>(tile.t, g, g_column, piece.columns, n, sums);
+        }
+      }
+    });
+  }
+  return value;
+}
+
+}  // namespace moduli::MODULI_NAMESPACE

@@ -1,0 +1,105 @@
+"""The penalty without autograd: its gradient added straight into `.grad`, and its proximal step on the weight."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .inhibitors import Inhibitor
+from .manifolds import Manifold
+from .penalty import checked, runner, stored
+
+
+@torch.no_grad()
+def accumulate_penalty_grad_(
+    weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, manifold: Manifold | str,
+    inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None, power: float = 1.0, blocks: int = 1,
+    mask: Tensor | None = None, reduction: str = "mean", strength: float = 1.0,
+) -> Tensor:
+    """The penalty's value, and its gradients added into `.grad` of weight, rows and cols, each where it requires grad:
+    as `moduli_penalty(...).backward()`, without a graph and without a second matrix for the gradient. Call it after
+    the loss's backward and before the optimizer's step.
+
+    Args: those of `moduli_penalty`; weight, rows and cols are leaves where they require grad. A `.grad` that is None
+        is made; one of another layout than row-major is added to by way of a copy.
+
+    Returns:
+        0-d tensor, without a graph. The version counters of what is written go up.
+
+    Raises:
+        ValueError, TypeError: as `moduli_penalty`; and where what requires grad is not a leaf.
+    """
+    what, row_points, column_points = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction,
+                                              strength)
+    for name, tensor in (("weight", weight), ("rows", rows), ("cols", cols)):
+        if tensor is not None and tensor.requires_grad and not tensor.is_leaf:
+            raise ValueError(
+                f"{name} must be a leaf to have its .grad added to, got the result of {tensor.grad_fn.name()}; call "
+                "moduli_penalty and let backward() carry the gradient on."
+            )
+    need_points = any(t is not None and t.requires_grad for t in (rows, cols))
+    run = runner(what, weight)
+    into = weight.grad if weight.requires_grad else None
+    if into is not None and _like(into, weight):
+        value, drows, dcols = run.accumulate_(stored(into), weight, row_points, column_points, mask, need_points)
+        torch.autograd.graph.increment_version(into)
+    else:
+        value, (dweight, drows, dcols) = run.value_and_grads(weight, row_points, column_points, mask,
+                                                             weight.requires_grad, need_points)
+        _add_grad(weight, dweight)
+    _add_grad(rows, drows)
+    if cols is not None:
+        _add_grad(cols, dcols)
+    return value
+
+
+@torch.no_grad()
+def proximal_step_(
+    weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, step: float, manifold: Manifold | str,
+    inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None, blocks: int = 1, mask: Tensor | None = None,
+    reduction: str = "mean", strength: float = 1.0,
+) -> None:
+    """The proximal operator of step * moduli_penalty of power 1, on the weight in place: a soft threshold
+
+        w_ij <- sign(w_ij) max(|w_ij| - step * strength * f(d(rows_i, cols_j)) / N, 0),
+
+    N the number of entries for reduction="mean", 1 for "sum"; a kernel shrinks as a whole, w max(1 - threshold/|w|, 0).
+    Makes exact zeros, where the penalty's gradient only makes small weights. With a learning rate as the step it takes
+    the place of the penalty in the loss (ISTA).
+
+    Args: those of `moduli_penalty`, power aside; step: >= 0. Entries that a mask leaves out stay as they are.
+
+    Raises:
+        ValueError, TypeError: as `moduli_penalty`; step < 0 or not finite.
+    """
+    step = _checks.finite("step", step)
+    if step < 0:
+        raise ValueError(f"step must be >= 0, got {step}; pass the learning rate.")
+    what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, 1.0, blocks, mask, reduction, strength)
+    runner(what, weight).proximal_step_(weight, rows, cols, mask, step)
+    torch.autograd.graph.increment_version(weight)
+
+
+def _like(gradient: Tensor, weight: Tensor) -> bool:
+    """Whether dW can be added entry by entry as it is made."""
+    if gradient.layout != weight.layout:
+        return False
+    if weight.layout == torch.strided:
+        return gradient.dtype == weight.dtype and gradient.is_contiguous()
+    return (gradient.values().dtype == weight.values().dtype and gradient.values().is_contiguous()
+            and torch.equal(gradient.crow_indices(), weight.crow_indices())
+            and torch.equal(gradient.col_indices(), weight.col_indices()))
+
+
+def _add_grad(leaf: Tensor, gradient: Tensor | None) -> None:
+    if gradient is None or not leaf.requires_grad:
+        return
+    gradient = gradient.to(leaf.dtype)
+    if leaf.grad is None:
+        leaf.grad = gradient
+    elif leaf.grad.layout == gradient.layout != torch.strided:
+        leaf.grad = leaf.grad + gradient
+    else:
+        leaf.grad += gradient
