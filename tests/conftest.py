@@ -1,15 +1,43 @@
-"""What every test runs under: poisoned memory, and hypothesis without a clock or chance."""
+"""What every test runs under: poisoned memory, and hypothesis without a clock or chance; and the device of the tests
+that are marked `on_device` (penalty_cases.py)."""
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import pytest
 import torch
 from hypothesis import settings
+from penalty_cases import DEVICE
 
 settings.register_profile("moduli", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("moduli")
+
+# Under MODULI_KERNELS_TEST_DEVICE=cuda: of files whose subject has no device. The suite on the CPU runs them.
+WITHOUT_A_DEVICE = ("test_setup.py", "test_packaging.py", "test_functors.py", "test_plots.py", "test_examples.py",
+                    "test_example_demo.py", "test_example_trainer.py", "test_gpu_scripts.py",
+                    "test_triton_interpreter.py", "test_triton_machine_code.py")
+
+
+def pytest_configure(config):
+    if DEVICE not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"MODULI_KERNELS_TEST_DEVICE must be cpu or cuda, got {DEVICE}; unset it for the CPU.")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("MODULI_KERNELS_TEST_DEVICE is cuda, but torch finds no CUDA GPU; unset it for the CPU.")
+    if DEVICE == "cuda":
+        # poisoned_empty asks for deterministic algorithms, and cuBLAS then for this, before CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # cuDNN's, of a pruned nn.RNN, whose weights torch.nn.utils.prune makes one by one
+        config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of single contiguous chunk")
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cpu":
+        return
+    for item in items:
+        if item.path.name in WITHOUT_A_DEVICE:
+            item.add_marker(pytest.mark.skip(reason="set-up, pictures, examples and compilers: the CPU's suite runs it"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,3 +63,14 @@ def poisoned_empty():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def default_device():
+    """Tensors, modules and generators of the test are made on DEVICE."""
+    if DEVICE == "cpu":
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)

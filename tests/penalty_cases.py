@@ -1,6 +1,11 @@
-"""What the tests of the penalty share: the cases, how to run one, and the float64 reference for it."""
+"""What the tests of the penalty share: the cases, how to run one, the float64 reference for it, and the device.
+
+MODULI_KERNELS_TEST_DEVICE=cuda runs on a GPU what is marked `on_device`: tensors are made there by default and the
+kernels are Triton's. With TRITON_INTERPRET=1 they are Triton's as well, on CPU tensors. conftest.py makes it so.
+"""
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +13,7 @@ import torch
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import _library, reference
+from moduli_kernels import _backend, _library, reference
 from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
 from moduli_kernels.manifolds import PRESETS, manifold as resolve_manifold
 
@@ -44,9 +49,28 @@ VARIANTS = {  # other branches of the same formulas
 }
 POWERS = (1.0, 1.5, 2.0, 3.0, 2.7)
 
-needs_cpp = pytest.mark.skipif(_library.cpu_ops_error is not None, reason=str(_library.cpu_ops_error))
-BACKENDS = (pytest.param("cpp", marks=needs_cpp), "reference")
+DEVICE = os.environ.get("MODULI_KERNELS_TEST_DEVICE", "cpu")
+KERNELS = "triton" if DEVICE == "cuda" or _library.triton_interpreted else "cpp"  # the backend that is put to the test
+on_device = pytest.mark.usefixtures("default_device")
+
+
+def _missing(backend: str) -> str:
+    """Why the kernels of a backend cannot be tested here, "" if they can."""
+    available, reason = _backend.availability()[backend]
+    if backend == "cpp" and DEVICE != "cpu":
+        return f"about the CPU's kernels, and MODULI_KERNELS_TEST_DEVICE={DEVICE} asks for those of another device"
+    return "" if available else reason
+
+
+needs_cpp = pytest.mark.skipif(bool(_missing("cpp")), reason=_missing("cpp"))
+needs_kernels = pytest.mark.skipif(bool(_missing(KERNELS)), reason=_missing(KERNELS))
+BACKENDS = (pytest.param(KERNELS, marks=needs_kernels), "reference")
 tiled_warning = pytest.mark.filterwarnings("ignore:.* has no compiled kernel:UserWarning")
+
+
+def examples(count: int) -> int:
+    """So many of hypothesis's; fewer where most of them make Triton compile a kernel anew."""
+    return count if KERNELS == "cpp" else max(3, count // 5)
 
 
 class Result(NamedTuple):
@@ -58,18 +82,22 @@ class Result(NamedTuple):
     cols: Tensor | None
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int = 0, device: torch.device | str | None = None) -> torch.Generator:
+    return torch.Generator(device or torch.get_default_device()).manual_seed(seed)
 
 
 def draw_weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    """The same numbers on every device."""
+    drawn = torch.randn(*shape, generator=generator(seed, "cpu"), dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def draw_points(manifold: str | mk.Manifold, n: int, seed: int = 0,
                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers on every device."""
     manifold = MANIFOLDS[manifold] if isinstance(manifold, str) else manifold
-    return manifold.sample(n, generator=generator(1000 + seed), dtype=torch.float64).to(dtype)
+    drawn = manifold.sample(n, generator=generator(1000 + seed, "cpu"), dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def on_a_grid(points: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from penalty_cases import (
     BACKENDS,
+    DEVICE,
     draw_points,
     draw_weight,
     expected,
+    on_device,
     penalty_and_gradients,
     relative_error,
     tiled_warning,
@@ -22,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moduli_kernels as mk
 
-pytestmark = tiled_warning
+pytestmark = [tiled_warning, on_device]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -305,7 +307,7 @@ def test_checkpoint(reentrant):
 def test_autocast_changes_nothing(dtype):
     problem = Problem()
     outside = problem.penalty()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         inside = problem.penalty()
         controlled = mk.CoefficientRegularizer(torch.tensor(2.0))(problem.weight)
     assert torch.equal(inside, outside) and controlled.dtype == torch.float32

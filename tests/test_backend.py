@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, draw_points, draw_weight, expected, needs_cpp, relative_error
+from penalty_cases import BACKENDS, DEVICE, draw_points, draw_weight, expected, needs_cpp, relative_error
 
 import moduli_kernels as mk
 from moduli_kernels import _backend, _library
@@ -309,4 +309,4 @@ def test_an_unknown_instruction_set():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_backends_are_reached_by_name(backend):
     with mk.backend(backend):
-        assert _backend.active("cpu") == backend
+        assert _backend.active(DEVICE) == backend

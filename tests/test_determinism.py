@@ -6,16 +6,21 @@ import torch
 from penalty_cases import (
     BACKENDS,
     INHIBITORS,
+    KERNELS,
     MANIFOLDS,
     Result,
     draw_points,
     draw_weight,
     generator,
     needs_cpp,
+    needs_kernels,
+    on_device,
     penalty_and_gradients,
 )
 
 import moduli_kernels as mk
+
+pytestmark = on_device
 
 
 @pytest.fixture
@@ -30,6 +35,12 @@ def threads():
 def cpp():
     """The promise over threads is the compiled kernels': the reference adds as torch.sum does."""
     with mk.backend("cpp"):
+        yield
+
+
+@pytest.fixture
+def kernels():
+    with mk.backend(KERNELS):
         yield
 
 
@@ -104,8 +115,8 @@ def test_kernels_and_masks_with_threads(cpp, threads):
     assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
 
 
-@needs_cpp
-def test_value_alone_is_the_value_with_gradients(cpp):
+@needs_kernels
+def test_value_alone_is_the_value_with_gradients(kernels):
     """Value-only runs, as for logging, show the number that was trained on."""
     for manifold in MANIFOLDS:
         weight, rows = draw_weight(200, 200), draw_points(manifold, 200)
@@ -114,8 +125,8 @@ def test_value_alone_is_the_value_with_gradients(cpp):
                            with_gradients), manifold
 
 
-@needs_cpp
-def test_recomputed_gradients_are_those_handed_over(cpp):
+@needs_kernels
+def test_recomputed_gradients_are_those_handed_over(kernels):
     """With retain_graph and no loss scale, a second backward gives the bits of the first."""
     weight, rows = draw_weight(200, 200).requires_grad_(), draw_points("torus", 200).requires_grad_()
     value = mk.moduli_penalty(weight, rows, manifold="torus")

@@ -7,10 +7,13 @@ import re
 
 import pytest
 import torch
+from penalty_cases import on_device
 from torch import nn
 
 from moduli_kernels.lottery import reinitialize_, rewind_
 from moduli_kernels.pruning import MagnitudePruner
+
+pytestmark = on_device
 
 
 class Net(nn.Module):

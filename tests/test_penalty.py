@@ -10,7 +10,9 @@ import pytest
 import torch
 from penalty_cases import (
     BACKENDS,
+    DEVICE,
     INHIBITORS,
+    KERNELS,
     MANIFOLDS,
     POWERS,
     TOLERANCE,
@@ -21,8 +23,9 @@ from penalty_cases import (
     draw_weight,
     expected,
     generator,
-    needs_cpp,
+    needs_kernels,
     on_a_grid,
+    on_device,
     penalty_and_gradients,
     relative_error,
     tiled_warning,
@@ -30,13 +33,13 @@ from penalty_cases import (
 
 import moduli_kernels as mk
 
-pytestmark = tiled_warning
+pytestmark = [tiled_warning, on_device]
 
 
 @pytest.fixture
-def cpp():
-    """The compiled kernels, by force: nothing here passes because the fallback ran."""
-    with mk.backend("cpp"):
+def kernels():
+    """By force: nothing here passes because the fallback ran."""
+    with mk.backend(KERNELS):
         yield
 
 
@@ -48,12 +51,12 @@ def either(request):
 
 # --- accuracy ---------------------------------------------------------------------------------------------
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("inhibitor", INHIBITORS)
 @pytest.mark.parametrize("manifold", MANIFOLDS)
-def test_accuracy(cpp, manifold, inhibitor, power, dtype):
+def test_accuracy(kernels, manifold, inhibitor, power, dtype):
     weight = draw_weight(37, 53, dtype=dtype)
     rows, cols = draw_points(manifold, 37, 1, dtype), draw_points(manifold, 53, 2, dtype)
     settings = {"manifold": MANIFOLDS[manifold], "inhibitor": INHIBITORS[inhibitor], "power": power}
@@ -62,12 +65,12 @@ def test_accuracy(cpp, manifold, inhibitor, power, dtype):
                  *TOLERANCE[dtype])
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("inhibitor", INHIBITORS)
 @pytest.mark.parametrize("manifold", MANIFOLDS)
-def test_accuracy_16_bit(cpp, manifold, inhibitor, power, dtype):
+def test_accuracy_16_bit(kernels, manifold, inhibitor, power, dtype):
     """At most 2 x (value) and 3 x (gradients) the error of the plain formula computed in that dtype; and, as
     the sums are float32 inside, a value of float32 accuracy and gradients off by their one rounding."""
     f, m = INHIBITORS[inhibitor], MANIFOLDS[manifold]
@@ -92,11 +95,11 @@ def test_accuracy_16_bit(cpp, manifold, inhibitor, power, dtype):
         assert error <= 1.01 * torch.finfo(dtype).eps / 2 + rounding + 1e-5, name
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("power", [1.0, 2.7])
 @pytest.mark.parametrize("manifold", ["torus", "sphere", "product"])
 @pytest.mark.parametrize("inhibitor", VARIANTS)
-def test_accuracy_of_variants(cpp, manifold, inhibitor, power):
+def test_accuracy_of_variants(kernels, manifold, inhibitor, power):
     weight = draw_weight(37, 53)
     rows, cols = draw_points(manifold, 37, 1), draw_points(manifold, 53, 2)
     settings = {"manifold": MANIFOLDS[manifold], "inhibitor": VARIANTS[inhibitor], "power": power}
@@ -148,9 +151,9 @@ def test_accuracy_of_the_fallback(manifold, inhibitor, power):
                      *TOLERANCE[torch.float32])
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("manifold", MANIFOLDS)
-def test_accuracy_at_size(cpp, manifold):
+def test_accuracy_at_size(kernels, manifold):
     """Shared points: the diagonal has distance 0, and row and column parts of dE meet in one gradient."""
     n = 650
     weight, rows = draw_weight(n, n), draw_points(manifold, n, 1)
@@ -159,9 +162,9 @@ def test_accuracy_at_size(cpp, manifold):
                  *TOLERANCE[torch.float32])
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("blocks,masked", [(1, False), (1, True), (4, False)])
-def test_accuracy_past_the_caches(cpp, blocks, masked):
+def test_accuracy_past_the_caches(kernels, blocks, masked):
     """A gradient of 16 MB and more is written past the caches."""
     n = 2080
     weight = draw_weight(n, n)
@@ -180,7 +183,7 @@ def test_empty_is_poisoned_for_the_kernels():
     with torch.profiler.profile() as profile:
         mk.moduli_penalty(weight, rows, manifold="torus")
     names = [event.name for event in profile.events()]
-    if "moduli_kernels::penalty_with_grads" in names and mk._backend.active("cpu") == "cpp":
+    if "moduli_kernels::penalty_with_grads" in names and mk._backend.active(DEVICE) == "cpp":
         assert names.count("aten::fill_") >= names.count("aten::empty") >= 3
 
 
@@ -189,6 +192,7 @@ def test_empty_is_poisoned_for_the_kernels():
 def looped_value(weight, rows, cols, f, power, blocks, mask) -> float:
     """sum f(d_ij) |w_bij|^l on a torus of periods 10, in Python loops."""
     total = 0.0
+    weight, mask = weight.cpu(), None if mask is None else mask.cpu()
     weight = weight.double().flatten(2).numpy() if weight.dim() > 2 else weight.double()[..., None].numpy()
     kept = np.ones_like(weight, dtype=bool) if mask is None else mask.numpy().reshape(weight.shape)
     for row in range(weight.shape[0]):
@@ -342,8 +346,8 @@ def test_tables_with_equal_samples_are_one_function(either):
                        mk.moduli_penalty(weight, rows, manifold="torus", inhibitor=again))
 
 
-@needs_cpp
-def test_rows_beyond_2_31_elements(cpp):
+@needs_kernels
+def test_rows_beyond_2_31_elements(kernels):
     """Row strides that 32 bits cannot hold. The storage is never touched but where the rows lie: it takes no
     memory."""
     rows, columns, stride = 3, 20, 2**30 + 5
@@ -351,7 +355,7 @@ def test_rows_beyond_2_31_elements(cpp):
         storage = mmap.mmap(-1, 2 * (2 * stride + columns))  # 4.3 GB; a page comes when it is touched
     except OSError:
         pytest.skip("4.3 GB of address space are not to be had")
-    weight = torch.frombuffer(storage, dtype=torch.bfloat16).as_strided((rows, columns), (stride, 1))
+    weight = torch.frombuffer(storage, dtype=torch.bfloat16).to(DEVICE).as_strided((rows, columns), (stride, 1))
     weight.copy_(draw_weight(rows, columns))
     points = draw_points("torus", rows, 1), draw_points("torus", columns, 2)
     assert_close(penalty_and_gradients(weight, *points, manifold="torus"),

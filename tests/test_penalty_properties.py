@@ -18,9 +18,11 @@ from penalty_cases import (
     assert_close,
     draw_points,
     draw_weight,
+    examples,
     expected,
     generator,
     on_a_grid,
+    on_device,
     penalty_and_gradients,
     relative_error,
     tiled_warning,
@@ -29,7 +31,7 @@ from torch import Tensor
 
 import moduli_kernels as mk
 
-pytestmark = tiled_warning
+pytestmark = [tiled_warning, on_device]
 
 COMPILED = [name for name in INHIBITORS | VARIANTS if name != "callable"]
 # row chunks hold at least 144
@@ -88,12 +90,10 @@ def mask_of(kind: str, shape: torch.Size) -> Tensor | None:
     return mask
 
 
-@pytest.mark.parametrize("backend,examples", [(*BACKENDS[0].values, 250), ("reference", 60)])
-def test_against_the_reference(backend, examples):
-    if backend == "cpp" and BACKENDS[0].marks[0].args[0]:
-        pytest.skip(BACKENDS[0].marks[0].kwargs["reason"])
-
-    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("backend,count", [pytest.param(*BACKENDS[0].values, 250, marks=BACKENDS[0].marks),
+                                           ("reference", 60)])
+def test_against_the_reference(backend, count):
+    @settings(max_examples=examples(count), suppress_health_check=[HealthCheck.too_slow])
     @given(shape=shapes(), view=st.sampled_from(VIEWS), mask=st.sampled_from(MASKS),
            manifold=st.sampled_from([*MANIFOLDS]),
            inhibitor=st.sampled_from(COMPILED), power=st.sampled_from(POWERS),
@@ -165,7 +165,7 @@ def assert_same(one, other, tolerance: float = 1e-11) -> None:
         assert a is None or relative_error(a, b) <= tolerance
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL)
 def test_transposing(either, manifold, inhibitor, power, seed):
     """d is symmetric: W' with columns and rows exchanged costs the same."""
@@ -175,7 +175,7 @@ def test_transposing(either, manifold, inhibitor, power, seed):
     assert_same(one, (other.value, other.weight.T, other.cols, other.rows))
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL)
 def test_relabelling_neurons(either, manifold, inhibitor, power, seed):
     (weight, rows, cols), setting = problem(manifold, inhibitor, power, seed)
@@ -185,7 +185,7 @@ def test_relabelling_neurons(either, manifold, inhibitor, power, seed):
     assert_same((one.value, one.weight[order], one.rows[order], one.cols), other)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL)
 def test_signs_of_weights(either, manifold, inhibitor, power, seed):
     (weight, rows, cols), setting = problem(manifold, inhibitor, power, seed)
@@ -194,7 +194,7 @@ def test_signs_of_weights(either, manifold, inhibitor, power, seed):
     assert_same((one.value, -one.weight, one.rows, one.cols), other, 0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL, factor=st.floats(0.01, 100))
 def test_scaling_weights(either, manifold, inhibitor, power, seed, factor):
     """|a w|^l = a^l |w|^l."""
@@ -205,7 +205,7 @@ def test_scaling_weights(either, manifold, inhibitor, power, seed, factor):
     assert_same((size * one.value, size / factor * one.weight, size * one.rows, size * one.cols), other)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL)
 def test_blocks_are_a_sum(either, manifold, inhibitor, power, seed):
     """Gate blocks share points: the penalty of the stack is the sum of theirs."""
@@ -218,7 +218,7 @@ def test_blocks_are_a_sum(either, manifold, inhibitor, power, seed):
                 (a.value + b.value, torch.cat([a.weight, b.weight]), a.rows + b.rows, a.cols + b.cols))
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL)
 def test_masks_are_a_sum(either, manifold, inhibitor, power, seed):
     """What a mask keeps and what it drops add up to the whole; and a mask is zeros in the weight."""
@@ -232,7 +232,7 @@ def test_masks_are_a_sum(either, manifold, inhibitor, power, seed):
     assert_same((kept.value, kept.rows, kept.cols), (zeroed.value, zeroed.rows, zeroed.cols))
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL)
 def test_shared_points_are_two_equal_embeddings(either, manifold, inhibitor, power, seed):
     (weight, rows, _), setting = problem(manifold, inhibitor, power, seed, 11, 11)
@@ -241,7 +241,7 @@ def test_shared_points_are_two_equal_embeddings(either, manifold, inhibitor, pow
     assert_same(shared[:3], (apart.value, apart.weight, apart.rows + apart.cols))
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(**CALL, strength=st.floats(-10, 10))
 def test_strength_is_linear(either, manifold, inhibitor, power, seed, strength):
     (weight, rows, cols), setting = problem(manifold, inhibitor, power, seed)
@@ -250,7 +250,7 @@ def test_strength_is_linear(either, manifold, inhibitor, power, seed, strength):
     assert_same([strength / weight.numel() * t for t in one], other)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(power=st.sampled_from(POWERS), seed=st.integers(0, 2**31))
 def test_product_of_circles_is_a_torus(either, power, seed):
     (weight, rows, cols), _ = problem("torus", "dog", power, seed)

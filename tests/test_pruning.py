@@ -11,7 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.utils import prune as torch_prune
 
 from moduli_kernels.pruning import MagnitudePruner
+from penalty_cases import generator, on_device
 from pruning_cases import Net, Tied, Weights, cut_count, loss_of
+
+pytestmark = on_device
 
 
 def brute_force(weights: list[np.ndarray], masks: list[np.ndarray], count: int) -> np.ndarray:
@@ -33,10 +36,10 @@ def test_ranking_equals_brute_force(data, seed, levels, dtype):
     """Few levels of magnitude make ties (and zeros) everywhere; weights change between the steps."""
     shapes = data.draw(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=4))
     steps = sorted(data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4)))
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed)
 
     def draw(shape):
-        return (torch.randint(-levels, levels + 1, shape, generator=generator) / 3).to(dtype)
+        return (torch.randint(-levels, levels + 1, shape, generator=source) / 3).to(dtype)
 
     module = Weights(*map(draw, shapes))
     pruner = MagnitudePruner(module.targets())
@@ -45,15 +48,15 @@ def test_ranking_equals_brute_force(data, seed, levels, dtype):
         with torch.no_grad():
             for p in module.parameters():
                 p.copy_(draw(p.shape))
-        weights = [p.detach().double().numpy().copy() for p in module.parameters()]
-        before = [m.numpy().copy() for m in pruner.masks.values()]
+        weights = [p.detach().double().cpu().numpy().copy() for p in module.parameters()]
+        before = [m.cpu().numpy().copy() for m in pruner.masks.values()]
         pruner.step_to(sparsity)
         count = round(sparsity * total)
-        after = np.concatenate([m.numpy().ravel() for m in pruner.masks.values()])
+        after = np.concatenate([m.cpu().numpy().ravel() for m in pruner.masks.values()])
         assert (~after).sum() == count
         np.testing.assert_array_equal(after, brute_force(weights, before, count))
         for p, w, m in zip(module.parameters(), weights, pruner.masks.values()):
-            np.testing.assert_array_equal(p.detach().double().numpy(), np.where(m.numpy(), w, 0))
+            np.testing.assert_array_equal(p.detach().double().cpu().numpy(), np.where(m.cpu().numpy(), w, 0))
 
 
 @pytest.mark.parametrize("value", [1.0, -2.5, 0.0, float("inf")])
@@ -100,17 +103,17 @@ def test_asking_again_for_what_is_cut_is_no_step():
 
 
 def test_mixed_dtypes_and_layouts_are_ranked_together():
-    generator = torch.Generator().manual_seed(3)
-    wide = torch.randn(6, 5, generator=generator, dtype=torch.float64)
-    half = torch.randn(4, 4, generator=generator).bfloat16()
-    turned = torch.randn(5, 7, generator=generator).t()  # its flat index is row-major all the same
+    source = generator(3)
+    wide = torch.randn(6, 5, generator=source, dtype=torch.float64)
+    half = torch.randn(4, 4, generator=source).bfloat16()
+    turned = torch.randn(5, 7, generator=source).t()  # its flat index is row-major all the same
     turned[:, 2] = 0.25
-    images = torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 4, 4, generator=source).to(memory_format=torch.channels_last)
     module = Weights(wide, half, turned, images)
-    weights = [p.detach().double().numpy().copy() for p in module.parameters()]
+    weights = [p.detach().double().cpu().numpy().copy() for p in module.parameters()]
     pruner = MagnitudePruner(module.targets())
     pruner.step_to(0.4)
-    kept = np.concatenate([m.numpy().ravel() for m in pruner.masks.values()])
+    kept = np.concatenate([m.cpu().numpy().ravel() for m in pruner.masks.values()])
     ones = [np.ones(w.shape, dtype=bool) for w in weights]
     np.testing.assert_array_equal(kept, brute_force(weights, ones, round(0.4 * kept.size)))
 

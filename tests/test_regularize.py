@@ -10,11 +10,13 @@ import weakref
 
 import pytest
 import torch
-from penalty_cases import draw_weight, expected, generator, relative_error
+from penalty_cases import draw_weight, expected, generator, on_device, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import moduli_kernels as mk
+
+pytestmark = on_device
 
 
 def regularize(model: nn.Module, targets=None, **settings) -> mk.Regularization:

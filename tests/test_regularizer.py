@@ -18,6 +18,7 @@ from penalty_cases import (
     draw_weight,
     expected,
     generator,
+    on_device,
     relative_error,
     tiled_warning,
 )
@@ -26,7 +27,7 @@ from torch import nn
 
 import moduli_kernels as mk
 
-pytestmark = tiled_warning
+pytestmark = [tiled_warning, on_device]
 
 UNTRAINABLE = "inhibitor should not be monotone where points are trained"
 

@@ -9,6 +9,7 @@ import torch
 from penalty_cases import (
     BACKENDS,
     INHIBITORS,
+    KERNELS,
     MANIFOLDS,
     TOLERANCE,
     VARIANTS,
@@ -16,7 +17,9 @@ from penalty_cases import (
     draw_points,
     draw_weight,
     expected,
-    needs_cpp,
+    generator,
+    needs_kernels,
+    on_device,
     penalty_and_gradients,
     tiled_warning,
 )
@@ -24,7 +27,7 @@ from torch import Tensor
 
 import moduli_kernels as mk
 
-pytestmark = tiled_warning
+pytestmark = [tiled_warning, on_device]
 
 EVERY_INHIBITOR = INHIBITORS | VARIANTS
 DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -80,7 +83,7 @@ def test_nearly_identical_points(either, manifold):
     m = MANIFOLDS[manifold]
     base = draw_points(m, 8, dtype=torch.float64)
     cols = base + 1e-6 * torch.randn(base.shape, dtype=torch.float64,
-                                     generator=torch.Generator().manual_seed(0))
+                                     generator=generator())
     check(draw_weight(8, 8, dtype=torch.float64), base, cols, manifold=m)
     got = penalty_and_gradients(draw_weight(8, 8), base.float(), cols.float(), manifold=m)
     assert all(t.isfinite().all() for t in got)
@@ -168,7 +171,7 @@ def test_coordinates_of_any_size(either, manifold, dtype):
     m = MANIFOLDS[manifold]
     rows, cols = ((draw_points(m, n, n) * 64).round().to(dtype) / 64 for n in (13, 17))
     periods = {"klein": (20.0, 10.0)}.get(manifold) or m._periods
-    jumps = torch.randint(-20, 21, rows.shape, generator=torch.Generator().manual_seed(0))
+    jumps = torch.randint(-20, 21, rows.shape, generator=generator())
     shifted = rows + jumps * torch.tensor(periods, dtype=dtype)
     weight = draw_weight(13, 17, dtype=dtype)
     near, far = (penalty_and_gradients(weight, x, cols, manifold=m) for x in (rows, shifted))
@@ -250,7 +253,7 @@ def test_zero_vector_on_a_sphere_reaches_the_value(either, manifold, inhibitor):
                              inhibitor=INHIBITORS[inhibitor]).isnan()
 
 
-@needs_cpp
+@needs_kernels
 @BAD
 @pytest.mark.parametrize("manifold", MANIFOLDS)
 def test_non_finite_points_are_alike(manifold, bad):
@@ -258,7 +261,7 @@ def test_non_finite_points_are_alike(manifold, bad):
     m = MANIFOLDS[manifold]
     weight, rows, cols = draw_weight(7, 9), draw_points(m, 7, 1), draw_points(m, 9, 2)
     rows[2, -1] = bad
-    with mk.backend("cpp"):
+    with mk.backend(KERNELS):
         got = penalty_and_gradients(weight, rows, cols, manifold=m)
     want = expected(weight, rows, cols, manifold=m)
     for g, w in zip(got, want):

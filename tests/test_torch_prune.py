@@ -7,7 +7,10 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from moduli_kernels.pruning import MagnitudePruner
+from penalty_cases import on_device
 from pruning_cases import Net, Tied, cut_count, loss_of
+
+pytestmark = on_device
 
 
 def step(net, optimizer, seed):
