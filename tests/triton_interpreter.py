@@ -310,7 +310,8 @@ def test_weights_that_are_not_finite(power, dtype, bad):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(("manifold", "inhibitor"), [("torus", name) for name in EVERY_INHIBITOR] + [("product", "dog")])
+@pytest.mark.parametrize(("manifold", "inhibitor"),
+                         [("torus", name) for name in EVERY_INHIBITOR] + [("product", "dog")])
 def test_points_that_are_not_finite(manifold, inhibitor, bad):
     m = MANIFOLDS[manifold]
     rows, cols = draw_points(m, 10, 1), draw_points(m, 12, 2)
@@ -331,8 +332,8 @@ def test_masked_away(shape):
     cols[-1], mask[:, -1] = float("nan"), False
     rows[-1], mask[-1] = float("inf"), False
     value = mk.moduli_penalty(weight, rows, cols, manifold="sphere", mask=mask)
-    kept = mk.moduli_penalty(weight.where(mask, 0)[:-1, :-1], rows[:-1], cols[:-1], manifold="sphere", mask=mask[:-1, :-1],
-                             reduction="sum")
+    kept = mk.moduli_penalty(weight.where(mask, 0)[:-1, :-1], rows[:-1], cols[:-1], manifold="sphere",
+                             mask=mask[:-1, :-1], reduction="sum")
     assert relative_error(value, kept / mask.numel()) <= 1e-6
 
 
@@ -402,7 +403,7 @@ def test_flat_factors_fall_into_runs():
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_shares_cover_the_weight(width, tile):
     for rows, columns in itertools.product((1, 63, 650, 4096, 8192, 50000), repeat=2):
-        shares = launch_table.shares_for(rows, columns, tile, tile.repeat * width, 4, True)
+        shares = launch_table.shares_for(rows, columns, tile, tile.repeat * width, True)
         strip, block = shares.tiles * tile.rows, shares.group * tile.repeat * width
         assert shares.tiles <= launch_table.LANES
         assert (shares.strips - 1) * strip < rows <= shares.strips * strip

@@ -192,7 +192,8 @@ def report(case: str, architecture: int, folder: str | None = None) -> list[dict
                 "loads128": sum(n.startswith("LDG") and ".128" in n for n in names),
                 "stores128": sum(n.startswith("STG") and ".128" in n for n in names),
                 "loads": sum(n.startswith("LDG") for n in names), "stores": sum(n.startswith("STG") for n in names),
-                "shuffles": sum(n.startswith("SHFL") for n in names), "barriers": sum(n.startswith("BAR") for n in names),
+                "shuffles": sum(n.startswith("SHFL") for n in names),
+                "barriers": sum(n.startswith("BAR") for n in names),
             }
         if folder:
             name = f"{case} {architecture} {facts['kernel']}".replace(" ", "_")

@@ -39,8 +39,8 @@ def reduce_coordinate(x, period):
 
 @triton.jit
 def unit_vector(points, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Some of the coordinates divided by the length of their vector, and 1/length. Quotients are rounded once (a step of
-    Newton's method after the approximate ones): unit vectors of x and -3x along an axis are opposite to the last bit."""
+    """Some of the coordinates divided by the length of their vector, and 1/length. Quotients are rounded once (a step
+    of Newton's method after the approximate ones): of x and -3x along an axis they are opposite to the last bit."""
     square = points[FIRST] * points[FIRST]
     for c in tl.static_range(FIRST + 1, FIRST + COLUMNS):
         square = tl.fma(points[c], points[c], square)

@@ -28,8 +28,8 @@ def parameter(values, INDEX: tl.constexpr, DTYPE: tl.constexpr):
 def signed_by(y, x):
     """y with the sign of x where x is not 0 (nor NaN), else 0."""
     if x.dtype == tl.float32:
-        flipped = (y.to(tl.int32, bitcast=True) ^ (x.to(tl.int32, bitcast=True) & SIGN_BIT)).to(tl.float32, bitcast=True)
-        return tl.where(tl.abs(x) > 0, flipped, 0.0)
+        bits = y.to(tl.int32, bitcast=True) ^ (x.to(tl.int32, bitcast=True) & SIGN_BIT)
+        return tl.where(tl.abs(x) > 0, bits.to(tl.float32, bitcast=True), 0.0)
     else:
         return tl.where(x > 0, y, tl.where(x < 0, -y, 0.0))
 

@@ -12,7 +12,7 @@ from .penalty import load_points
 @triton.jit
 def sum_parts(parts, count, n, index, inside, COORDINATE: tl.constexpr, COORDINATES: tl.constexpr,
               CHUNK: tl.constexpr):
-    """Of parts (count, COORDINATES, n) the sum over the first axis, for one coordinate of the points `index`: float64."""
+    """Of parts (count, COORDINATES, n) the float64 sum over the first axis, of one coordinate of the points `index`."""
     total = tl.zeros(index.shape, tl.float64)
     first = 0
     while first < count:

@@ -109,7 +109,7 @@ def cubic(pointer):
     if INTERPRETED or pointer.dtype.element_ty == tl.float64:
         return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
     else:
-        # one load of 16 bytes, where the entry is: for loads of its own the compiler would move entries to other threads
+        # one load of 16 bytes where the entry is: for its own loads the compiler would move entries to other threads
         return tl.inline_asm_elementwise(
             "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [pointer.to(tl.int64)],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)

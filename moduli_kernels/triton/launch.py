@@ -130,7 +130,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     width = LANES.value * VECTOR_BYTES // weight.element_size()
     repeat = tile.vectors(weight.element_size())
     block = repeat * width
-    shares = shares_for(n_rows, n_columns, tile, block, weight.element_size(), sum_points)
+    shares = shares_for(n_rows, n_columns, tile, block, sum_points)
     stride = weight.stride(0) if weight.shape[0] > 1 else n_columns * inner
     vector = vector_length(weight, dweight, n_columns, stride) if inner == 1 else 1
     even = n_rows % (shares.tiles * tile.rows) == 0 and n_columns % (shares.group * block) == 0
@@ -143,8 +143,8 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     with on_device(weight):
         penalty_kernel[(shares.groups, shares.strips)](
             weight, rows, cols, None if a.mask is None else a.mask.view(torch.uint8), a.table, grad, dweight, parts,
-            row_parts, column_parts, n_rows, n_columns // vector, stride // vector, parameters([a.scale, a.power], dtype),
-            parameters(periods, dtype), parameters(constants, dtype),
+            row_parts, column_parts, n_rows, n_columns // vector, stride // vector,
+            parameters([a.scale, a.power], dtype), parameters(periods, dtype), parameters(constants, dtype),
             FACTORS=seen, COORDINATES=coordinates, INHIBITOR=code,
             POWER=int(a.power) if a.power in (1, 2) else 0, BLOCKS=a.blocks, INNER=inner,
             NEED_WEIGHT=need_weight, ACCUMULATE=into is not None, NEED_POINTS=sum_points,

@@ -26,9 +26,9 @@ class Tile(NamedTuple):
         return max(1, self.repeat * min(itemsize, 4) // 4)
 
 
-# Generation (major compute capability) -> kind of work -> Tile. Kinds: "frozen" no gradient of points; else "flat" up to
-# 3 coordinates, flat ones; "curved" up to 3 with a sphere or a Klein bottle; "some" up to 6; "many". Registers decide:
-# nothing is spilled, and where 128 a thread suffice two programs fit a multiprocessor.
+# Generation (major compute capability) -> kind of work -> Tile. Kinds: "frozen" no gradient of points; else "flat" up
+# to 3 coordinates, flat ones; "curved" up to 3 with a sphere or a Klein bottle; "some" up to 6; "many". Registers
+# decide: nothing is spilled, and where 128 a thread suffice two programs fit a multiprocessor.
 _AMPERE = {
     "frozen": Tile(8, 4, 1024), "flat": Tile(8, 2, 1024, registers=128), "curved": Tile(8, 2, 1024, registers=128),
     "some": Tile(8, 2, 1024), "many": Tile(8, 1, 1024),
@@ -42,8 +42,8 @@ TABLE: dict[int, dict[str, Tile]] = {8: _AMPERE, 9: _HOPPER, 10: _BLACKWELL, 12:
 # Before the table while one tunes: kind of work -> Tile.
 OVERRIDES: dict[str, Tile] = {}
 
-PARTS = 0.008  # parts of the gradients of the points, at most, of a weight and times the coordinates ...
-SMALL = 1 << 26  # ... of this many bytes at least: of a smaller one they may take as much as of this one
+PARTS = 0.008  # numbers in the parts of the gradients of the points, at most, for each entry of W and coordinate; ...
+SMALL = 1 << 24  # ... of a W of fewer entries as many as of one of these
 FEWEST_ROWS = 64  # of a strip
 LANES = 8  # as in penalty.py
 
@@ -73,12 +73,12 @@ class Shares(NamedTuple):
     groups: int
 
 
-def shares_for(rows: int, columns: int, tile: Tile, block: int, itemsize: int, need_points: bool) -> Shares:
-    """Strips of whole tiles and groups of whole blocks of columns: about tile.programs programs, so long
-    that the parts they leave are few, and alike in length."""
+def shares_for(rows: int, columns: int, tile: Tile, block: int, need_points: bool) -> Shares:
+    """Strips of whole tiles and groups of whole blocks of columns (block: their number of columns): about
+    tile.programs programs, so long that the parts they leave are few, and alike in length."""
     row_tiles, blocks = -(-rows // tile.rows), -(-columns // block)
     longest = min(LANES, row_tiles)  # tiles of a strip: the row sums of each are kept by another lane
-    budget = PARTS * max(rows * columns * itemsize, SMALL) / max(4, itemsize)  # numbers a coordinate
+    budget = PARTS * max(rows * columns, SMALL)
     tiles, group = min(longest, -(-FEWEST_ROWS // tile.rows)), 1
     while True:
         strips, groups = -(-row_tiles // tiles), -(-blocks // group)

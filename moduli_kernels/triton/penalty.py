@@ -1,14 +1,14 @@
 """The kernel of the penalty: value, dW and the parts of dE in one pass over W.
 
 A program owns a strip of rows and a group of column blocks, and walks down the strip once a block. A tile is REPEAT
-pieces (TILE_ROWS, WIDTH) side by side; WIDTH columns are 128 bytes of W. The compiler gives the lanes of a warp 4 rows x
-8 vectors of 16 bytes of a piece, so that a thread has one row of a tile, and a vector of each piece, loaded and stored
-whole. What a thread sums stays in its registers:
+pieces (TILE_ROWS, WIDTH) side by side; WIDTH columns are 128 bytes of W. The compiler gives the lanes of a warp 4 rows
+x 8 vectors of 16 bytes of a piece, so that a thread has one row of a tile, and a vector of each piece, loaded and
+stored whole. What a thread sums stays in its registers:
 
     value          one number a lane, compensated
     columns of dE  a piece a coordinate, over the rows of the strip; reduced over rows once a block
-    rows of dE     over the columns of a tile at once, 3 shuffles a coordinate; the sums of tile i are kept by lane i of the
-                   8 that share a row, over all blocks of the group: no memory but at the end
+    rows of dE     over the columns of a tile at once, 3 shuffles a coordinate; the sums of tile i are kept by lane i
+                   of the 8 that share a row, over all blocks of the group: no memory but at the end
 
 Parts: value (strips, groups); rows (groups, coordinates, R); columns (strips, coordinates, C). finish.py adds them.
 """
@@ -136,9 +136,9 @@ def penalty_kernel(
     n_rows, column_vectors, stride_vectors, numbers, factor_parameters, inhibitor_parameters,
     FACTORS: tl.constexpr, COORDINATES: tl.constexpr, INHIBITOR: tl.constexpr, POWER: tl.constexpr,
     BLOCKS: tl.constexpr, INNER: tl.constexpr, NEED_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
-    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr,
-    VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
-    GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """weight (BLOCKS*n_rows, n_columns, INNER), rows a stride apart; mask and dweight contiguous. n_columns and stride
     come in units of VECTOR elements, so that the compiler knows what is aligned. A program has a strip of TILES tiles
