@@ -156,7 +156,7 @@ struct Prepared {
     p.power = a.power;
     p.scale = a.scale;
     p.grid = p.crow ? TaskGrid{task_grid(p.rows, p.columns).row_chunks, 1} : task_grid(p.rows, p.columns);
-    p.tile = tile_width(p.columns);
+    p.tile = std::max<int64_t>(tile_width(p.columns), p.mask ? MASK_STEP : 0);
   }
   const Points<T>& columns() const { return own_columns ? *own_columns : row_points; }
 };

@@ -75,6 +75,9 @@ constexpr int64_t mirrored_tile_width(int64_t size, bool stream) {
   return whole < most ? whole : most;
 }
 
+// Entries of a mask that are looked at together; a masked tile holds as many at least.
+constexpr int64_t MASK_STEP = 64;
+
 // Between buffers of a tile: a pack more than its width, so that they do not all fall on the same lines of the cache.
 constexpr int64_t buffer_stride(int64_t width) { return width + MAX_LANES; }
 

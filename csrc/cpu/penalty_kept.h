@@ -8,20 +8,42 @@
 
 namespace moduli::MODULI_NAMESPACE {
 
-// The columns of kept entries from `from` on, at most `most`; `from` moves behind the last one looked at. A mask is
-// read eight entries at a time.
-inline int64_t kept_columns(const uint8_t* mask, int64_t& from, int64_t end, int64_t most, int64_t* columns) {
+// Bit l: whether entry l of MASK_STEP is kept.
+inline uint64_t kept_bits(const uint8_t* mask) {
+#if defined(__AVX512BW__)
+  const __m512i bytes = _mm512_loadu_si512(mask);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#elif defined(__AVX2__)
+  const __m256i zero = _mm256_setzero_si256();
+  const auto low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask));
+  const auto high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 32));
+  const auto cut_low = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, zero)));
+  const auto cut_high = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, zero)));
+  return ~(cut_low | static_cast<uint64_t>(cut_high) << 32);
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < 64; ++l) bits |= static_cast<uint64_t>(mask[l] != 0) << l;
+  return bits;
+#endif
+}
+
+inline uint64_t kept_bits(const uint8_t* mask, int64_t count) {
+  if (count >= MASK_STEP) return kept_bits(mask);
+  uint64_t bits = 0;
+  for (int64_t l = 0; l < count; ++l) bits |= static_cast<uint64_t>(mask[l] != 0) << l;
+  return bits;
+}
+
+// The columns of kept entries from `from` on, at most `most` (MASK_STEP or more); `from` moves behind the last one looked at.
+// Asks for their weights, `row`, on the way.
+inline int64_t kept_columns(const uint8_t* mask, int64_t& from, int64_t end, int64_t most, int64_t* columns,
+                            const char* row, int64_t weight_size) {
   int64_t count = 0;
-  while (from + 8 <= end && count + 8 <= most) {
-    uint64_t eight;
-    std::memcpy(&eight, mask + from, 8);
-    if (eight)
-      for (int64_t l = 0; l < 8; ++l)
-        if (mask[from + l]) columns[count++] = from + l;
-    from += 8;
-  }
-  for (; from < end && from + 8 > end && count < most; ++from)
-    if (mask[from]) columns[count++] = from;
+  for (; from < end && count + MASK_STEP <= most; from += MASK_STEP)
+    for (uint64_t bits = kept_bits(mask + from, end - from); bits; bits &= bits - 1) {
+      columns[count] = from + __builtin_ctzll(bits);
+      __builtin_prefetch(row + columns[count++] * weight_size);
+    }
   return count;
 }
 
@@ -34,7 +56,7 @@ inline bool few_kept(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int64
   int64_t kept = 0;
   for (int64_t b = 0; b < p.blocks; ++b) {
     const uint8_t* mask = p.mask + (b * p.rows + i) * p.columns;
-    for (int64_t j = begin; j < end; ++j) kept += mask[j] != 0;
+    for (int64_t j = begin; j < end; j += MASK_STEP) kept += __builtin_popcountll(kept_bits(mask + j, end - j));
   }
   return kept * WORTH_IT < (end - begin) * p.blocks;
 }
@@ -48,9 +70,22 @@ struct KeptPiece {
 
   int64_t place(const PenaltyProblem<T>& p, int64_t l) const { return p.crow ? at + l : at + columns[l]; }
 
+  // The gradients dw; row: of the piece in a dense gradient.
+  void write(const PenaltyProblem<T>& p, int64_t row, const T* dw) const {
+    if (p.crow) return write_gradient(p, at, count, dw);
+    if (p.weight_type != weight_type(T())) {
+      for (int64_t l = 0; l < count; ++l) write_gradient(p, row + columns[l], 1, dw + l);
+      return;
+    }
+    T* to = static_cast<T*>(p.dweight) + row;
+    for (int64_t l = 0; l < count; ++l) to[columns[l]] = p.accumulate ? to[columns[l]] + dw[l] : dw[l];
+  }
+
   void gather(const PenaltyProblem<T>& p, Tile<T>& tile) const {
     if (p.crow)
       load(p.weight, p.weight_type, at, count, tile.w);
+    else if (p.weight_type == weight_type(T()))
+      for (int64_t l = 0; l < count; ++l) tile.w[l] = static_cast<const T*>(p.weight)[at + columns[l]];
     else
       for (int64_t l = 0; l < count; ++l) load(p.weight, p.weight_type, at + columns[l], 1, tile.w + l);
     for (int64_t l = count; l < padded<T>(count); ++l) tile.w[l] = 0;
@@ -76,9 +111,10 @@ inline void each_kept_piece(const PenaltyProblem<T>& p, int64_t b, int64_t i, in
     }
     return;
   }
+  const char* weights = static_cast<const char*>(p.weight) + row * p.row_stride * p.weight_size;
   auto columns = reinterpret_cast<int64_t*>(scratch + p.coordinates * buffer_stride(p.tile));
   for (int64_t from = begin; from < end;) {
-    const int64_t count = kept_columns(p.mask + row * p.columns, from, end, p.tile, columns);
+    const int64_t count = kept_columns(p.mask + row * p.columns, from, end, p.tile, columns, weights, p.weight_size);
     if (count) piece(KeptPiece<T>{columns, count, row * p.row_stride, y});
   }
 }
@@ -111,8 +147,7 @@ inline double kept_row(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int
       inhibitor_stage<T, GRADS>(p, packs, tile, Traffic<T>{});
       const WeightTile<T> io{tile.w, nullptr, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
       value += weight_stage<T, DW, GRADS, false>(io, packs, false, false, {});
-      if (DW && p.crow) write_gradient(p, piece.at, n, tile.dw);
-      for (int64_t l = 0; DW && !p.crow && l < n; ++l) write_gradient(p, out + piece.columns[l], 1, tile.dw + l);
+      if (DW) piece.write(p, out, tile.dw);
       for (int64_t q = 0, c = 0; GRADS && q < p.factor_count; ++q) {
         const int64_t last = c + p.factors[2 * q + 1], unmirrored = p.factors[2 * q] == KLEIN ? c + 1 : -1;
         for (; c < last; ++c) {
