@@ -97,12 +97,13 @@ TaskGrid band_grid(int64_t size) {
   return {std::max(least, std::min<int64_t>(size / 192 / 4 * 4, 128)), 1};
 }
 
-// Of a square matrix over one set of points. Where memory is the limit anyway (few flat coordinates, nothing to sum for
-// the points) mirrored entries, which come and go a line at a time, would only slow it down.
+// Of a square matrix over one set of points. Mirrored entries come and go a line at a time, which would only slow down
+// what memory limits anyway: a gradient too large for the caches that is added to, or that is all there is to do but for
+// few flat coordinates.
 template <typename T>
-bool worth_mirroring(const PenaltyProblem<T>& p) {
+bool worth_mirroring(const PenaltyProblem<T>& p, bool past_caches) {
   const bool cheap = p.factor_count == 1 && p.factors[0] == FLAT && p.coordinates <= 2;
-  const bool memory_bound = p.stream && cheap && !p.need_points;
+  const bool memory_bound = past_caches && p.dweight && (p.accumulate || (cheap && !p.need_points));
   return p.blocks == 1 && p.inner == 1 && !p.mask && !p.crow && p.inhibitor != CONSTANT && !memory_bound;
 }
 
@@ -199,10 +200,11 @@ Result compute(const Arguments& a, bool need_weight, bool need_points, const Opt
   p.dweight = accumulate_into ? accumulate_into->mutable_data_ptr() : need_weight ? result.dweight.mutable_data_ptr() : nullptr;
   p.accumulate = accumulate_into.has_value();
   p.need_points = need_points && p.inhibitor != CONSTANT;  // its slope is 0 everywhere
-  p.stream = need_weight && !p.accumulate && !p.mask && !p.crow && p.weight_type == WeightType::FLOAT32 && p.blocks == 1 &&
-             p.inner == 1 && a.weight.numel() * p.weight_size >= STREAM_BYTES && p.columns % MAX_LANES == 0 &&
+  const bool past_caches = a.weight.numel() * p.weight_size >= STREAM_BYTES;
+  p.stream = past_caches && need_weight && !p.accumulate && !p.mask && !p.crow && p.weight_type == WeightType::FLOAT32 &&
+             p.blocks == 1 && p.inner == 1 && p.columns % MAX_LANES == 0 &&
              reinterpret_cast<uintptr_t>(p.dweight) % (MAX_LANES * sizeof(float)) == 0;
-  p.mirrored = !a.cols && worth_mirroring(p);
+  p.mirrored = !a.cols && worth_mirroring(p, past_caches);
   if (p.mirrored) {
     p.grid = band_grid(p.rows);
     p.tile = mirrored_tile_width(p.rows, p.stream);

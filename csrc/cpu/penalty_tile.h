@@ -58,7 +58,11 @@ inline void mask_coefficients(const PenaltyProblem<T>& p, int64_t mask_at, int64
 
 template <typename T>
 inline void write_gradient(const PenaltyProblem<T>& p, int64_t out, int64_t n, const T* from) {
-  p.accumulate ? add(p.dweight, p.weight_type, out, n, from) : store(p.dweight, p.weight_type, out, n, from);
+  if (!p.accumulate) return store(p.dweight, p.weight_type, out, n, from);
+  if (p.weight_type != weight_type(T())) return add(p.dweight, p.weight_type, out, n, from);
+  T* to = static_cast<T*>(p.dweight) + out;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
 // dW of the kernels from that of their norms: dw * w / |w|, 0 where masked.
