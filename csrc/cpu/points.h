@@ -77,7 +77,8 @@ struct Points {
   // to (count, coordinates) (+)= 2 scale * the sum of `chunks` parts (chunk, coordinate, part_stride), on each sphere
   // projected on the tangent space and divided by |x|.
   void add_gradient(const T* parts, int64_t chunks, int64_t part_stride, double scale, bool add, T* to) const {
-    torch::stable::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
+    const int64_t additions = std::max<int64_t>(1, chunks * coordinates);  // a point; threads wake for many only
+    torch::stable::parallel_for(0, count, std::max<int64_t>(256, (1 << 16) / additions), [&](int64_t begin, int64_t end) {
       std::vector<double> g(coordinates);
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t c = 0; c < coordinates; ++c) {
