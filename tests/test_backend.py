@@ -133,12 +133,11 @@ def test_the_tiled_path_warns_where_the_user_calls(monkeypatch):
 
 # --- errors -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_backends_of_later_versions(name):
-    with pytest.raises(RuntimeError) as error, mk.backend(name):
+def test_backends_of_later_versions():
+    with pytest.raises(RuntimeError) as error, mk.backend("cuda"):
         pass
-    assert str(error.value) == (f"backend {name!r} is not available: its kernels are not part of this "
-                                "version; python -m moduli_kernels.env_report says more.")
+    assert str(error.value) == ("backend 'cuda' is not available: its kernels are not part of this version; python -m "
+                                "moduli_kernels.env_report says more.")
 
 
 @pytest.mark.parametrize("name", ["gpu", "", None, 3])
