@@ -9,6 +9,9 @@ kernels are registered here and imported by the first call on a CUDA tensor.
     accumulate_penalty_grad_  value, points' gradients; dW is added into `grad`, which is like weight and contiguous
     proximal_step_      weight <- sign(w) max(|w| - step scale f, 0) in place; power is 1
     scale_grads_        multiplies in place by the 0-d `grad`, returning at once where it is 1
+    penalties_with_grads, penalties_grads, scale_penalties_grads_
+                        the same for L dense weights at once; first the sum of the values (0-d), then the values (L,);
+                        grad (L,); layers: which number of grad multiplies each of grads
 
 weight (blocks*R, C, *kernel): any row stride, all else contiguous. rows (R, k), cols (C, k) or None (= rows, and the
 gradient of the rows then holds both parts): contiguous, float64 for a float64 weight, else float32, as is the
@@ -35,6 +38,11 @@ PENALTY = (
     "float scale"
 )
 NEEDS = "bool need_weight, bool need_points"
+PENALTIES = (
+    "Tensor[] weights, Tensor[] rows, Tensor?[] cols, Tensor? table, int[] factors, float[] factor_parameters, "
+    "int inhibitor, float[] inhibitor_parameters, float power, int[] blocks, float[] scales"
+)
+NEEDS_OF_EACH = "bool[] need_weight, bool[] need_points"
 SCHEMAS = {
     "penalty": f"({PENALTY}) -> Tensor",
     "penalty_with_grads": f"({PENALTY}, {NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -42,6 +50,9 @@ SCHEMAS = {
     "accumulate_penalty_grad_": f"(Tensor(a!) grad, {PENALTY}, bool need_points) -> (Tensor, Tensor, Tensor)",
     "proximal_step_": f"({PENALTY}, float step) -> ()".replace("Tensor weight", "Tensor(a!) weight"),
     "scale_grads_": "(Tensor(a!)[] grads, Tensor grad) -> ()",
+    "penalties_with_grads": f"({PENALTIES}, {NEEDS_OF_EACH}) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    "penalties_grads": f"(Tensor grad, {PENALTIES}, {NEEDS_OF_EACH}) -> (Tensor[], Tensor[], Tensor[])",
+    "scale_penalties_grads_": "(Tensor(a!)[] grads, Tensor grad, int[] layers) -> ()",
 }
 
 _lib = torch.library.Library("moduli_kernels", "DEF")
@@ -104,9 +115,36 @@ def _scale_grads_(grads, grad):
         tensor.mul_(grad)
 
 
+def _each(weights, rows, cols, table, factors, factor_parameters, inhibitor, inhibitor_parameters, power, blocks,
+          scales, need_weight, need_points):
+    """The arguments of the ops of one weight, of each in turn."""
+    for layer in zip(weights, rows, cols, blocks, scales, need_weight, need_points):
+        weight, its_rows, its_cols, its_blocks, scale, *needs = layer
+        yield (weight, its_rows, its_cols, None, None, None, table, factors, factor_parameters, inhibitor,
+               inhibitor_parameters, power, its_blocks, scale, *needs)
+
+
+def _penalties_with_grads(*arguments):
+    each = [torch.ops.moduli_kernels.penalty_with_grads(*layer) for layer in _each(*arguments)]
+    values = torch.stack([value for value, *_ in each])
+    return values.sum(), values, *([grads[i] for grads in each] for i in (1, 2, 3))
+
+
+def _penalties_grads(grad, *arguments):
+    each = [torch.ops.moduli_kernels.penalty_grads(g, *layer) for g, layer in zip(grad, _each(*arguments))]
+    return tuple([grads[i] for grads in each] for i in (0, 1, 2))
+
+
+def _scale_penalties_grads_(grads, grad, layers):
+    for tensor, layer in zip(grads, layers):
+        tensor.mul_(grad[layer])
+
+
 for _name, _function in (("penalty", _penalty), ("penalty_with_grads", _penalty_with_grads),
                          ("penalty_grads", _penalty_grads), ("accumulate_penalty_grad_", _accumulate_penalty_grad_),
-                         ("proximal_step_", _proximal_step_), ("scale_grads_", _scale_grads_)):
+                         ("proximal_step_", _proximal_step_), ("scale_grads_", _scale_grads_),
+                         ("penalties_with_grads", _penalties_with_grads), ("penalties_grads", _penalties_grads),
+                         ("scale_penalties_grads_", _scale_penalties_grads_)):
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -139,6 +177,21 @@ torch.library.register_fake(
 )
 torch.library.register_fake("moduli_kernels::proximal_step_", lambda *a: None, lib=_lib)
 torch.library.register_fake("moduli_kernels::scale_grads_", lambda grads, grad: None, lib=_lib)
+
+
+def _fake_grads_of_each(weights, rows, cols, *rest):
+    each = [_fake_grads(*layer) for layer in zip(weights, rows, cols, *rest[-2:])]
+    return tuple([grads[i] for grads in each] for i in (0, 1, 2))
+
+
+torch.library.register_fake(
+    "moduli_kernels::penalties_with_grads",
+    lambda *a: (a[1][0].new_empty(()), a[1][0].new_empty(len(a[0])), *_fake_grads_of_each(*a)), lib=_lib,
+)
+torch.library.register_fake(
+    "moduli_kernels::penalties_grads", lambda grad, *a: _fake_grads_of_each(*a), lib=_lib,
+)
+torch.library.register_fake("moduli_kernels::scale_penalties_grads_", lambda grads, grad, layers: None, lib=_lib)
 
 
 def _setup_context(ctx, inputs, output):
@@ -183,18 +236,17 @@ triton_installed = importlib.util.find_spec("triton") is not None
 triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-TRITON_OPS = ("penalty", "penalty_with_grads", "penalty_grads", "scale_grads_")
+TRITON_OPS = ("penalty", "penalty_with_grads", "penalty_grads", "accumulate_penalty_grad_", "proximal_step_",
+              "scale_grads_")
+TRITON_OPS_OF_SEVERAL = ("penalties_with_grads", "penalties_grads", "scale_penalties_grads_")
 
 
 def _triton(name: str):
-    at = 4 + (name == "penalty_grads")  # crow_indices
-
     def on_cuda(*arguments):
-        from .triton import launch
+        from .triton import launch, launch_kept, launch_several
 
-        if name != "scale_grads_" and arguments[at] is not None:  # compressed rows
-            return globals()[f"_{name}"](*arguments)
-        return getattr(launch, name)(*arguments)
+        module = launch_several if name in TRITON_OPS_OF_SEVERAL else launch_kept if name == "proximal_step_" else launch
+        return getattr(module, name)(*arguments)
 
     return on_cuda
 
@@ -214,10 +266,10 @@ def _interpreted(name: str):
 
 
 if triton_installed:
-    for _name in TRITON_OPS:
+    for _name in TRITON_OPS + TRITON_OPS_OF_SEVERAL:
         _lib.impl(_name, _triton(_name), "CUDA")
 if triton_interpreted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they replace the compiled ones
-        for _name in TRITON_OPS:
+        for _name in TRITON_OPS + TRITON_OPS_OF_SEVERAL:
             _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

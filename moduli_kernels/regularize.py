@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _several
 from .reference import compute_dtype
 from .regularizer import CoefficientRegularizer, ModuliRegularizer
 
@@ -49,13 +49,24 @@ class Regularization(nn.Module):
         """(name of the weight, its regularizer)."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
+    def _weights(self) -> list[Tensor]:
+        return [_read(self._targets[name]) for name in self._key]
+
     def losses(self) -> dict[str, Tensor]:
         """The penalty of each weight, 0-d and differentiable, by the weight's name."""
-        return {name: regularizer(_read(self._targets[name])) for name, regularizer in self.items()}
+        weights, regularizers = self._weights(), list(self.regularizers.values())
+        if _several.share_launches(regularizers, weights):
+            values = _several.penalties(list(map(_several.layer_of, regularizers, weights)))[1].unbind()
+        else:
+            values = [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
+        return dict(zip(self._key, values))
 
     def forward(self) -> Tensor:
         """The sum of all penalties, 0-d; on the first weight's device."""
-        first, *others = self.losses().values()
+        weights, regularizers = self._weights(), list(self.regularizers.values())
+        if _several.share_launches(regularizers, weights):
+            return _several.penalties(list(map(_several.layer_of, regularizers, weights)))[0]
+        first, *others = (regularizer(weight) for regularizer, weight in zip(regularizers, weights))
         for loss in others:
             first = first + loss.to(first.device)
         return first
@@ -98,11 +109,14 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
     names = {id(module): name for name, module in model.named_modules()}
     made: dict[str, tuple[Target, nn.Module]] = {}
     seen: set[tuple] = set()
+    alive: list[Tensor] = []
     for target in found:
         weight = _checks.target_weight(target.module, target.name)
         _checks.target_columns(target.name, target.columns)
         # a parametrized weight is a new tensor each time it is read: the same module and name are the same weight too
-        same = {(id(_parameter(target)), repr(target.columns)), (id(target.module), target.name, repr(target.columns))}
+        parameter = _parameter(target)
+        alive.append(parameter)  # that no other gets its id
+        same = {(id(parameter), repr(target.columns)), (id(target.module), target.name, repr(target.columns))}
         if same & seen:
             continue
         seen |= same

@@ -69,30 +69,46 @@ def finish_points(points, n, parts_a, count_a, parts_b, count_b, out, block, FAC
 
 
 @triton.jit
+def sum_value(parts, count, VALUES: tl.constexpr):
+    """The float64 sum of parts (count)."""
+    total = tl.zeros([VALUES], tl.float64)
+    first = 0
+    while first < count:
+        at = first + tl.arange(0, VALUES)
+        total += tl.load(parts + at, mask=at < count, other=0.0).to(tl.float64)
+        first += VALUES
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def finish_both(block, rows, cols, row_parts, column_parts, drows, dcols, n_rows, n_columns, row_count, column_count,
+                FACTORS: tl.constexpr, COORDINATES: tl.constexpr, CONSTANT: tl.constexpr, SHARED: tl.constexpr,
+                CHUNK: tl.constexpr, POINTS: tl.constexpr):
+    """Block number `block` of POINTS points, rows before columns. *_count: the parts of each. SHARED: cols are the rows,
+    and drows gets both sums."""
+    row_blocks = tl.cdiv(n_rows, POINTS)
+    if block < row_blocks:
+        finish_points(rows, n_rows, row_parts, row_count, column_parts, column_count, drows, block, FACTORS, COORDINATES,
+                      CONSTANT, SHARED, CHUNK, POINTS)
+    else:
+        if not SHARED:
+            finish_points(cols, n_columns, column_parts, column_count, column_parts, column_count, dcols,
+                          block - row_blocks, FACTORS, COORDINATES, CONSTANT, False, CHUNK, POINTS)
+
+
+@triton.jit
 def finish_kernel(
     rows, cols, value_parts, row_parts, column_parts, value, drows, dcols, n_rows, n_columns, value_count, row_count,
     column_count, FACTORS: tl.constexpr, COORDINATES: tl.constexpr, NEED_VALUE: tl.constexpr,
     NEED_POINTS: tl.constexpr, CONSTANT: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr, POINTS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Program 0 adds the value, the others a block of POINTS points each, rows before columns. *_count: the parts of
-    each. SHARED: cols are the rows, and drows gets both sums."""
+    """Program 0 adds the value, the others a block of points each; see finish_both."""
     program = tl.program_id(0)
-    row_blocks = tl.cdiv(n_rows, POINTS)
     if program == 0:
         if NEED_VALUE:
-            total = tl.zeros([VALUES], tl.float64)
-            first = 0
-            while first < value_count:
-                at = first + tl.arange(0, VALUES)
-                total += tl.load(value_parts + at, mask=at < value_count, other=0.0).to(tl.float64)
-                first += VALUES
-            tl.store(value, tl.sum(total, axis=0).to(value.dtype.element_ty))
-    elif program <= row_blocks:
-        if NEED_POINTS:
-            finish_points(rows, n_rows, row_parts, row_count, column_parts, column_count, drows, program - 1,
-                          FACTORS, COORDINATES, CONSTANT, SHARED, CHUNK, POINTS)
+            tl.store(value, sum_value(value_parts, value_count, VALUES).to(value.dtype.element_ty))
     else:
-        if NEED_POINTS and not SHARED:
-            finish_points(cols, n_columns, column_parts, column_count, column_parts, column_count, dcols,
-                          program - 1 - row_blocks, FACTORS, COORDINATES, CONSTANT, False, CHUNK, POINTS)
+        if NEED_POINTS:
+            finish_both(program - 1, rows, cols, row_parts, column_parts, drows, dcols, n_rows, n_columns, row_count,
+                        column_count, FACTORS, COORDINATES, CONSTANT, SHARED, CHUNK, POINTS)

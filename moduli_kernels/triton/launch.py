@@ -23,7 +23,7 @@ from .penalty import LANES, penalty_kernel
 from .scale import scale_kernel
 
 VECTOR_BYTES = 16
-SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
+SCALE_BLOCK, SCALE_PROGRAMS, SCALE_TENSORS = 4096, 1024, 24
 FINISH_CHUNK, FINISH_POINTS, FINISH_VALUES = 32, 32, 1024
 # What Triton's interpreter, on the CPU, takes the place of.
 INTERPRETED_CAPABILITY = 9
@@ -99,6 +99,10 @@ def capability(tensor: Tensor) -> int:
 def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: bool, need_points: bool,
            into: Tensor | None = None) -> Results:
     """into: a gradient of the weight, contiguous, to which dW is added; else one is made."""
+    if a.crow_indices is not None:
+        from . import launch_kept
+
+        return launch_kept.launch(a, grad, need_value, need_weight, need_points, into)
     weight, rows = a.weight, a.rows
     cols = rows if a.cols is None else a.cols
     value = rows.new_empty(()) if need_value else None
@@ -201,12 +205,16 @@ def accumulate_penalty_grad_(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, 
 
 
 def scale_grads_(grads: list[Tensor], grad: Tensor) -> None:
-    """Up to three tensors a launch."""
-    grads = [g for g in grads if g.numel()]
-    for first in range(0, len(grads), 3):
-        here = grads[first:first + 3]
-        a, b, c = (here + here[:1] * 2)[:3]
-        programs = min(SCALE_PROGRAMS, triton.cdiv(max(g.numel() for g in here), SCALE_BLOCK))
-        with on_device(a):
-            scale_kernel[(programs,)](a, b, c, a.numel(), b.numel(), c.numel(), grad, COUNT=len(here),
-                                      BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)
+    scale_each_(grads, grad, [0] * len(grads))
+
+
+def scale_each_(grads: list[Tensor], factors: Tensor, offsets: list[int]) -> None:
+    """Each of the grads (contiguous) times the number that lies at its offset from the first of factors; up to
+    SCALE_TENSORS a launch."""
+    pairs = [(g, offset) for g, offset in zip(grads, offsets) if g.numel()]
+    for first in range(0, len(pairs), SCALE_TENSORS):
+        tensors, here = zip(*pairs[first:first + SCALE_TENSORS])
+        sizes = tuple(g.numel() for g in tensors)
+        with on_device(factors):
+            scale_kernel[(min(SCALE_PROGRAMS, triton.cdiv(max(sizes), SCALE_BLOCK)),)](
+                tensors, sizes, factors, OFFSETS=here, BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)

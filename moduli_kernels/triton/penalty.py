@@ -81,7 +81,10 @@ def weight_gradient(f, w, a, exponent, POWER: tl.constexpr):
 def store_gradients(to, gradients, inside, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr):
     """Stores gradients, or adds them to those that are there."""
     if ACCUMULATE:
-        gradients += load_weights(to, inside, not EVEN).to(gradients.dtype)
+        if EVEN:
+            gradients += load_weights(to, inside, False).to(gradients.dtype)
+        else:
+            gradients += tl.load(to, mask=inside, other=0.0).to(gradients.dtype)
     rounded = gradients.to(to.dtype.element_ty)
     if EVEN:
         tl.store(to, rounded, eviction_policy="evict_first")
@@ -113,7 +116,45 @@ def store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INN
         if HAS_MASK:
             here = here & (tl.load(mask + out_at + q, mask=inside, other=0) != 0)
         w = tl.load(weights + q, mask=here, other=0.0).to(DTYPE)
-        store_gradients(dweight + out_at + q, tl.where(here, per_norm * w, 0.0), inside, ACCUMULATE, False)
+        store_gradients(dweight + out_at + q, tl.where(here, per_norm * w, 0.0), here if ACCUMULATE else inside,
+                        ACCUMULATE, False)
+
+
+@triton.jit
+def load_mask(mask, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS: tl.constexpr,
+              INNER: tl.constexpr, EVEN: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask of the pieces of the tile that begins there, the blocks of each next to each other (of convolutions what
+    is kept of any of a kernel), and whether it keeps anything of the tile."""
+    pieces = ()
+    found = tl.zeros(lane_out.shape, tl.uint8)
+    for r in tl.static_range(REPEAT):
+        column = first_column + r * WIDTH
+        inside = (row + lane_row < n_rows) & (column + lane_column < n_columns)
+        for b in tl.static_range(BLOCKS):
+            at = ((row + b * n_rows).to(tl.int64) * n_columns + column) * INNER + lane_out
+            if EVEN:
+                piece = tl.load(mask + at)
+            else:
+                piece = tl.load(mask + at, mask=inside, other=0)
+            for q in range(1, INNER):
+                piece = piece | tl.load(mask + at + q, mask=inside, other=0)
+            found = found | piece
+            pieces = pieces + (piece,)
+    return pieces, tl.max(tl.max(found.to(tl.int32), axis=1), axis=0) != 0
+
+
+@triton.jit
+def store_nothing(dweight, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS: tl.constexpr,
+                  INNER: tl.constexpr, EVEN: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
+    """The gradients of a tile of which nothing is kept."""
+    for r in tl.static_range(REPEAT):
+        column = first_column + r * WIDTH
+        inside = (row + lane_row < n_rows) & (column + lane_column < n_columns)
+        for b in tl.static_range(BLOCKS):
+            at = ((row + b * n_rows).to(tl.int64) * n_columns + column) * INNER + lane_out
+            for q in range(INNER):
+                store_gradients(dweight + at + q, tl.zeros(lane_out.shape, tl.float32), inside, False,
+                                EVEN and INNER == 1)
 
 
 @triton.jit
@@ -131,31 +172,27 @@ def compensated_add(total, rest, part):
 
 
 @triton.jit
-def penalty_kernel(
-    weight, rows, cols, mask, table, grad, dweight, value_parts, row_parts, column_parts,
-    n_rows, column_vectors, stride_vectors, numbers, factor_parameters, inhibitor_parameters,
+def penalty_program(
+    group, strip, groups, weight, rows, cols, mask, table, dweight, value_parts, row_parts, column_parts,
+    n_rows, column_vectors, stride_vectors, scale, exponent, factor_parameters, inhibitor_parameters,
     FACTORS: tl.constexpr, COORDINATES: tl.constexpr, INHIBITOR: tl.constexpr, POWER: tl.constexpr,
     BLOCKS: tl.constexpr, INNER: tl.constexpr, NEED_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
-    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, EVEN: tl.constexpr,
+    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr, VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """weight (BLOCKS*n_rows, n_columns, INNER), rows a stride apart; mask and dweight contiguous. n_columns and stride
-    come in units of VECTOR elements, so that the compiler knows what is aligned. A program has a strip of TILES tiles
-    of rows, LANES at most, and GROUP blocks of columns. numbers: scale and power. grad: 0-d factor of the gradients.
+    """What one program does: a strip of TILES tiles of rows, LANES at most, and a group of GROUP blocks of columns,
+    those numbered `strip` and `group`, of `groups`. weight (BLOCKS*n_rows, n_columns, INNER), rows a stride apart; mask
+    and dweight contiguous. n_columns and stride come in units of VECTOR elements, so that the compiler knows what is
+    aligned.
     INNER: elements of a convolution's kernel, else 1. ACCUMULATE: dW is added to what dweight holds. EVEN: no program
     has anything out of bounds. PREFETCH: the weights of the next tile are asked for early; for plain weights only."""
     BLOCK: tl.constexpr = REPEAT * WIDTH
     MASKED: tl.constexpr = HAS_MASK or not EVEN
     n_columns = column_vectors * VECTOR
     row_stride = stride_vectors * VECTOR
-    scale = parameter(numbers, 0, DTYPE)
-    exponent = parameter(numbers, 1, DTYPE)
-    if HAS_GRAD:
-        scale = scale * tl.load(grad).to(DTYPE)
-
-    first_row = tl.program_id(1) * (TILES * TILE_ROWS)
-    first_block = tl.program_id(0) * GROUP
+    first_row = strip * (TILES * TILE_ROWS)
+    first_block = group * GROUP
     lane_row = tl.arange(0, TILE_ROWS)[:, None]
     lane_column = tl.arange(0, WIDTH)[None, :]
     lane = tl.arange(0, LANES)[None, :]
@@ -188,73 +225,109 @@ def penalty_kernel(
                 step = tl.minimum(block * TILES + tile + 1, GROUP * TILES - 1)
                 ahead = load_tile(weight, first_row + (step % TILES) * TILE_ROWS, (first_block + step // TILES) * BLOCK,
                                   row_stride, lane_at, lane_row, lane_column, n_rows, n_columns, MASKED, REPEAT, WIDTH)
-            x = prepare(load_points(rows, tl.minimum(row + lane_row, n_rows - 1), COORDINATES), zero_row,
-                        factor_parameters, FACTORS)
-            terms = tl.zeros([TILE_ROWS, WIDTH], DTYPE)
-            tile_sums = (tl.zeros([TILE_ROWS, WIDTH], DTYPE),) * COORDINATES
-            new_columns = ()
-            for r in tl.static_range(REPEAT):
-                column = first_column + r * WIDTH
-                inside = (row + lane_row < n_rows) & (column + lane_column < n_columns)
-                s, g, h = distance(x, y[r], factor_parameters, FACTORS, NEED_POINTS)
-                f, slope = inhibitor(s, inhibitor_parameters, scale, table, INHIBITOR)
-                t = tl.zeros([TILE_ROWS, WIDTH], DTYPE)
-                for b in tl.static_range(BLOCKS):
-                    line = (row + b * n_rows).to(tl.int64)
-                    weights = weight + (line * row_stride + column * INNER) + lane_at
-                    out_at = (line * n_columns + column) * INNER + lane_out
-                    kept = inside
-                    if INNER > 1:
-                        a, kept = kernel_norms(weights, mask, out_at, inside, INNER, HAS_MASK, DTYPE)
-                    else:
-                        if HAS_MASK:
-                            kept = kept & (tl.load(mask + out_at, mask=inside, other=0) != 0)
-                        if PREFETCH:
-                            w = current[r].to(DTYPE)
-                        else:
-                            w = load_weights(weights, kept, MASKED).to(DTYPE)
-                        a = tl.abs(w)
-                    f_kept = f
-                    slope_kept = slope
-                    if MASKED:  # an entry that is not kept costs nothing, also where its points are not finite
-                        f_kept = tl.where(kept, f, 0.0)
-                        slope_kept = tl.where(kept, slope, 0.0)
-                    v, per_norm = magnitude(a, exponent, POWER)
-                    terms += f_kept * v
-                    t += slope_kept * v
-                    if NEED_WEIGHT:
+            work = True
+            if HAS_MASK:
+                masks, work = load_mask(mask, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS,
+                                        INNER, EVEN, REPEAT, WIDTH)
+            if work:
+                x = prepare(load_points(rows, tl.minimum(row + lane_row, n_rows - 1), COORDINATES), zero_row,
+                            factor_parameters, FACTORS)
+                terms = tl.zeros([TILE_ROWS, WIDTH], DTYPE)
+                tile_sums = (tl.zeros([TILE_ROWS, WIDTH], DTYPE),) * COORDINATES
+                new_columns = ()
+                for r in tl.static_range(REPEAT):
+                    column = first_column + r * WIDTH
+                    inside = (row + lane_row < n_rows) & (column + lane_column < n_columns)
+                    s, g, h = distance(x, y[r], factor_parameters, FACTORS, NEED_POINTS)
+                    f, slope = inhibitor(s, inhibitor_parameters, scale, table, INHIBITOR)
+                    t = tl.zeros([TILE_ROWS, WIDTH], DTYPE)
+                    for b in tl.static_range(BLOCKS):
+                        line = (row + b * n_rows).to(tl.int64)
+                        weights = weight + (line * row_stride + column * INNER) + lane_at
+                        out_at = (line * n_columns + column) * INNER + lane_out
+                        kept = inside
                         if INNER > 1:
-                            per_norm = tl.where(a == 0, 0.0, f_kept * per_norm / tl.where(a == 0, 1.0, a))
-                            store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INNER, HAS_MASK,
-                                                   ACCUMULATE, DTYPE)
+                            a, kept = kernel_norms(weights, mask, out_at, inside, INNER, HAS_MASK, DTYPE)
                         else:
-                            gradient = weight_gradient(f_kept, w, a, exponent, POWER)
-                            store_gradients(dweight + out_at, gradient, inside, ACCUMULATE, EVEN)
+                            if HAS_MASK:
+                                kept = masks[r * BLOCKS + b] != 0
+                            if PREFETCH:
+                                w = current[r].to(DTYPE)
+                            elif HAS_MASK:  # one by one, and each would carry its own copy of a policy
+                                w = tl.load(weights, mask=kept, other=0.0).to(DTYPE)
+                            else:
+                                w = load_weights(weights, kept, MASKED).to(DTYPE)
+                            a = tl.abs(w)
+                        f_kept = f
+                        slope_kept = slope
+                        if MASKED:  # an entry that is not kept costs nothing, also where its points are not finite
+                            f_kept = tl.where(kept, f, 0.0)
+                            slope_kept = tl.where(kept, slope, 0.0)
+                        v, per_norm = magnitude(a, exponent, POWER)
+                        terms += f_kept * v
+                        t += slope_kept * v
+                        if NEED_WEIGHT:
+                            if INNER > 1:
+                                per_norm = tl.where(a == 0, 0.0, f_kept * per_norm / tl.where(a == 0, 1.0, a))
+                                store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INNER, HAS_MASK,
+                                                       ACCUMULATE, DTYPE)
+                            else:
+                                gradient = weight_gradient(f_kept, w, a, exponent, POWER)
+                                # of an existing gradient what is masked is neither read nor written
+                                store_gradients(dweight + out_at, gradient, kept if ACCUMULATE else inside, ACCUMULATE,
+                                                EVEN and not (HAS_MASK and ACCUMULATE))
+                    if NEED_POINTS:
+                        new_sums = ()
+                        for c in tl.static_range(COORDINATES):
+                            new_sums = new_sums + (tile_sums[c] + t * g[c],)
+                            new_columns = new_columns + (column_sums[r * COORDINATES + c] - t * h[c],)
+                        tile_sums = new_sums
+                value, lost = compensated_add(value, lost, sum_in_lanes(terms))
                 if NEED_POINTS:
-                    new_sums = ()
+                    column_sums = new_columns
+                    new_rows = ()
                     for c in tl.static_range(COORDINATES):
-                        new_sums = new_sums + (tile_sums[c] + t * g[c],)
-                        new_columns = new_columns + (column_sums[r * COORDINATES + c] - t * h[c],)
-                    tile_sums = new_sums
-            value, lost = compensated_add(value, lost, sum_in_lanes(terms))
-            if NEED_POINTS:
-                column_sums = new_columns
-                new_rows = ()
-                for c in tl.static_range(COORDINATES):
-                    over_columns = tl.sum(sum_in_lanes(tile_sums[c]), axis=1)[:, None]
-                    new_rows = new_rows + (row_sums[c] + tl.where(lane == tile, over_columns, 0.0),)
-                row_sums = new_rows
+                        over_columns = tl.sum(sum_in_lanes(tile_sums[c]), axis=1)[:, None]
+                        new_rows = new_rows + (row_sums[c] + tl.where(lane == tile, over_columns, 0.0),)
+                    row_sums = new_rows
+            else:
+                if NEED_WEIGHT and not ACCUMULATE:
+                    store_nothing(dweight, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS,
+                                  INNER, EVEN, REPEAT, WIDTH)
         if NEED_POINTS:
             for r in tl.static_range(REPEAT):
                 summed = first_column + r * WIDTH + tl.arange(0, WIDTH)
                 for c in tl.static_range(COORDINATES):
-                    to = column_parts + (tl.program_id(1).to(tl.int64) * COORDINATES + c) * n_columns
+                    to = column_parts + (strip.to(tl.int64) * COORDINATES + c) * n_columns
                     tl.store(to + summed, tl.sum(column_sums[r * COORDINATES + c], axis=0), mask=summed < n_columns)
 
-    part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    part = strip * groups + group
     tl.store(value_parts + part, tl.sum(tl.sum(value, axis=1), axis=0))
     if NEED_POINTS:
         summed = first_row + lane * TILE_ROWS + lane_row
         for c in tl.static_range(COORDINATES):
-            to = row_parts + (tl.program_id(0).to(tl.int64) * COORDINATES + c) * n_rows
+            to = row_parts + (group.to(tl.int64) * COORDINATES + c) * n_rows
             tl.store(to + summed, row_sums[c], mask=(lane < TILES) & (summed < n_rows))
+
+
+@triton.jit
+def penalty_kernel(
+    weight, rows, cols, mask, table, grad, dweight, value_parts, row_parts, column_parts,
+    n_rows, column_vectors, stride_vectors, numbers, factor_parameters, inhibitor_parameters,
+    FACTORS: tl.constexpr, COORDINATES: tl.constexpr, INHIBITOR: tl.constexpr, POWER: tl.constexpr,
+    BLOCKS: tl.constexpr, INNER: tl.constexpr, NEED_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """One weight, in a grid of (groups, strips); see penalty_program. numbers: scale and power. grad: 0-d factor of the
+    gradients."""
+    scale = parameter(numbers, 0, DTYPE)
+    exponent = parameter(numbers, 1, DTYPE)
+    if HAS_GRAD:
+        scale = scale * tl.load(grad).to(DTYPE)
+    penalty_program(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(0), weight, rows, cols, mask, table, dweight, value_parts,
+        row_parts, column_parts, n_rows, column_vectors, stride_vectors, scale, exponent, factor_parameters,
+        inhibitor_parameters, FACTORS, COORDINATES, INHIBITOR, POWER, BLOCKS, INNER, NEED_WEIGHT, ACCUMULATE, NEED_POINTS,
+        HAS_MASK, EVEN, PREFETCH, VECTOR, TILE_ROWS, REPEAT, WIDTH, TILES, GROUP, DTYPE)

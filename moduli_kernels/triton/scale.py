@@ -1,4 +1,4 @@
-"""Multiplies gradients in place by a number on the device, and returns at once where that is 1."""
+"""Multiplies gradients in place by numbers on the device, and leaves those alone whose number is 1."""
 from __future__ import annotations
 
 import triton
@@ -17,12 +17,9 @@ def scale_part(tensor, n, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(a, b, c, n_a, n_b, n_c, grad, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNT of the tensors a, b, c with n_* elements, each times grad (0-d)."""
-    factor = tl.load(grad)
-    if factor != 1:
-        scale_part(a, n_a, factor, BLOCK)
-        if COUNT > 1:
-            scale_part(b, n_b, factor, BLOCK)
-        if COUNT > 2:
-            scale_part(c, n_c, factor, BLOCK)
+def scale_kernel(tensors, sizes, grad, OFFSETS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each of the tensors, of so many elements, times the number at its offset from grad."""
+    for i in tl.static_range(len(OFFSETS)):
+        factor = tl.load(grad + OFFSETS[i])
+        if factor != 1:
+            scale_part(tensors[i], sizes[i], factor, BLOCK)

@@ -1,0 +1,139 @@
+"""The penalties of several weights as one differentiable function: small weights share their launches on a GPU."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _backend, _encoding
+from .inhibitors import TabulatedInhibitor
+from .penalty import _OnceDifferentiable, checked, row_strided
+from .reference import Penalty, compute_dtype
+from .regularizer import ModuliRegularizer
+
+_penalties_with_grads = torch.ops.moduli_kernels.penalties_with_grads.default
+_penalties_grads = torch.ops.moduli_kernels.penalties_grads.default
+_scale_penalties_grads_ = torch.ops.moduli_kernels.scale_penalties_grads_.default
+
+
+class Layer(NamedTuple):
+    """A weight, its points in the compute dtype, and what is computed."""
+
+    weight: Tensor
+    rows: Tensor
+    cols: Tensor | None
+    what: Penalty
+
+
+def share_launches(regularizers: list[torch.nn.Module], weights: list[Tensor]) -> bool:
+    """Whether the penalties of these weights share launches: kernels that do so serve them, and they have one manifold,
+    inhibitor, power, device and compute dtype."""
+    first = weights[0]
+    if len(weights) < 2 or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    # a subclass or a hook is the user's own code: it is run
+    if any(type(r) is not ModuliRegularizer or r._forward_hooks or r._forward_pre_hooks for r in regularizers):
+        return False
+    if any(w.layout != torch.strided or w.device != first.device or compute_dtype(w) != compute_dtype(first)
+           for w in weights) or _backend.active(first.device.type) != "triton":
+        return False
+    if any((r.manifold, r.inhibitor, r.power) != (regularizers[0].manifold, regularizers[0].inhibitor,
+                                                  regularizers[0].power) for r in regularizers):
+        return False
+    return (_encoding.encode_manifold(regularizers[0].manifold) is not None
+            and _encoding.encode_inhibitor(regularizers[0].inhibitor) is not None)
+
+
+def layer_of(r: ModuliRegularizer, weight: Tensor) -> Layer:
+    """What `r(weight)` computes; raises what that raises."""
+    what, rows, cols = checked(weight, r.rows.points, None if r.cols is r.rows else r.cols.points, r.manifold,
+                               r.inhibitor, r.power, r.blocks, None, r.reduction, r.strength)
+    return Layer(weight, rows, cols, what)
+
+
+def penalties(layers: list[Layer]) -> tuple[Tensor, Tensor]:
+    """The sum of the penalties, 0-d, and the penalties, (L,): like moduli_penalty of each, through the ops. Manifold,
+    inhibitor, power, device and compute dtype are those of the first; weights are dense."""
+    run = _Runner(layers)
+    weights, rows, cols, _ = zip(*layers)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *rows, *cols)):
+        return _PenaltiesFunction.apply(run, *weights, *rows, *cols)
+    return run.values_and_grads((*weights, *rows, *cols), [False] * len(layers), [False] * len(layers))[:2]
+
+
+class _Runner:
+    """Through the ops. Tensors: L weights, L rows, L cols (or None)."""
+
+    def __init__(self, layers: list[Layer]):
+        first = layers[0].what
+        self.count = len(layers)
+        self.table_source = first.inhibitor if isinstance(first.inhibitor, TabulatedInhibitor) else None
+        self.code = (*_encoding.encode_manifold(first.manifold), *_encoding.encode_inhibitor(first.inhibitor), first.power,
+                     [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
+
+    def split(self, tensors: tuple) -> tuple[tuple, tuple, tuple]:
+        n = self.count
+        return tensors[:n], tensors[n:2 * n], tensors[2 * n:]
+
+    def arguments(self, tensors: tuple) -> tuple:
+        """Those of the ops, up to what they need."""
+        weights, rows, cols = self.split(tensors)
+        table = None if self.table_source is None else self.table_source.table(rows[0].dtype, rows[0].device)
+        return ([row_strided(w) for w in weights], [r.contiguous() for r in rows],
+                [None if c is None else c.contiguous() for c in cols], table, *self.code)
+
+    def values_and_grads(self, tensors: tuple, need_weight: list[bool], need_points: list[bool]):
+        total, values, *grads = _penalties_with_grads(*self.arguments(tensors), need_weight, need_points)
+        return total, values, self._present(grads, tensors, need_weight, need_points)
+
+    def grads(self, grad: Tensor, tensors: tuple, need_weight: list[bool], need_points: list[bool]):
+        grads = _penalties_grads(grad, *self.arguments(tensors), need_weight, need_points)
+        return self._present(grads, tensors, need_weight, need_points)
+
+    def _present(self, grads, tensors, need_weight, need_points):
+        cols = self.split(tensors)[2]
+        present = (*need_weight, *need_points, *(p and c is not None for p, c in zip(need_points, cols)))
+        return [g if p else None for g, p in zip((*grads[0], *grads[1], *grads[2]), present)]
+
+    def scale_(self, grads: list[Tensor | None], grad: Tensor) -> None:
+        there = [(g, i % self.count) for i, g in enumerate(grads) if g is not None]
+        _scale_penalties_grads_([g for g, _ in there], grad, [layer for _, layer in there])
+
+
+class _PenaltiesFunction(torch.autograd.Function):
+    """As _PenaltyFunction of one weight: the gradients are made with the values and handed over to the first backward,
+    which scales them in place; a repeated one makes them again."""
+
+    @staticmethod
+    def forward(ctx, run, *tensors):
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        weight, rows, cols = run.split(ctx.needs_input_grad[1:])
+        ctx.needs = list(weight), [r or c for r, c in zip(rows, cols)]
+        ctx.save_for_backward(*tensors)
+        if any(t.dtype == torch.float16 for t in run.split(tensors)[0]):  # as in _PenaltyFunction
+            nothing = [False] * run.count
+            total, values, _ = run.values_and_grads(tensors, nothing, nothing)
+            ctx.grads = None
+        else:
+            total, values, ctx.grads = run.values_and_grads(tensors, *ctx.needs)
+        return total, values
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_values):
+        if grad_total is None and grad_values is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grad = grad_values if grad_total is None else grad_total.expand(ctx.run.count)  # no launch
+        if grad_total is not None and grad_values is not None:
+            grad = grad_total + grad_values
+        if ctx.grads is not None:
+            grads, ctx.grads = ctx.grads, None
+            ctx.run.scale_(grads, grad)
+        else:
+            grads = ctx.run.grads(grad, ctx.saved_tensors, *ctx.needs)
+        if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
+            sources = [t for t in ctx.saved_tensors if t is not None]
+            grads = [None if g is None else _OnceDifferentiable.apply(g, grad, *sources) for g in grads]
+        return (None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:])))
