@@ -1,7 +1,7 @@
 # The commands of this project. `make help` lists them; scripts/setup.sh does the setting up that they share.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench build wheel env clean
+.PHONY: help demo test bench gpu build wheel env clean
 
 SETUP := bash scripts/setup.sh
 export PYTHON TORCH
@@ -11,6 +11,8 @@ help:
 	@echo "              QUICK=1 (under a minute)  FULL=1 (3 seeds)  TASK=navigation|adding"
 	@echo "make test     run the test suite                   ARGS='-k torus' is passed on to pytest"
 	@echo "make bench    run the benchmarks                   ARGS as above"
+	@echo "make gpu      on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, under 9 minutes"
+	@echo "              PART=tests|sanitize|bench   (uses \$$(PYTHON) as it is: no set-up, no network)"
 	@echo "make build    compile the C++ kernels in place     make wheel   a wheel in dist/"
 	@echo "make env      what is installed and active, to paste in a bug report"
 	@echo "make clean    remove what was built (not .venv)"
@@ -32,6 +34,10 @@ test:
 
 bench:
 	@$(SETUP) -m pytest benchmarks $(ARGS)
+
+# COMMIT: what `git describe --always --dirty --abbrev=40` said, for a tree that came here without its .git
+gpu:
+	@MODULI_KERNELS_COMMIT=$(COMMIT) $(or $(PYTHON),python3) scripts/gpu.py $(PART) $(ARGS)
 
 build:
 	@$(SETUP)

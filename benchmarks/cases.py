@@ -53,7 +53,8 @@ INHIBITORS: dict[str, Inhibitor] = {
 class Case:
     """One contest. The weight is (n, n) float32, rows and columns share their points.
 
-    peers: "all" forms; "fast": those that come near being fastest, for the sweep and variants.
+    peers: "all" forms; "fast": those that come near being fastest, for the sweep and variants; "formula": the formula
+    under torch.compile alone; "none".
     release: whether the previous gradient is dropped inside the timed region, as optimizer.zero_grad() does.
     allocators: the settings of malloc under which the case is run (see conftest.py).
     seed: with 0, two of 2048 points on the torus are exactly half a period apart, where the gradient is a choice and
@@ -90,6 +91,16 @@ class Case:
     def headline(self) -> bool:
         """Where the slowest forms and max-autotune are measured too."""
         return (self.manifold_name, self.inhibitor_name, self.peers) == ("torus", "dog", "all")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the form with the (n, n, k) differences is measured: the slowest to compile on a CPU."""
+        return self.headline
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """What ours is held to before it is timed: relative errors, gradients in norm."""
+        return ACCURACY_GOALS
 
     @property
     def scale(self) -> float:

@@ -25,6 +25,7 @@ from . import records
 RETAINED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184",
             "MALLOC_TOP_PAD_": "67108864"}
 ALLOCATOR, RECORD = "MODULI_KERNELS_BENCHMARKS_ALLOCATOR", "MODULI_KERNELS_BENCHMARKS_RECORD"
+GPU_RECORD = "MODULI_KERNELS_BENCHMARKS_GPU_RECORD"
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
@@ -39,23 +40,26 @@ def pytest_cmdline_main(config):
     if ALLOCATOR in os.environ or config.option.collectonly or config.option.help or config.option.version:
         return None
     settings = {"retained": RETAINED, "default": {}} if GLIBC else {"default": {}}
-    folder = records.RESULTS / records.machine(environment())
-    record = folder / (records.QUICK if config.option.quick else time.strftime("%Y%m%d-%H%M%S.json"))
+    name = records.QUICK if config.option.quick else time.strftime("%Y%m%d-%H%M%S.json")
+    found = {RECORD: records.RESULTS / records.machine(environment()) / name}
+    if torch.cuda.is_available():
+        found[GPU_RECORD] = records.RESULTS / records.gpu_machine(torch.cuda.get_device_name()) / name
     if config.option.quick:
-        record.unlink(missing_ok=True)
+        for record in found.values():
+            record.unlink(missing_ok=True)
     worst = 0
     for name, variables in settings.items():
         print(f"\nmalloc: {name} " + " ".join(f"{key}={value}" for key, value in variables.items()), flush=True)
         status = subprocess.call(
             [sys.executable, "-m", "pytest", *config.invocation_params.args], cwd=config.invocation_params.dir,
-            env=os.environ | variables | {ALLOCATOR: name, RECORD: str(record)})
+            env=os.environ | variables | {ALLOCATOR: name} | {key: str(record) for key, record in found.items()})
         if status not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
             worst = worst or status
         if status == pytest.ExitCode.INTERRUPTED:
             break
-    if record.exists():
-        print(f"\nrecord: {os.path.relpath(record)}; python -m benchmarks.report shows it"
-              + (" with --run" if config.option.quick else ""))
+    for record in found.values():
+        if record.exists():
+            print(f"\nrecord: {os.path.relpath(record)}; python -m benchmarks.report --run FILE shows it")
     return worst
 
 
@@ -98,5 +102,17 @@ def save(threads, quick):
     def add(list_name: str, entry: dict) -> None:
         if RECORD in os.environ:
             records.append(pathlib.Path(os.environ[RECORD]), header, list_name, {"allocator": allocator} | entry)
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def save_gpu(quick):
+    """As `save`, into the file of the GPU."""
+    header = records.gpu_header(quick)
+
+    def add(list_name: str, entry: dict) -> None:
+        if GPU_RECORD in os.environ:
+            records.append(pathlib.Path(os.environ[GPU_RECORD]), header, list_name, entry)
 
     return add

@@ -9,7 +9,8 @@ from moduli_kernels.manifolds import Manifold, sqrt_of_square, wrap
 
 
 def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
-    """As manifold.squared_distance, (n, k), (m, k) -> (n, m), through one (n, m, k) tensor."""
+    """As manifold.squared_distance, (n, k), (m, k) -> (n, m), through one (n, m, k) tensor. Periodic coordinates lie
+    within their period."""
     if isinstance(manifold, Product):
         return sum(stacked_squared_distance(m, a, b)
                    for m, a, b in zip(manifold.manifolds, manifold.split(x), manifold.split(y)))
@@ -23,11 +24,11 @@ def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor
         across = wrap(difference[..., 0], 2 * manifold.width)
         straight = torch.stack([across, wrap(difference[..., 1], manifold.height)], -1)
         flipped = torch.stack([manifold.width - across.abs(),
-                               wrap(x[:, None, 1] + y[None, :, 1], manifold.height)], -1)
+                               wrap(x[:, None, 1] + y[None, :, 1] - manifold.height, manifold.height)], -1)
         return torch.minimum(straight.square().sum(-1), flipped.square().sum(-1))
     difference = x[:, None] - y[None]
     if all(manifold._periods):
-        periods = torch.tensor(manifold._periods, dtype=x.dtype)
+        periods = torch.tensor(manifold._periods, dtype=x.dtype, device=x.device)
         difference = wrap(difference, periods)
     return difference.square().sum(-1)
 

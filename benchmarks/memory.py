@@ -1,4 +1,5 @@
-"""Peak memory of one contestant beyond the weight and its gradients, in a process of its own.
+"""Peak memory of one contestant beyond the weight and its gradients: on the CPU in a process of its own, on a GPU by
+the counters of torch's allocator.
 
     python -m benchmarks.memory CASE [--peer NAME] [--quick]      prints a JSON record
 
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from .cases import CASES
-from .peers import Peers
+from .peers import Contestant, Peers
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
@@ -64,6 +65,22 @@ def _measure(name: str, peer: str, quick: bool) -> dict[str, Any]:
         one.release()
     return {"case": name, "n": case.n, "columns": points.shape[1], "contestant": peer, "kind": one.kind,
             "weight": weight.nbytes, "gradients": gradients, "beyond": highest - gradients}
+
+
+def on_gpu(name: str, one: Contestant) -> dict[str, Any]:
+    """The record of a contestant that is warm."""
+    one.step()
+    one.release()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    one.step()
+    torch.cuda.synchronize()
+    highest = torch.cuda.max_memory_allocated() - before
+    gradients = sum(leaf.grad.nbytes for leaf in (one.weight, one.points) if leaf.grad is not None)
+    one.release()
+    return {"case": name, "n": one.weight.shape[0], "columns": one.points.shape[1], "contestant": one.name,
+            "kind": one.kind, "weight": one.weight.nbytes, "gradients": gradients, "beyond": highest - gradients}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from moduli_kernels.manifolds import Manifold
 from .cases import Case
 from .distances import AcosSphere, stacked_squared_distance
 
+# Not by CUDA graphs as well: they hand out the same memory at every call, which .grad must not share.
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 Formula = Callable[[Tensor, Tensor], Tensor]
 Gradients = tuple[Tensor, ...]
 """value, dW and, where points are trained, dE."""
@@ -41,12 +43,15 @@ class Contestant:
     points: Tensor
     run: Callable[[Contestant], Tensor | None]
     value: Tensor | None = None
+    keeps_grad: bool = False  # adds to a weight.grad that is there already
 
     def step(self) -> None:
         self.value = self.run(self)
 
     def release(self) -> None:
-        self.value = self.weight.grad = self.points.grad = None
+        self.value = self.points.grad = None
+        if not self.keeps_grad:
+            self.weight.grad = None
 
 
 class Peers:
@@ -61,7 +66,11 @@ class Peers:
         """Ours first, then the floors, then the peers."""
         self._ours()
         self._floors()
-        if not self.case.gradients:
+        if self.case.peers == "none":
+            return self.made
+        if self.case.peers == "formula":
+            self._autograd("per coordinate", "compiled", _compile(self._formula(self.case.manifold)))
+        elif not self.case.gradients:
             self._values()
         elif not self.case.trained:
             self._frozen()
@@ -82,17 +91,16 @@ class Peers:
         self._autograd("ours", "ours", penalty)
 
     def _floors(self) -> None:
-        weight = self.weight
-        buffer = torch.empty_like(weight)
+        buffer = torch.empty_like(self.weight)
 
         def copy(me: Contestant) -> None:
-            buffer.copy_(weight)
+            buffer.copy_(me.weight.detach())
 
         def clone(me: Contestant) -> None:  # allocates, as a gradient does
-            me.weight.grad = weight.clone()
+            me.weight.grad = me.weight.detach().clone()
 
         def read(me: Contestant) -> None:
-            weight.sum()
+            me.weight.detach().sum()
 
         self._add("copy into a buffer", "floor", copy)
         if self.case.gradients:
@@ -114,9 +122,10 @@ class Peers:
             acos = _with_acos(case.manifold)
             self._by_hand("hand-derived (acos)", "compiled", _compile(self._derived(acos)))
             self._by_hand("hand-derived, symmetric (acos)", "compiled", _compile(self._derived(acos, symmetric=True)))
-        if case.headline:
+        if case.stacked:
             self._autograd("stacked", "compiled", _compile(self._formula(case.manifold, stacked=True)))
-            tuned = _compile(self._derived(case.manifold, symmetric=True), mode="max-autotune")
+        if case.headline:
+            tuned = _compile(self._derived(case.manifold, symmetric=True), mode=MAX_AUTOTUNE)
             self._by_hand("hand-derived, symmetric (max-autotune)", "compiled", tuned)
             self._autograd("eager formula", "eager", self._formula(case.manifold))
             # what the authors' scripts do: all differences, distances, f, times |W|, each a tensor in memory
@@ -150,7 +159,7 @@ class Peers:
         self._autograd("cached", "cached", _compile(cached))
         self._by_hand("cached, hand-derived", "cached", _compile(derived))
         if case.headline:
-            self._by_hand("cached, hand-derived (max-autotune)", "cached", _compile(derived, mode="max-autotune"))
+            self._by_hand("cached, hand-derived (max-autotune)", "cached", _compile(derived, mode=MAX_AUTOTUNE))
             self._autograd("cached, eager", "eager", cached)
             self._autograd("per coordinate", "compiled", _compile(self._formula(case.manifold)))
             self._by_hand("hand-derived", "compiled", _compile(self._derived(case.manifold)))
@@ -209,7 +218,7 @@ class Peers:
         self.made.append(Contestant(name, kind, weight, points, run))
 
     def _autograd(self, name: str, kind: str, formula: Formula) -> None:
-        grad = None if self.case.grad_output == 1.0 else torch.tensor(self.case.grad_output)
+        grad = None if self.case.grad_output == 1.0 else torch.tensor(self.case.grad_output, device=self.weight.device)
 
         def run(me: Contestant) -> Tensor:
             value = formula(me.weight, me.points)
@@ -221,10 +230,10 @@ class Peers:
 
     def _by_hand(self, name: str, kind: str, derived: Callable[[Tensor, Tensor], Gradients]) -> None:
         """Gradients come with the value: no autograd. Its value carries grad_output too, as its gradients do."""
-        weight, points, grad_output = self.weight, self.points, self.case.grad_output
+        points, grad_output = self.points, self.case.grad_output
 
         def run(me: Contestant) -> Tensor:
-            value, *grads = derived(weight, points)
+            value, *grads = derived(me.weight.detach(), points)
             for leaf, grad in zip((me.weight, me.points), grads):
                 leaf.grad = grad
             return value if grad_output == 1.0 else value / grad_output

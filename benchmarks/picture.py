@@ -50,7 +50,9 @@ def draw(run: dict[str, Any], path: pathlib.Path) -> pathlib.Path | None:
         axis.legend(frameon=False, fontsize=9, loc="upper left")
     axes[0].set_ylabel("ms (median; band: quartiles)")
     environment = run["environment"]
-    figure.suptitle(f"Penalty on torus + DoG, float32, {run['threads']} threads, {environment['cpu']}, commit "
+    gpu = run.get("device") == "cuda"
+    where = environment["device"] if gpu else f"{run['threads']} threads, {environment['cpu']}"
+    figure.suptitle(f"Penalty on torus + DoG, float32, {where}, commit "
                     f"{(environment['commit'] or 'unknown')[:12]}", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -60,10 +62,11 @@ def draw(run: dict[str, Any], path: pathlib.Path) -> pathlib.Path | None:
 def _curves(penalty: list[dict[str, Any]]) -> dict[tuple[bool, str], dict[int, list[float]]]:
     """(trained, contestant) -> n -> quartiles of seconds, of the plain torus + DoG cases."""
     curves: dict[tuple[bool, str], dict[int, list[float]]] = {}
-    preferred = "retained" if any(one["allocator"] == "retained" for one in penalty) else "default"
+    allocators = {one.get("allocator") for one in penalty}  # None on a GPU
+    preferred = "retained" if "retained" in allocators else "default" if "default" in allocators else None
     for record in penalty:
-        name = f"torus-dog-{record['n']}-{'trained' if record['trained'] else 'frozen'}"
-        if record["allocator"] == preferred and record["case"] == name:
+        name = f"torus-dog-{record.get('n')}-{'trained' if record.get('trained') else 'frozen'}"
+        if record.get("allocator") == preferred and record["case"] == name:
             for one in record["contestants"]:
                 curves.setdefault((record["trained"], one["name"]), {})[record["n"]] = one["time"]
     return curves

@@ -5,8 +5,17 @@ import json
 import os
 import pathlib
 import re
+import subprocess
+import time
 from typing import Any
 
+import torch
+
+from moduli_kernels.env_report import environment
+
+# For a tree that travelled without its .git: what `git describe --always --dirty --abbrev=40` said where it came from.
+COMMIT = "MODULI_KERNELS_COMMIT"
+NAME = re.compile(r"\d{8}-\d{6}\.json")
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 QUICK = "quick.json"  # overwritten by the next quick run, ignored by git and by the report
 
@@ -15,6 +24,33 @@ def machine(environment: dict[str, Any]) -> str:
     """A folder's name for the machine: "amd-epyc-2-cores"."""
     words = re.sub(r"\(.*?\)|@.*", " ", environment["cpu"]).lower()
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {environment['cores']} cores").strip("-")
+
+
+def gpu_machine(name: str) -> str:
+    """A folder's name for a GPU: "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def gpu_header(quick: bool) -> dict[str, Any]:
+    """What the record of a run on a GPU begins with. l2: bytes of its second-level cache."""
+    facts = environment()
+    asked = os.environ.get(COMMIT)
+    if facts["commit"] is None and asked:
+        facts |= {"commit": asked.removesuffix("-dirty"), "dirty": asked.endswith("-dirty")}
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"environment": facts, "device": "cuda", "driver": driver(), "l2": gpu.L2_cache_size,
+            "multiprocessors": gpu.multi_processor_count, "quick": quick,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True,
+                              capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
 
 
 def append(path: pathlib.Path, header: dict[str, Any], list_name: str, entry: dict[str, Any]) -> None:
@@ -34,6 +70,6 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def latest(folder: pathlib.Path = RESULTS) -> pathlib.Path | None:
-    """The newest run of all machines (names begin with the time), quick ones aside."""
-    runs = [path for path in folder.glob("*/*.json") if path.name != QUICK]
+    """The newest run of all machines, quick ones aside, and such of `make gpu` as measured no speed."""
+    runs = [path for path in folder.glob("*/*.json") if NAME.fullmatch(path.name)]
     return max(runs, key=lambda path: path.name, default=None)

@@ -15,7 +15,9 @@ import subprocess
 import sys
 from typing import Any
 
-from . import records
+import torch
+
+from . import records, report_gpu
 from .cases import ACCURACY_GOALS, GOALS, MEMORY_GOAL, Goal
 from .picture import draw
 
@@ -35,9 +37,10 @@ def main() -> int:
     if path is None or not path.exists():
         return _refuse(f"there is no run {path or 'in ' + str(records.RESULTS)}; make one with `pytest benchmarks`.")
     run = records.load(path)
-    if not asked.no_tests and (reason := failing_tests()):
+    on_gpu = run.get("device") == "cuda"
+    if not asked.no_tests and (reason := red_then(run) or failing_tests(on_gpu and torch.cuda.is_available())):
         return _refuse(reason)
-    text = "\n".join(report(run))
+    text = "\n".join(report_gpu.report(run) if on_gpu else report(run))
     print(text)
     if run["quick"]:
         return 0
@@ -48,14 +51,21 @@ def main() -> int:
     return 0
 
 
-def failing_tests() -> str | None:
+def red_then(run: Record) -> str | None:
+    """Why there is no report of a run of `make gpu` whose own tests failed."""
+    bad = [name for name, part in run.get("parts", {}).items() if name in ("tests", "sanitize") and not part["ok"]]
+    return f"{' and '.join(bad)} failed in that very run, and a wrong kernel has no speed." if bad else None
+
+
+def failing_tests(on_gpu: bool = False) -> str | None:
     """None if the penalty's tests pass, else why there is no report."""
     files = sorted(str(path) for path in ROOT.glob(TESTS))
     if not files:
         return f"there are no correctness tests ({TESTS}), so nothing says that the kernels are right."
     print(f"running {' '.join(str(pathlib.Path(f).relative_to(ROOT)) for f in files)} first ...", flush=True)
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *files], cwd=ROOT, text=True,
-                          capture_output=True)
+                          capture_output=True,
+                          env=os.environ | {"MODULI_KERNELS_TEST_DEVICE": "cuda" if on_gpu else "cpu"})
     if done.returncode == 0:
         return None
     return ("the penalty's tests are red, and a wrong kernel has no speed; see `pytest -x " + TESTS + "`:\n"

@@ -1,0 +1,98 @@
+"""What compute-sanitizer watches: every kernel of the penalty once or more, small, held against the reference on the CPU.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/gpu_workload.py
+
+Tensors are drawn on the CPU and compared there, so that the kernels of this package are nearly all that runs.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moduli_kernels as mk
+from moduli_kernels import reference
+from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+TABLE = mk.TabulatedInhibitor(lambda d: 2 + torch.cos(d), 25.0, samples=256)
+# rows, columns, settings; columns None: shared points. Whole tiles, ragged ones, unaligned rows.
+CASES: tuple[tuple[int, int | None, dict[str, Any]], ...] = (
+    (512, None, {}),
+    (512, None, {"trained": False}),
+    (70, 133, {"manifold": "klein", "grad": 2.0}),
+    (64, 64, {"manifold": "sphere", "power": 2.7}),
+    (37, 250, {"manifold": "mixed", "inhibitor": mk.Sinusoid(), "dtype": torch.bfloat16}),
+    (128, None, {"manifold": "torus6", "inhibitor": TABLE, "dtype": torch.float16, "power": 2.0}),
+    (33, 65, {"inhibitor": mk.RickerWavelet(), "dtype": torch.float64}),
+    (40, None, {"blocks": 3, "inhibitor": mk.Constant(2.0)}),
+    (130, 70, {"masked": True, "inhibitor": mk.Diffusion()}),
+    (20, 30, {"kernel": (3, 3), "masked": True}),
+)
+
+
+def check(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = float((got.double().cpu() - want).norm() / want.norm().clamp(min=1e-30))
+    if not error <= tolerance:
+        raise SystemExit(f"{name} is off by {error:.1e}, allowed {tolerance:.0e}")
+
+
+def run(rows: int, columns: int | None, manifold: str = "torus", inhibitor=None, power: float = 1.0, blocks: int = 1,
+        kernel: tuple[int, ...] = (), dtype: torch.dtype = torch.float32, masked: bool = False, trained: bool = True,
+        grad: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    m = mk.manifold(manifold)
+    points = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.randn(blocks * rows, columns or rows, *kernel, generator=generator).to(dtype)
+    x = m.sample(rows, generator=generator, dtype=points)
+    y = None if columns is None else m.sample(columns, generator=generator, dtype=points)
+    mask = torch.rand(weight.shape, generator=generator) < 0.1 if masked else None
+    scale = 1.0 / (weight.shape[0] * weight.shape[1])
+    what = reference.Penalty(m, resolve_inhibitor(inhibitor), power, blocks, scale)
+    want, wanted = reference.penalty_with_grads(weight.double(), x.double(), None if y is None else y.double(), mask, what,
+                                                True, True)
+    tolerance, name = TOLERANCE[dtype], f"{manifold} {tuple(weight.shape)} {dtype}"
+
+    leaves = [None if t is None else t.cuda().requires_grad_(need) for t, need in ((weight, True), (x, trained),
+                                                                                 (y, trained))]
+    settings = {"manifold": m, "inhibitor": inhibitor, "blocks": blocks, "mask": None if mask is None else mask.cuda()}
+    value = mk.moduli_penalty(*leaves, power=power, **settings)
+    value.backward(torch.tensor(grad, dtype=value.dtype).cuda(), retain_graph=True)
+    value.backward(torch.tensor(1 - grad, dtype=value.dtype).cuda())  # made again: together once the gradient
+    with torch.no_grad():
+        check(f"{name}: value alone", mk.moduli_penalty(*leaves, power=power, **settings), want, tolerance)
+    found = [("value", value, want), ("dW", leaves[0].grad, wanted.weight)]
+    found += [("rows", leaves[1].grad, wanted.rows)] if trained else []
+    found += [("columns", leaves[2].grad, wanted.cols)] if trained and y is not None else []
+    for what_is, got, expected in found:
+        check(f"{name}: {what_is}", got.detach(), expected, tolerance)
+    mk.accumulate_penalty_grad_(*leaves, power=power, **settings)
+    check(f"{name}: dW added", leaves[0].grad, 2 * wanted.weight, 2 * tolerance)
+    with torch.no_grad():
+        mk.proximal_step_(leaves[0].detach(), *(None if t is None else t.detach() for t in leaves[1:]), step=0.1, **settings)
+
+
+def compressed() -> None:
+    """torch.sparse_csr: value and gradients of the kept values alone."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(90, 75, generator=generator) < 0.05
+    dense = torch.where(mask, torch.randn(90, 75, generator=generator), 0)
+    x, y = (mk.manifold("torus").sample(n, generator=generator) for n in (90, 75))
+    what = reference.Penalty(mk.manifold("torus"), mk.DifferenceOfGaussians(), 1.0, 1, 1.0 / dense.numel())
+    want, wanted = reference.penalty_with_grads(dense.double(), x.double(), y.double(), mask, what, True, True)
+    csr = dense.to_sparse_csr()
+    weight = torch.sparse_csr_tensor(csr.crow_indices().cuda(), csr.col_indices().cuda(), csr.values().cuda(), csr.shape,
+                                     check_invariants=False).requires_grad_()
+    value = mk.moduli_penalty(weight, x.cuda(), y.cuda(), manifold="torus")
+    value.backward()
+    check("compressed: value", value.detach(), want, 1e-4)
+    check("compressed: dW", weight.grad.values(), wanted.weight[mask], 1e-4)
+
+
+if __name__ == "__main__":
+    for rows, columns, settings in CASES:
+        run(rows, columns, **settings)
+    compressed()
+    torch.cuda.synchronize()
+    print(f"workload: {len(CASES) + 1} cases, all as the reference has them")
