@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: tests/triton_interpreter.py in a process of its own, for Triton reads at its import
+"""The Triton kernels without a GPU: tests/triton_interpreter*.py in a process of its own, for Triton reads at its import
 whether it is to interpret."""
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ needs_triton = pytest.mark.skipif(not _library.triton_installed, reason="Triton 
 
 
 @needs_triton
-def test_in_the_interpreter():
+@pytest.mark.parametrize("name", ["triton_interpreter.py", "triton_interpreter_kept.py"])
+def test_in_the_interpreter(name):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreter.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)],
         env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

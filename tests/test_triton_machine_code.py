@@ -16,7 +16,7 @@ pytestmark = [
 if _library.triton_installed:
     import triton_machine_code as code
 
-    from moduli_kernels.triton import launch, launch_table
+    from moduli_kernels.triton import launch, launch_kept, launch_table
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # case -> registers and, for each entry of W, instructions and special-function operations of the inner loop, at most
@@ -97,6 +97,54 @@ def test_scale_compiles(dtype):
     assert code.usage(code.machine_code(recorded, 90))["STACK"] == 0
 
 
+# --- kept entries and the proximal step ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kept_entries(architecture, monkeypatch):
+    """Nothing spilled, whether rows are compressed or masked; of the proximal step W moves in vectors."""
+    monkeypatch.setattr(launch, "capability", lambda tensor: architecture // 10)
+    arguments = code.op_arguments("torus", code.CASES["torus trained"][1], torch.float32, 1.0)
+    few = code.compressed(arguments, 0.02)
+    rows, columns, _ = code.record(lambda: launch.penalty_with_grads(*few, True, True))
+    assert [k.arguments["TRANSPOSED"] for k in (rows, columns)] == [False, True]
+    entries = rows.arguments["ROWS"] * rows.arguments["WIDTH"]
+    assert rows.grid[0] * rows.arguments["ROWS"] == 4096 and rows.arguments["WIDTH"] == 128 and entries == 512
+    grad = torch.empty_like(arguments.weight)
+    masked, _ = code.record(lambda: launch.accumulate_penalty_grad_(
+        grad, *arguments._replace(mask=torch.empty(4096, 4096, dtype=torch.bool)), True))
+    step, = code.record(lambda: launch_kept.proximal_step_(*arguments, 1.0))
+    kept_step, = code.record(lambda: launch_kept.proximal_step_(*few, 1.0))
+    for recorded in (rows, columns, masked, step, kept_step):
+        cubin = code.machine_code(recorded, architecture)
+        assert code.usage(cubin)["STACK"] == 0 and code.usage(cubin)["REG"] <= 128
+        if recorded is step:
+            moves = [text.split()[0] for _, _, text in code.instructions(cubin)]
+            assert any(m.startswith("STG") and ".128" in m for m in moves)
+            assert all(".128" in m for m in moves if m.startswith("STG"))
+
+
+@pytest.mark.parametrize("what", ["kept float64", "kept klein blocks table", "proximal masked convolution",
+                                  "proximal ragged bfloat16", "masked blocks"])
+def test_other_kept_entries_compile(what):
+    f = code.CASES["torus table trained" if "table" in what else "torus trained"][1]
+    dtype = torch.float64 if "float64" in what else torch.bfloat16 if "bfloat16" in what else torch.float32
+    n, blocks = 100 if "ragged" in what else 64, 3 if "blocks" in what else 1
+    arguments = code.op_arguments("klein" if "klein" in what else "torus", f, dtype, 1.0, n, blocks)
+    if "convolution" in what:
+        arguments = arguments._replace(weight=torch.empty(n, n, 3))
+    if "masked" in what:
+        arguments = arguments._replace(mask=torch.empty(arguments.weight.shape, dtype=torch.bool))
+    if "kept" in what:
+        arguments = code.compressed(arguments, 0.1)
+        few = code.record(lambda: launch.penalty_grads(torch.empty((), dtype=dtype), *arguments, True, True))
+    elif "proximal" in what:
+        few = code.record(lambda: launch_kept.proximal_step_(*arguments, 1.0))
+    else:
+        few = code.record(lambda: launch.penalty_with_grads(*arguments, True, True))[:1]
+    for recorded in few:
+        assert code.machine_code(recorded, 90)
+
+
 # --- from the launch grid --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", ["torus frozen", "torus trained", "sphere trained", "torus6 trained"])
@@ -138,14 +186,19 @@ def test_generations_that_are_not_in_the_table():
 def test_nothing_is_read_back_from_the_device(monkeypatch):
     """Numbers travel as kernel arguments: no .item(), .cpu() nor a copy of a host tensor between device and host."""
     arguments = code.op_arguments("mixed", code.CASES["torus trained"][1], torch.float32, 1.0, 64)
+    few = code.compressed(arguments, 0.1)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             assert function.namespace == "aten" and function._opname in (
-                "empty", "empty_like", "new_empty", "select", "view", "empty_strided"), function
+                "empty", "empty_like", "new_empty", "select", "view", "empty_strided", "arange", "sort", "searchsorted",
+                "_to_copy", "sub_"), function
             return function(*args, **(kwargs or {}))
 
     with Watch():
         launches = code.record(lambda: launch.penalty_with_grads(*arguments, True, True))
         launches += code.record(lambda: launch.penalty_grads(torch.empty(()), *arguments, True, True))
-    assert len(launches) == 4
+        launches += code.record(lambda: launch.penalty_with_grads(*few, True, True))
+        launches += code.record(lambda: launch_kept.proximal_step_(*few, 1.0))
+        launches += code.record(lambda: launch_kept.proximal_step_(*arguments, 1.0))
+    assert len(launches) == 9

@@ -20,12 +20,12 @@ from triton.compiler import ASTSource
 
 import moduli_kernels as mk
 from moduli_kernels import _encoding
-from moduli_kernels.triton import launch
+from moduli_kernels.triton import launch, launch_kept, launch_several
 
 N = 4096
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-         torch.uint8: "u8", torch.bool: "i1"}
+         torch.uint8: "u8", torch.bool: "i1", torch.int32: "i32", torch.int64: "i64"}
 # what one trains with, in full tiles; name: manifold, inhibitor, dtype, power, gradients of the points
 CASES: dict[str, tuple[str, mk.Inhibitor, torch.dtype, float, bool]] = {
     "torus frozen": ("torus", mk.DifferenceOfGaussians(), torch.float32, 1.0, False),
@@ -70,15 +70,16 @@ class Recorder:
 def record(call) -> list[Launch]:
     """What `call` launches; nothing runs."""
     launches: list[Launch] = []
-    names = ("penalty_kernel", "finish_kernel", "scale_kernel")
-    before = {name: getattr(launch, name) for name in names}
+    kernels = [(module, name) for module in (launch, launch_kept, launch_several) for name in vars(module)
+               if isinstance(getattr(module, name), triton.JITFunction)]
+    before = [getattr(*kernel) for kernel in kernels]
     try:
-        for name in names:
-            setattr(launch, name, Recorder(before[name], launches))
+        for (module, name), kernel in zip(kernels, before):
+            setattr(module, name, Recorder(kernel, launches))
         call()
     finally:
-        for name in names:
-            setattr(launch, name, before[name])
+        for (module, name), kernel in zip(kernels, before):
+            setattr(module, name, kernel)
     return launches
 
 
@@ -94,6 +95,14 @@ def op_arguments(manifold: str, inhibitor: mk.Inhibitor, dtype: torch.dtype, pow
     return launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
         "weight": weight, "rows": rows, "table": table, "factors": kinds, "factor_parameters": parameters,
         "inhibitor": kind, "inhibitor_parameters": numbers, "power": power, "blocks": blocks, "scale": 1.0})
+
+
+def compressed(arguments: launch.Arguments, density: float) -> launch.Arguments:
+    """The same of a weight in compressed rows with so many of its entries."""
+    n_rows, entries = arguments.weight.shape[0], int(arguments.weight.numel() * density)
+    return arguments._replace(
+        weight=arguments.weight.new_empty(entries), crow_indices=torch.empty(n_rows + 1, dtype=torch.int64),
+        col_indices=torch.empty(entries, dtype=torch.int64))
 
 
 def launches_of(case: str, generation: int, n: int = N) -> list[Launch]:
