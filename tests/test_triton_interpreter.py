@@ -1,5 +1,5 @@
-"""The Triton kernels without a GPU: tests/triton_interpreter*.py in a process of its own, for Triton reads at its import
-whether it is to interpret."""
+"""The Triton kernels without a GPU: tests/triton_interpreter*.py, each in a process of its own, for Triton reads at its
+import whether it is to interpret."""
 from __future__ import annotations
 
 import os

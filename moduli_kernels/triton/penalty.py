@@ -10,6 +10,9 @@ stored whole. What a thread sums stays in its registers:
     rows of dE     over the columns of a tile at once, 3 shuffles a coordinate; the sums of tile i are kept by lane i
                    of the 8 that share a row, over all blocks of the group: no memory but at the end
 
+Under a mask the mask is read whole, a byte an entry; a tile of which nothing is kept costs no more, and of others W, and
+a gradient that is added to, is touched in the sectors of 32 bytes with a kept entry.
+
 Parts: value (strips, groups); rows (groups, coordinates, R); columns (strips, coordinates, C). finish.py adds them.
 """
 from __future__ import annotations
@@ -227,8 +230,8 @@ def penalty_program(
                                   row_stride, lane_at, lane_row, lane_column, n_rows, n_columns, MASKED, REPEAT, WIDTH)
             work = True
             if HAS_MASK:
-                masks, work = load_mask(mask, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS,
-                                        INNER, EVEN, REPEAT, WIDTH)
+                masks, work = load_mask(mask, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns,
+                                        BLOCKS, INNER, EVEN, REPEAT, WIDTH)
             if work:
                 x = prepare(load_points(rows, tl.minimum(row + lane_row, n_rows - 1), COORDINATES), zero_row,
                             factor_parameters, FACTORS)
@@ -269,8 +272,8 @@ def penalty_program(
                         if NEED_WEIGHT:
                             if INNER > 1:
                                 per_norm = tl.where(a == 0, 0.0, f_kept * per_norm / tl.where(a == 0, 1.0, a))
-                                store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INNER, HAS_MASK,
-                                                       ACCUMULATE, DTYPE)
+                                store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INNER,
+                                                       HAS_MASK, ACCUMULATE, DTYPE)
                             else:
                                 gradient = weight_gradient(f_kept, w, a, exponent, POWER)
                                 # of an existing gradient what is masked is neither read nor written
@@ -292,8 +295,8 @@ def penalty_program(
                     row_sums = new_rows
             else:
                 if NEED_WEIGHT and not ACCUMULATE:
-                    store_nothing(dweight, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS,
-                                  INNER, EVEN, REPEAT, WIDTH)
+                    store_nothing(dweight, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns,
+                                  BLOCKS, INNER, EVEN, REPEAT, WIDTH)
         if NEED_POINTS:
             for r in tl.static_range(REPEAT):
                 summed = first_column + r * WIDTH + tl.arange(0, WIDTH)
@@ -329,5 +332,5 @@ def penalty_kernel(
     penalty_program(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0), weight, rows, cols, mask, table, dweight, value_parts,
         row_parts, column_parts, n_rows, column_vectors, stride_vectors, scale, exponent, factor_parameters,
-        inhibitor_parameters, FACTORS, COORDINATES, INHIBITOR, POWER, BLOCKS, INNER, NEED_WEIGHT, ACCUMULATE, NEED_POINTS,
-        HAS_MASK, EVEN, PREFETCH, VECTOR, TILE_ROWS, REPEAT, WIDTH, TILES, GROUP, DTYPE)
+        inhibitor_parameters, FACTORS, COORDINATES, INHIBITOR, POWER, BLOCKS, INNER, NEED_WEIGHT, ACCUMULATE,
+        NEED_POINTS, HAS_MASK, EVEN, PREFETCH, VECTOR, TILE_ROWS, REPEAT, WIDTH, TILES, GROUP, DTYPE)
