@@ -245,8 +245,8 @@ def _triton(name: str):
     def on_cuda(*arguments):
         from .triton import launch, launch_kept, launch_several
 
-        module = launch_several if name in TRITON_OPS_OF_SEVERAL else launch_kept if name == "proximal_step_" else launch
-        return getattr(module, name)(*arguments)
+        of_one = launch_kept if name == "proximal_step_" else launch
+        return getattr(launch_several if name in TRITON_OPS_OF_SEVERAL else of_one, name)(*arguments)
 
     return on_cuda
 

@@ -30,20 +30,20 @@ class Layer(NamedTuple):
 def share_launches(regularizers: list[torch.nn.Module], weights: list[Tensor]) -> bool:
     """Whether the penalties of these weights share launches: kernels that do so serve them, and they have one manifold,
     inhibitor, power, device and compute dtype."""
-    first = weights[0]
     if len(weights) < 2 or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
+    first = weights[0]
     # a subclass or a hook is the user's own code: it is run
     if any(type(r) is not ModuliRegularizer or r._forward_hooks or r._forward_pre_hooks for r in regularizers):
         return False
     if any(w.layout != torch.strided or w.device != first.device or compute_dtype(w) != compute_dtype(first)
            for w in weights) or _backend.active(first.device.type) != "triton":
         return False
-    if any((r.manifold, r.inhibitor, r.power) != (regularizers[0].manifold, regularizers[0].inhibitor,
-                                                  regularizers[0].power) for r in regularizers):
+    formulas = [(r.manifold, r.inhibitor, r.power) for r in regularizers]
+    if any(formula != formulas[0] for formula in formulas):
         return False
-    return (_encoding.encode_manifold(regularizers[0].manifold) is not None
-            and _encoding.encode_inhibitor(regularizers[0].inhibitor) is not None)
+    manifold, inhibitor, _ = formulas[0]
+    return _encoding.encode_manifold(manifold) is not None and _encoding.encode_inhibitor(inhibitor) is not None
 
 
 def layer_of(r: ModuliRegularizer, weight: Tensor) -> Layer:
@@ -70,8 +70,8 @@ class _Runner:
         first = layers[0].what
         self.count = len(layers)
         self.table_source = first.inhibitor if isinstance(first.inhibitor, TabulatedInhibitor) else None
-        self.code = (*_encoding.encode_manifold(first.manifold), *_encoding.encode_inhibitor(first.inhibitor), first.power,
-                     [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
+        self.code = (*_encoding.encode_manifold(first.manifold), *_encoding.encode_inhibitor(first.inhibitor),
+                     first.power, [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
 
     def split(self, tensors: tuple) -> tuple[tuple, tuple, tuple]:
         n = self.count

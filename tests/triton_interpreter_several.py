@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) e
 @pytest.fixture
 def small_tiles(monkeypatch):
     """4 rows x 1 vector: many tiles, strips and groups of small weights."""
-    monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(launch_table.TABLE[9], launch_table.Tile(1, 1, 6, True)))
+    tile = launch_table.Tile(1, 1, 6, True)
+    monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(launch_table.TABLE[9], tile))
     monkeypatch.setattr(launch_table, "FEWEST_ROWS", 4)
 
 

@@ -84,12 +84,12 @@ def sum_value(parts, count, VALUES: tl.constexpr):
 def finish_both(block, rows, cols, row_parts, column_parts, drows, dcols, n_rows, n_columns, row_count, column_count,
                 FACTORS: tl.constexpr, COORDINATES: tl.constexpr, CONSTANT: tl.constexpr, SHARED: tl.constexpr,
                 CHUNK: tl.constexpr, POINTS: tl.constexpr):
-    """Block number `block` of POINTS points, rows before columns. *_count: the parts of each. SHARED: cols are the rows,
-    and drows gets both sums."""
+    """Block number `block` of POINTS points, rows before columns. *_count: the parts of each. SHARED: cols are the
+    rows, and drows gets both sums."""
     row_blocks = tl.cdiv(n_rows, POINTS)
     if block < row_blocks:
-        finish_points(rows, n_rows, row_parts, row_count, column_parts, column_count, drows, block, FACTORS, COORDINATES,
-                      CONSTANT, SHARED, CHUNK, POINTS)
+        finish_points(rows, n_rows, row_parts, row_count, column_parts, column_count, drows, block, FACTORS,
+                      COORDINATES, CONSTANT, SHARED, CHUNK, POINTS)
     else:
         if not SHARED:
             finish_points(cols, n_columns, column_parts, column_count, column_parts, column_count, dcols,

@@ -34,7 +34,7 @@ from .penalty import LANES
 from .several import finish_penalties_kernel, penalties_kernel
 
 LAYERS = 8  # of a launch, at most: each takes a handful of kernel arguments
-LARGEST = 1 << 22  # entries of a weight that shares a launch: larger ones keep a GPU busy for longer than a launch takes
+LARGEST = 1 << 22  # entries of a weight that shares a launch: larger ones keep a GPU busy longer than a launch takes
 
 # Those of the ops, by their names in the schema.
 Several = namedtuple("Several", [argument.split()[-1] for argument in _library.PENALTIES.split(", ")])
@@ -120,8 +120,8 @@ def launch_together(a: Several, layers: list[Layer], grad: Tensor | None, places
     even = all(r % (tiles * tile.rows) == 0 and c % (group * block) == 0 for r, c in zip(n_rows, n_columns))
     with on_device(weight):
         penalties_kernel[(sum(programs),)](
-            tuple(layer.weight for layer in layers), all_rows, all_cols, a.table, grad, dweights, value_parts, row_parts,
-            column_parts, firsts, groups, n_rows, tuple(c // vector for c in n_columns),
+            tuple(layer.weight for layer in layers), all_rows, all_cols, a.table, grad, dweights, value_parts,
+            row_parts, column_parts, firsts, groups, n_rows, tuple(c // vector for c in n_columns),
             tuple(s // vector for s in strides), row_starts, column_starts,
             None if grad is None else tuple(place * grad.stride(0) for place in places),
             parameters([layer.scale for layer in layers], dtype), parameters([a.power], dtype),

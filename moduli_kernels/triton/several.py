@@ -53,9 +53,9 @@ def penalties_kernel(
         pick(cols, layer), None, table, pick(dweights, layer) if NEED_WEIGHT else None,
         value_parts + pick(firsts, layer), row_parts + pick(row_starts, layer) if NEED_POINTS else None,
         column_parts + pick(column_starts, layer) if NEED_POINTS else None, pick(n_rows, layer),
-        pick(column_vectors, layer), pick(stride_vectors, layer), scale, parameter(numbers, 0, DTYPE), factor_parameters,
-        inhibitor_parameters, FACTORS, COORDINATES, INHIBITOR, POWER, BLOCKS, 1, NEED_WEIGHT, False, NEED_POINTS, False,
-        EVEN, PREFETCH, VECTOR, TILE_ROWS, REPEAT, WIDTH, TILES, GROUP, DTYPE)
+        pick(column_vectors, layer), pick(stride_vectors, layer), scale, parameter(numbers, 0, DTYPE),
+        factor_parameters, inhibitor_parameters, FACTORS, COORDINATES, INHIBITOR, POWER, BLOCKS, 1, NEED_WEIGHT, False,
+        NEED_POINTS, False, EVEN, PREFETCH, VECTOR, TILE_ROWS, REPEAT, WIDTH, TILES, GROUP, DTYPE)
 
 
 @triton.jit
@@ -84,4 +84,5 @@ def finish_penalties_kernel(
                 None if CONSTANT else row_parts + pick(row_starts, layer),
                 None if CONSTANT else column_parts + pick(column_starts, layer), pick(drows, layer),
                 None if SHARED else pick(dcols, layer), pick(n_rows, layer), pick(n_columns, layer),
-                pick(row_counts, layer), pick(column_counts, layer), FACTORS, COORDINATES, CONSTANT, SHARED, CHUNK, POINTS)
+                pick(row_counts, layer), pick(column_counts, layer), FACTORS, COORDINATES, CONSTANT, SHARED, CHUNK,
+                POINTS)
