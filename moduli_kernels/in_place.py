@@ -88,9 +88,10 @@ def _like(gradient: Tensor, weight: Tensor) -> bool:
         return False
     if weight.layout == torch.strided:
         return gradient.dtype == weight.dtype and gradient.is_contiguous()
+    # the same index tensors, as our gradients have: comparing what is in them would wait for the device
     return (gradient.values().dtype == weight.values().dtype and gradient.values().is_contiguous()
-            and torch.equal(gradient.crow_indices(), weight.crow_indices())
-            and torch.equal(gradient.col_indices(), weight.col_indices()))
+            and gradient.crow_indices().data_ptr() == weight.crow_indices().data_ptr()
+            and gradient.col_indices().data_ptr() == weight.col_indices().data_ptr())
 
 
 def _add_grad(leaf: Tensor, gradient: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from penalty_cases import (
 )
 
 import moduli_kernels as mk
+from moduli_kernels import in_place
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -121,7 +122,19 @@ def test_accumulate_into_compressed_gradients():
         mk.accumulate_penalty_grad_(leaf, rows, cols, manifold="torus")
         want = penalty_and_gradients(weight.to_dense(), rows, cols, manifold="torus", mask=mask).weight
         assert leaf.grad.layout == torch.sparse_csr
+        assert in_place._like(leaf.grad, leaf)  # so that the second time adds in place
         assert relative_error(leaf.grad.to_dense(), times * want) <= 1e-5
+
+
+def test_accumulate_into_compressed_gradients_with_indices_of_their_own():
+    mask = draw_mask(40, 30)
+    weight = (draw_weight(40, 30) * mask).to_sparse_csr()
+    rows, cols = draw_points("torus", 40), draw_points("torus", 30, 1)
+    leaf = weight.detach().requires_grad_()
+    leaf.grad = weight.detach().clone()
+    mk.accumulate_penalty_grad_(leaf, rows, cols, manifold="torus")
+    want = penalty_and_gradients(weight.to_dense(), rows, cols, manifold="torus", mask=mask).weight + weight.to_dense()
+    assert relative_error(leaf.grad.to_dense(), want) <= 1e-5
 
 
 def test_accumulate_moves_the_version_counter():
