@@ -62,7 +62,7 @@ def backend(name: str) -> Iterator[None]:
 def active(device_type: str) -> str:
     """The backend that serves tensors on this type of device ("cpu", "cuda", ...)."""
     if _forced is None:
-        if device_type == "cuda" and _library.triton_installed and not _library.triton_interpreted:
+        if device_type == "cuda" and not _library.triton_interpreted and _triton()[0]:
             return "triton"
         return "cpp" if device_type == "cpu" and _library.cpu_ops_error is None else "reference"
     if _check(_forced) != "reference" and _DEVICE[_forced] != device_type:

@@ -345,7 +345,8 @@ def test_messages_do_not_depend_on_the_backend(backend, case):
 
 
 def test_errors_under_compile_are_the_same():
-    compiled = torch.compile(lambda w: penalty(w), backend="eager")
+    points = draw_points("torus", 6)
+    compiled = torch.compile(lambda w: mk.moduli_penalty(w, points, manifold="torus"), backend="eager")
     with pytest.raises(ValueError, match=re.escape(WEIGHTS["not_square"].message)):
         compiled(draw_weight(6, 5))
 
