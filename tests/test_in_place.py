@@ -10,6 +10,7 @@ from penalty_cases import (
     draw_points,
     draw_weight,
     generator,
+    on_device,
     penalty_and_gradients,
     relative_error,
 )
@@ -17,7 +18,7 @@ from penalty_cases import (
 import moduli_kernels as mk
 from moduli_kernels import in_place
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+pytestmark = [on_device, pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")]
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

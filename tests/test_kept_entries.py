@@ -15,12 +15,13 @@ from penalty_cases import (
     expected,
     generator,
     needs_cpp,
+    on_device,
     penalty_and_gradients,
 )
 
 import moduli_kernels as mk
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+pytestmark = [on_device, pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")]
 CLOSE = {torch.float64: (1e-13, 1e-12), torch.float32: (1e-6, 1e-5)}
 
 

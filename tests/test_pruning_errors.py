@@ -127,8 +127,9 @@ def test_a_weight_that_no_longer_fits_its_mask():
     layer.weight = nn.Parameter(torch.ones(2, 4))
     with pytest.raises(RuntimeError) as error:
         pruner.step_to(0.5)
-    assert str(error.value) == ("0.weight and its mask must have one shape and device, got (2, 4) on cpu and "
-                                "(2, 3) on cpu; move the module with module.to(...), not the parameter "
+    device = layer.weight.device
+    assert str(error.value) == (f"0.weight and its mask must have one shape and device, got (2, 4) on {device} and "
+                                f"(2, 3) on {device}; move the module with module.to(...), not the parameter "
                                 "alone.")
 
 
