@@ -89,13 +89,16 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
         programs = triton.cdiv(n_own, points)
         parts = rows.new_empty(programs) if need_value and not transposed else None
         point_parts = rows.new_empty(coordinates * n_own) if sum_points else None
+        # without a limit of its own ptxas (of Triton 3.9, sm_86) spills to fit in one more block
+        registers = 128 if dtype == torch.float32 and coordinates <= 3 else None
         kept_kernel[(programs,)](
             values, *segments, own, others, a.table, grad, None if transposed else dweight, parts, point_parts, n_own,
             *numbers, FACTORS=((LINE.value, 0, 1, 0),) if constant else kinds, COORDINATES=coordinates, INHIBITOR=code,
             POWER=int(a.power) if a.power in (1, 2) else 0, BLOCKS=blocks, TRANSPOSED=transposed,
             NEED_VALUE=need_value and not transposed, NEED_WEIGHT=need_weight and not transposed,
             ACCUMULATE=into is not None, NEED_POINTS=sum_points, HAS_GRAD=grad is not None, ROWS=points, WIDTH=width,
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=WARPS, enable_fp_fusion=True,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=WARPS,
+            maxnreg=registers, enable_fp_fusion=True,
         )
         return parts, point_parts
 
