@@ -33,7 +33,7 @@ import gpu_tests  # noqa: E402
 PARTS = ("tests", "sanitize", "bench")
 SECONDS = 520  # of all parts: under 9 minutes
 # of what is left when a part begins, the share it may take, where others follow it
-SHARES = {"build": 0.3, "tests": 0.55, "sanitize": 0.45}
+SHARES = {"build": 0.3, "tests": 0.6, "sanitize": 0.45}
 LEAST_TORCH = (2, 10)
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hypothesis import settings
-from penalty_cases import DEVICE
+from penalty_cases import DEVICE, KERNELS
 
 settings.register_profile("moduli", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("moduli")
@@ -30,6 +30,10 @@ def pytest_configure(config):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # cuDNN's, of a pruned nn.RNN, whose weights torch.nn.utils.prune makes one by one
         config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of single contiguous chunk")
+    elif KERNELS == "triton":
+        # NumPy's, under Triton's interpreter, of what is right there: log2(0), and inf - inf of poisoned points
+        config.addinivalue_line(
+            "filterwarnings", "ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items):
