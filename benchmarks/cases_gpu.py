@@ -11,7 +11,8 @@ from torch import Tensor
 from .cases import ACCURACY_GOALS, MEMORY_GOAL, Case
 
 # of 16-bit weights: one rounding of dW, for float16 of numbers below its normal ones (the gradient of a mean)
-ACCURACY_16_BIT = {torch.bfloat16: ACCURACY_GOALS | {"weight": 4e-3}, torch.float16: ACCURACY_GOALS | {"weight": 1.5e-2}}
+ACCURACY_16_BIT = {torch.bfloat16: ACCURACY_GOALS | {"weight": 4e-3},
+                   torch.float16: ACCURACY_GOALS | {"weight": 1.5e-2}}
 KEPT = 0.02  # of the entries, in the masked case
 LAYERS, LAYER = 3, 128  # the small net: so many recurrent weights of so many neurons
 

@@ -168,5 +168,5 @@ def measure_calls(name: str, calls: dict[str, Callable[[], None]], rounds: int, 
     ours = next(iter(times.values()))
     return {"case": name, "rounds": rounds, "refused": {}, "contestants": [
         {"name": who, "kind": "ours" if who == next(iter(times)) else "other", "rounds": rounds,
-         "time": quartiles(taken), "ratio": quartiles([a / b for a, b in zip(taken, ours)]), "gaps": stopwatch.gaps[who],
-         "errors": None} for who, taken in times.items()]}
+         "time": quartiles(taken), "ratio": quartiles([a / b for a, b in zip(taken, ours)]),
+         "gaps": stopwatch.gaps[who], "errors": None} for who, taken in times.items()]}

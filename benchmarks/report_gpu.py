@@ -17,10 +17,10 @@ def report(run: Record) -> list[str]:
     lines = [
         "# Penalty on a GPU: measured" + (" (QUICK: small sizes, no figures)" if run["quick"] else ""), "",
         f"{run['started']}, commit {(environment['commit'] or 'unknown')[:12]}{dirty}, {environment['device']}, driver "
-        f"{run['driver'] or 'unknown'}, CUDA {versions['cuda']}, torch {versions['torch']}, Triton {versions['triton']}, "
-        f"second-level cache {run['l2'] / 2**20:.0f} MiB. float32, torus + DoG, value and gradients unless said. Times are "
-        "the device's, by CUDA events, warm, weights rotating through more memory than the cache holds; ratios are "
-        "medians over rounds in which all contestants took turns, [quartiles] beside them.",
+        f"{run['driver'] or 'unknown'}, CUDA {versions['cuda']}, torch {versions['torch']}, Triton "
+        f"{versions['triton']}, second-level cache {run['l2'] / 2**20:.0f} MiB. float32, torus + DoG, value and "
+        "gradients unless said. Times are the device's, by CUDA events, warm, weights rotating through more memory than "
+        "the cache holds; ratios are medians over rounds in which all contestants took turns, [quartiles] beside them.",
         "", "## Figures", "", *figures(run), "",
         "## grad_output 1 and not 1", "", *scaled(run), "",
         "## Every contestant", "", *contestants(run["penalty"]), "",
@@ -68,8 +68,8 @@ def scaled(run: Record) -> list[str]:
 
 
 def contestants(penalty: list[Record]) -> list[str]:
-    lines = ["The share of the copy's bandwidth is copy time over time. In a loop: seconds a step with launching, which "
-             "small weights are bound by.", "",
+    lines = ["The share of the copy's bandwidth is copy time over time. In a loop: seconds a step with launching, "
+             "which small weights are bound by.", "",
              "| case | contestant | us [quartiles] | its time / ours | share of copy bandwidth | in a loop, us |",
              "| --- | --- | --- | --- | --- | --- |"]
     for record in penalty:
@@ -78,8 +78,9 @@ def contestants(penalty: list[Record]) -> list[str]:
             low, middle, high = (1e6 * seconds for seconds in one["time"])
             share = "-" if copy is None else f"{100 * copy / one['time'][1]:.0f} %"
             loop = f"{1e6 * one['loop']:.0f}" if one.get("loop") else "-"
-            lines.append(f"| {record['case'] if index == 0 else ''} | {one['name']} | {middle:.1f} [{low:.1f}, {high:.1f}] "
-                         f"| {one['ratio'][1]:.2f} | {share} | {loop} |")
+            case = record["case"] if index == 0 else ""
+            lines.append(f"| {case} | {one['name']} | {middle:.1f} [{low:.1f}, {high:.1f}] | {one['ratio'][1]:.2f} | "
+                         f"{share} | {loop} |")
         lines += [f"| | {name}: refused, {why} | | | | |" for name, why in record["refused"].items()]
     return lines
 

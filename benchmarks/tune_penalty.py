@@ -1,12 +1,14 @@
 """Measures launch parameters of the Triton kernels on this machine's GPU and prints rows for its generation in
 moduli_kernels/triton/launch_table.py.
 
-    python -m benchmarks.tune_penalty [KIND ...] [--output FILE]     KIND: frozen, flat, curved, some, many (default: all)
+    python -m benchmarks.tune_penalty [KIND ...] [--output FILE]
 
-Each kind of work is measured on the manifolds that stand for it, float32, DoG, at three size classes. First every shape
-of tile at the middle size, then the best at all sizes, then the number of programs. A tile counts by the geometric mean,
-over manifolds and sizes, of its time over the best one's; the table's present tile stays unless another is better by
-more than the noise. A tile that does not compile, or gives another value, is out.
+KIND: frozen, flat, curved, some, many (default: all).
+
+Each kind of work is measured on the manifolds that stand for it, float32, DoG, at three size classes. First every
+shape of tile at the middle size, then the best at all sizes, then the number of programs. A tile counts by the
+geometric mean, over manifolds and sizes, of its time over the best one's; the table's present tile stays unless another
+is better by more than the noise. A tile that does not compile, or gives another value, is out.
 """
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def shapes(before: Any) -> list[Any]:
     return list(dict.fromkeys([before, *made]))
 
 
-def scored(tiles: Iterable[Any], seconds: Callable[[Any, int], list[float]], sizes: tuple[int, ...]) -> dict[Any, float]:
+def scored(tiles: Iterable[Any], seconds: Callable[[Any, int], list[float]],
+           sizes: tuple[int, ...]) -> dict[Any, float]:
     """tile -> score over these sizes, best first; what cannot be used anywhere is left out."""
     taken = {tile: [s for n in sizes for s in seconds(tile, n)] for tile in tiles}
     taken = {tile: times for tile, times in taken.items() if all(map(math.isfinite, times))}
@@ -113,13 +116,14 @@ def row(kind: str, tile: Any) -> str:
 def report(found: list[Found], capability: int) -> str:
     """What is to be put in the table, as Python, with what it gains."""
     return "\n".join([f"# generation {capability}, moduli_kernels/triton/launch_table.py",
-                      *(f"# {each.told()}" for each in found), "{", *(row(each.kind, each.tile) for each in found), "}"])
+                      *(f"# {each.told()}" for each in found),
+                      "{", *(row(each.kind, each.tile) for each in found), "}"])
 
 
 # --- on the GPU ------------------------------------------------------------------------------------------------
 
 class GpuTimer:
-    """Medians of the device's time for value and gradients, weights rotating through more memory than the cache holds."""
+    """Medians of the device's time for value and gradients; weights rotate through more than the cache holds."""
 
     def __init__(self):
         from moduli_kernels.triton import launch_table
@@ -150,8 +154,8 @@ class GpuTimer:
         if abs(value / self._values.setdefault((manifold, n), value) - 1) > 1e-5:
             raise ValueError(f"another value: {value}")
         turn = itertools.cycle(weights)
-        taken = [self.stopwatch.seconds(f"{manifold} {n}", lambda: mk.moduli_penalty(next(turn), points, manifold=manifold))
-                 for _ in range(REPEATS_TIMED)]
+        step = lambda: mk.moduli_penalty(next(turn), points, manifold=manifold)  # noqa: E731
+        taken = [self.stopwatch.seconds(f"{manifold} {n}", step) for _ in range(REPEATS_TIMED)]
         return sorted(taken)[len(taken) // 2]
 
 

@@ -1,4 +1,4 @@
-"""`make gpu`: builds, runs the tests, compute-sanitizer and the benchmarks on this machine's CUDA GPU, and writes it down.
+"""`make gpu`: builds, runs the tests, compute-sanitizer and the benchmarks on this machine's CUDA GPU; writes it down.
 
     python scripts/gpu.py [all|tests|sanitize|bench] [--seconds S] [--quick] [-k EXPRESSION]
 
@@ -53,14 +53,14 @@ def refusal() -> str | None:
     try:
         import torch
     except ImportError:
-        return (f"{sys.executable} has no torch; set PYTHON to a Python that has torch >= 2.10 with CUDA (without a GPU, "
-                "`make test` is what to run).")
+        return (f"{sys.executable} has no torch; set PYTHON to a Python that has torch >= 2.10 with CUDA (without a "
+                "GPU, `make test` is what to run).")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < LEAST_TORCH:
         return f"torch >= 2.10 is needed, but {sys.executable} has {torch.__version__}; set PYTHON to another Python."
     if torch.version.cuda is None:
-        return (f"a torch with CUDA is needed, but {sys.executable} has {torch.__version__}; set PYTHON to another Python "
-                "(without a GPU, `make test` is what to run).")
+        return (f"a torch with CUDA is needed, but {sys.executable} has {torch.__version__}; set PYTHON to another "
+                "Python (without a GPU, `make test` is what to run).")
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU here; look at nvidia-smi (without a GPU, `make test` is what to run)."
     try:
@@ -101,9 +101,9 @@ def sanitize(seconds: float) -> Part:
 
     architecture = "".join(map(str, torch.cuda.get_device_capability()))
     verdicts = gpu_sanitize.run(architecture, seconds, LOGS / "sanitize.log")
-    ok = all(verdict.ok for verdict in verdicts)
-    told = f"{sum(verdict.ok for verdict in verdicts)} of {len(verdicts)} tools found their planted bug and nothing else"
-    return Part(ok, told, [f"{verdict.tool} {verdict.told}" for verdict in verdicts],
+    good = sum(verdict.ok for verdict in verdicts)
+    told = f"{good} of {len(verdicts)} tools found their planted bug and nothing else"
+    return Part(good == len(verdicts), told, [f"{verdict.tool} {verdict.told}" for verdict in verdicts],
                 {verdict.tool: {"ok": verdict.ok, "told": verdict.told} for verdict in verdicts})
 
 
@@ -200,7 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS})")
-    parser.add_argument("--quick", action="store_true", help="benchmarks at small sizes: does everything work? No figures.")
+    parser.add_argument("--quick", action="store_true", help="benchmarks at small sizes: does all of it work?")
     parser.add_argument("-k", dest="expression", help="of the benchmarks, those whose names match")
     asked = parser.parse_args()
     if reason := refusal():

@@ -1,4 +1,4 @@
-"""The benchmarks on a GPU for scripts/gpu.py: several processes compile what the contestants need, one then measures."""
+"""The benchmarks on a GPU for scripts/gpu.py: several processes compile what contestants need, one then measures."""
 from __future__ import annotations
 
 import os
@@ -67,8 +67,8 @@ def measure(record: pathlib.Path, seconds: float, log: pathlib.Path, arguments: 
 
 
 def outcome(status: int | None, record: pathlib.Path, log: pathlib.Path) -> Outcome:
-    """status: pytest's, None where it was ended. Passed are measurements that could be made, be the goals reached or not:
-    how many were is told."""
+    """status: pytest's, None where it was ended. Passed are measurements that could be made, be the goals reached or
+    not: how many were is told."""
     from benchmarks import records, report_gpu
 
     if not record.exists():

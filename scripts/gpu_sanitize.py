@@ -58,14 +58,16 @@ def judge(tool: str, planted: Output, work: Output | None) -> Verdict:
         return Verdict(tool, False, "took too long over its planted bug")
     if not seen:
         why = "ended without a summary" if seen is None else "did not report it"
-        return Verdict(tool, False, f"was given a planted bug and {why}: its silence proves nothing ({_last(planted.text)})")
+        last = _last(planted.text)
+        return Verdict(tool, False, f"was given a planted bug and {why}: its silence proves nothing ({last})")
     if work is None or work.status is None:
         return Verdict(tool, False, "found its planted bug, then took too long over the kernels")
     found = errors(work.text)
     if found:
         return Verdict(tool, False, f"found its planted bug and {found} in the kernels: {_first(work.text)}")
     if found is None or work.status or DONE not in work.text:
-        return Verdict(tool, False, f"found its planted bug, but the kernels did not run to their end ({_last(work.text)})")
+        last = _last(work.text)
+        return Verdict(tool, False, f"found its planted bug, but the kernels did not run to their end ({last})")
     return Verdict(tool, True, "found its planted bug and nothing in the kernels")
 
 
@@ -77,7 +79,8 @@ def _last(text: str) -> str:
 def _first(text: str) -> str:
     """The first finding in a tool's output, which begins its lines with =========."""
     lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
-    return next((line for line in lines if line and "COMPUTE-SANITIZER" not in line and "SUMMARY" not in line), "?")[:200]
+    found = (line for line in lines if line and "COMPUTE-SANITIZER" not in line and "SUMMARY" not in line)
+    return next(found, "?")[:200]
 
 
 def command(sanitizer: str, tool: str, *program: str) -> list[str]:
@@ -108,8 +111,8 @@ def run(architecture: str, seconds: float, log: pathlib.Path, execute: Run = exe
     sanitizer, nvcc = find("compute-sanitizer"), find("nvcc")
     for name, path in (("compute-sanitizer", sanitizer), ("nvcc", nvcc)):
         if path is None:
-            return [Verdict(name, False, f"was not found on the PATH nor in {' nor '.join(SEARCHED)}; it comes with the "
-                                         "CUDA toolkit")]
+            return [Verdict(name, False, f"was not found on the PATH nor in {' nor '.join(SEARCHED)}; it comes with "
+                                         "the CUDA toolkit")]
     texts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         library = pathlib.Path(folder, "plants.so")

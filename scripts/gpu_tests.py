@@ -1,5 +1,5 @@
-"""The test suite on a GPU for scripts/gpu.py: shares of it in processes side by side, since most tests wait for Triton to
-compile, which takes one core; pytest-xdist need not be there."""
+"""The test suite on a GPU for scripts/gpu.py: shares of it in processes side by side, since most tests wait for Triton
+to compile, which takes one core; pytest-xdist need not be there."""
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: every kernel of the penalty once or more, small, held against the reference on the CPU.
+"""What compute-sanitizer watches: every kernel of the penalty once or more, small, held against the CPU's reference.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/gpu_workload.py
 
@@ -50,8 +50,8 @@ def run(rows: int, columns: int | None, manifold: str = "torus", inhibitor=None,
     mask = torch.rand(weight.shape, generator=generator) < 0.1 if masked else None
     scale = 1.0 / (weight.shape[0] * weight.shape[1])
     what = reference.Penalty(m, resolve_inhibitor(inhibitor), power, blocks, scale)
-    want, wanted = reference.penalty_with_grads(weight.double(), x.double(), None if y is None else y.double(), mask, what,
-                                                True, True)
+    double = [None if t is None else t.double() for t in (weight, x, y)]
+    want, wanted = reference.penalty_with_grads(*double, mask, what, True, True)
     tolerance, name = TOLERANCE[dtype], f"{manifold} {tuple(weight.shape)} {dtype}"
 
     leaves = [None if t is None else t.cuda().requires_grad_(need) for t, need in ((weight, True), (x, trained),
@@ -69,8 +69,7 @@ def run(rows: int, columns: int | None, manifold: str = "torus", inhibitor=None,
         check(f"{name}: {what_is}", got.detach(), expected, tolerance)
     mk.accumulate_penalty_grad_(*leaves, power=power, **settings)
     check(f"{name}: dW added", leaves[0].grad, 2 * wanted.weight, 2 * tolerance)
-    with torch.no_grad():
-        mk.proximal_step_(leaves[0].detach(), *(None if t is None else t.detach() for t in leaves[1:]), step=0.1, **settings)
+    mk.proximal_step_(*(None if t is None else t.detach() for t in leaves), step=0.1, **settings)
 
 
 def compressed() -> None:
@@ -82,8 +81,8 @@ def compressed() -> None:
     what = reference.Penalty(mk.manifold("torus"), mk.DifferenceOfGaussians(), 1.0, 1, 1.0 / dense.numel())
     want, wanted = reference.penalty_with_grads(dense.double(), x.double(), y.double(), mask, what, True, True)
     csr = dense.to_sparse_csr()
-    weight = torch.sparse_csr_tensor(csr.crow_indices().cuda(), csr.col_indices().cuda(), csr.values().cuda(), csr.shape,
-                                     check_invariants=False).requires_grad_()
+    parts = (t.cuda() for t in (csr.crow_indices(), csr.col_indices(), csr.values()))
+    weight = torch.sparse_csr_tensor(*parts, csr.shape, check_invariants=False).requires_grad_()
     value = mk.moduli_penalty(weight, x.cuda(), y.cuda(), manifold="torus")
     value.backward()
     check("compressed: value", value.detach(), want, 1e-4)

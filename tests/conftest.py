@@ -24,7 +24,7 @@ def pytest_configure(config):
     if DEVICE not in ("cpu", "cuda"):
         raise pytest.UsageError(f"MODULI_KERNELS_TEST_DEVICE must be cpu or cuda, got {DEVICE}; unset it for the CPU.")
     if DEVICE == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("MODULI_KERNELS_TEST_DEVICE is cuda, but torch finds no CUDA GPU; unset it for the CPU.")
+        raise pytest.UsageError("MODULI_KERNELS_TEST_DEVICE is cuda, but torch finds no CUDA GPU; unset it.")
     if DEVICE == "cuda":
         # poisoned_empty asks for deterministic algorithms, and cuBLAS then for this, before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.path.name in WITHOUT_A_DEVICE:
-            item.add_marker(pytest.mark.skip(reason="set-up, pictures, examples and compilers: the CPU's suite runs it"))
+            item.add_marker(pytest.mark.skip(reason="its subject has no device: the CPU's suite runs it"))
 
 
 @pytest.fixture(autouse=True, scope="session")
