@@ -20,7 +20,8 @@ def report(run: Record) -> list[str]:
         f"{run['driver'] or 'unknown'}, CUDA {versions['cuda']}, torch {versions['torch']}, Triton "
         f"{versions['triton']}, second-level cache {run['l2'] / 2**20:.0f} MiB. float32, torus + DoG, value and "
         "gradients unless said. Times are the device's, by CUDA events, warm, weights rotating through more memory "
-        "than the cache holds; ratios are medians over rounds in which all contestants took turns, [quartiles] beside them.",
+        "than the cache holds; ratios are medians over rounds in which all contestants took turns, [quartiles] beside "
+        "them.",
         "", "## Figures", "", *figures(run), "",
         "## grad_output 1 and not 1", "", *scaled(run), "",
         "## Every contestant", "", *contestants(run["penalty"]), "",
