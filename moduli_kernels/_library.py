@@ -15,9 +15,10 @@ kernels are registered here and imported by the first call on a CUDA tensor.
 
 weight (blocks*R, C, *kernel): any row stride, all else contiguous. rows (R, k), cols (C, k) or None (= rows, and the
 gradient of the rows then holds both parts): contiguous, float64 for a float64 weight, else float32, as is the
-value. mask: like weight, contiguous. crow_indices (blocks*R + 1), col_indices, int64: of a torch.sparse_csr weight, whose
-values (entries) then stand for weight, and gradients are those of the values; no mask. table: (samples, 4) for the tabulated inhibitor, like the points. factors,
-factor_parameters, inhibitor, inhibitor_parameters: see _encoding.py. scale: strength over the number of entries.
+value. mask: like weight, contiguous. crow_indices (blocks*R + 1), col_indices, int64: of a torch.sparse_csr weight,
+whose values (entries) then stand for weight, and gradients are those of the values; no mask. table: (samples, 4) for
+the tabulated inhibitor, like the points. factors, factor_parameters, inhibitor, inhibitor_parameters: see
+_encoding.py. scale: strength over the number of entries.
 """
 from __future__ import annotations
 
@@ -236,17 +237,12 @@ triton_installed = importlib.util.find_spec("triton") is not None
 triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-TRITON_OPS = ("penalty", "penalty_with_grads", "penalty_grads", "accumulate_penalty_grad_", "proximal_step_",
-              "scale_grads_")
-TRITON_OPS_OF_SEVERAL = ("penalties_with_grads", "penalties_grads", "scale_penalties_grads_")
-
-
 def _triton(name: str):
     def on_cuda(*arguments):
         from .triton import launch, launch_kept, launch_several
 
-        of_one = launch_kept if name == "proximal_step_" else launch
-        return getattr(launch_several if name in TRITON_OPS_OF_SEVERAL else of_one, name)(*arguments)
+        module = launch_several if "penalties" in name else launch_kept if name == "proximal_step_" else launch
+        return getattr(module, name)(*arguments)
 
     return on_cuda
 
@@ -266,10 +262,10 @@ def _interpreted(name: str):
 
 
 if triton_installed:
-    for _name in TRITON_OPS + TRITON_OPS_OF_SEVERAL:
+    for _name in SCHEMAS:
         _lib.impl(_name, _triton(_name), "CUDA")
 if triton_interpreted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they replace the compiled ones
-        for _name in TRITON_OPS + TRITON_OPS_OF_SEVERAL:
+        for _name in SCHEMAS:
             _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

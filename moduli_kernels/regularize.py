@@ -1,7 +1,7 @@
 """`regularize`: one line that puts the penalty on every recurrent weight of a model."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,24 +49,23 @@ class Regularization(nn.Module):
         """(name of the weight, its regularizer)."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
-    def _weights(self) -> list[Tensor]:
-        return [_read(self._targets[name]) for name in self._key]
+    def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """The sum where one launch gives it, else None, and the penalty of each weight."""
+        weights, regularizers = [_read(self._targets[name]) for name in self._key], list(self.regularizers.values())
+        if _several.share_launches(regularizers, weights):
+            return _several.penalties(list(map(_several.layer_of, regularizers, weights)))
+        return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
 
     def losses(self) -> dict[str, Tensor]:
         """The penalty of each weight, 0-d and differentiable, by the weight's name."""
-        weights, regularizers = self._weights(), list(self.regularizers.values())
-        if _several.share_launches(regularizers, weights):
-            values = _several.penalties(list(map(_several.layer_of, regularizers, weights)))[1].unbind()
-        else:
-            values = [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
-        return dict(zip(self._key, values))
+        return dict(zip(self._key, self._penalties()[1]))
 
     def forward(self) -> Tensor:
         """The sum of all penalties, 0-d; on the first weight's device."""
-        weights, regularizers = self._weights(), list(self.regularizers.values())
-        if _several.share_launches(regularizers, weights):
-            return _several.penalties(list(map(_several.layer_of, regularizers, weights)))[0]
-        first, *others = (regularizer(weight) for regularizer, weight in zip(regularizers, weights))
+        total, each = self._penalties()
+        if total is not None:
+            return total
+        first, *others = each
         for loss in others:
             first = first + loss.to(first.device)
         return first

@@ -96,6 +96,40 @@ def capability(tensor: Tensor) -> int:
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else INTERPRETED_CAPABILITY
 
 
+def results_for(a: Arguments, need_value: bool, need_weight: bool, need_points: bool, into: Tensor | None) -> Results:
+    """Memory for what is asked for, `into` for dW where given; 0 where the weight has no entries."""
+    dweight = into
+    if need_weight and into is None:
+        dweight = torch.empty_like(a.weight, memory_format=torch.contiguous_format)
+    results = Results(a.rows.new_empty(()) if need_value else None, dweight,
+                      torch.empty_like(a.rows) if need_points else None,
+                      torch.empty_like(a.cols) if need_points and a.cols is not None else None)
+    if a.weight.numel() == 0:
+        for tensor in (results.value, results.rows, results.cols):
+            if tensor is not None:
+                tensor.zero_()
+    return results
+
+
+def finish(a: Arguments, results: Results, parts: Tensor | None, row_parts: Tensor | None, column_parts: Tensor | None,
+           groups: int, strips: int, kinds: tuple, constant: bool, chunk: int) -> None:
+    """Adds the parts of value and points, where they are asked for; the launch after the one that made them."""
+    value, rows, cols = results.value, a.rows, a.rows if a.cols is None else a.cols
+    need_points = results.rows is not None
+    if value is None and not need_points:
+        return
+    blocks = 0
+    if need_points:
+        blocks = triton.cdiv(len(rows), FINISH_POINTS)
+        blocks += 0 if a.cols is None else triton.cdiv(len(cols), FINISH_POINTS)
+    finish_kernel[(1 + blocks,)](
+        rows, cols, parts, row_parts, column_parts, value, results.rows, results.cols, len(rows), len(cols),
+        0 if parts is None else parts.numel(), groups, strips, FACTORS=kinds, COORDINATES=rows.shape[1],
+        NEED_VALUE=value is not None, NEED_POINTS=need_points, CONSTANT=constant, SHARED=a.cols is None, CHUNK=chunk,
+        POINTS=FINISH_POINTS, VALUES=FINISH_VALUES, num_warps=4, enable_fp_fusion=True,
+    )
+
+
 def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: bool, need_points: bool,
            into: Tensor | None = None) -> Results:
     """into: a gradient of the weight, contiguous, to which dW is added; else one is made."""
@@ -105,17 +139,9 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
         return launch_kept.launch(a, grad, need_value, need_weight, need_points, into)
     weight, rows = a.weight, a.rows
     cols = rows if a.cols is None else a.cols
-    value = rows.new_empty(()) if need_value else None
-    dweight = into
-    if need_weight and into is None:
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    drows = torch.empty_like(rows) if need_points else None
-    dcols = torch.empty_like(cols) if need_points and a.cols is not None else None
-    results = Results(value, dweight, drows, dcols)
+    results = results_for(a, need_value, need_weight, need_points, into)
+    dweight = results.weight
     if weight.numel() == 0:
-        for tensor in (value, drows, dcols):
-            if tensor is not None:
-                tensor.zero_()
         return results
 
     dtype = rows.dtype
@@ -157,17 +183,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=tile.warps,
             maxnreg=registers, enable_fp_fusion=True,
         )
-        if need_value or need_points:
-            blocks = 0
-            if need_points:
-                blocks = triton.cdiv(n_rows, FINISH_POINTS)
-                blocks += 0 if a.cols is None else triton.cdiv(n_columns, FINISH_POINTS)
-            finish_kernel[(1 + blocks,)](
-                rows, cols, parts, row_parts, column_parts, value, drows, dcols, n_rows, n_columns, parts.numel(),
-                shares.groups, shares.strips, FACTORS=kinds, COORDINATES=coordinates, NEED_VALUE=need_value,
-                NEED_POINTS=need_points, CONSTANT=constant, SHARED=a.cols is None, CHUNK=FINISH_CHUNK,
-                POINTS=FINISH_POINTS, VALUES=FINISH_VALUES, num_warps=4, enable_fp_fusion=True,
-            )
+        finish(a, results, parts, row_parts, column_parts, shares.groups, shares.strips, kinds, constant, FINISH_CHUNK)
     return results
 
 

@@ -17,16 +17,24 @@ import triton.language as tl
 
 from . import inhibitor
 from .distance import LINE
-from .finish import finish_kernel
 from .kept import kept_kernel
-from .launch import VECTOR_BYTES, Arguments, Results, factors, on_device, parameters, vector_length
+from .launch import (
+    VECTOR_BYTES,
+    Arguments,
+    Results,
+    factors,
+    finish,
+    on_device,
+    parameters,
+    results_for,
+    vector_length,
+)
 from .penalty import LANES
 from .proximal import proximal_kept_kernel, proximal_kernel
 
 WARPS = 4
 WIDEST = 128  # entries of a row at a time
 TILE = 512  # entries of a program at a time
-FINISH_POINTS, FINISH_VALUES = 32, 1024
 PROXIMAL_WARPS, PROXIMAL_TILES = 4, 4
 
 
@@ -59,17 +67,9 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     """As launch.launch, for a.weight the values of compressed rows."""
     values, rows = a.weight, a.rows
     cols = rows if a.cols is None else a.cols
-    value = rows.new_empty(()) if need_value else None
-    dweight = into
-    if need_weight and into is None:
-        dweight = torch.empty_like(values, memory_format=torch.contiguous_format)
-    drows = torch.empty_like(rows) if need_points else None
-    dcols = torch.empty_like(cols) if need_points and a.cols is not None else None
-    results = Results(value, dweight, drows, dcols)
+    results = results_for(a, need_value, need_weight, need_points, into)
+    dweight = results.weight
     if values.numel() == 0:
-        for tensor in (value, drows, dcols):
-            if tensor is not None:
-                tensor.zero_()
         return results
 
     dtype = rows.dtype
@@ -109,17 +109,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
         if sum_points:
             segments = by_column(a.crow_indices, a.col_indices, n_rows, n_columns, a.blocks)
             _, column_parts = walk(segments, cols, rows, 1, True)
-        if need_value or need_points:
-            blocks = 0
-            if need_points:
-                blocks = triton.cdiv(n_rows, FINISH_POINTS)
-                blocks += 0 if a.cols is None else triton.cdiv(n_columns, FINISH_POINTS)
-            finish_kernel[(1 + blocks,)](
-                rows, cols, parts, row_parts, column_parts, value, drows, dcols, n_rows, n_columns,
-                0 if parts is None else parts.numel(), 1, 1, FACTORS=kinds, COORDINATES=coordinates,
-                NEED_VALUE=need_value, NEED_POINTS=need_points, CONSTANT=constant, SHARED=a.cols is None, CHUNK=1,
-                POINTS=FINISH_POINTS, VALUES=FINISH_VALUES, num_warps=4, enable_fp_fusion=True,
-            )
+        finish(a, results, parts, row_parts, column_parts, 1, 1, kinds, constant, chunk=1)
     return results
 
 
