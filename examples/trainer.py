@@ -34,6 +34,8 @@ NETS = {
     "shuffled": "the torus coefficients, permuted at random",
     "none": "no penalty: magnitude pruning alone",
 }
+CUTS = ("all", "recurrent")
+BLOCK_ORDERS = ("manifold", "random")
 REPORT_SECONDS = 0.25
 POINTS_SEED = 2000  # added to a run's seed, apart from the streams of weights and data
 
@@ -53,9 +55,13 @@ class Config:
     clip: float | None = None  # gradient norm
     frozen_epochs: int = 0  # the last ones, in which trained points rest
     device: str = "cpu"
+    cut: str = "all"  # what the schedule is of: all weights of the task together, or its "recurrent" ones alone
+    block: int = 1  # side of the blocks that recurrent weights are cut in
+    block_order: str = "manifold"  # of the torus' points, or "random"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, TASKS), ("net", self.net, NETS)):
+        for name, value, known in (("task", self.task, TASKS), ("net", self.net, NETS), ("cut", self.cut, CUTS),
+                                   ("block_order", self.block_order, BLOCK_ORDERS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
@@ -112,14 +118,36 @@ class Run:
         }[config.net]()
         self.points = list(self.torus.parameters())  # empty where they are fixed
         self.optimizer = torch.optim.Adam([*self.task.model.parameters(), *self.points], lr=config.lr)
-        self.pruner = mk.MagnitudePruner(self.task.pruned(), optimizer=self.optimizer)
+        self.pruner = self._pruner(generator)
         self.result = Result()
         self._load()
 
+    def neurons_order(self) -> Tensor:
+        """The hidden neurons in manifold order of the torus' points, (n,) int64."""
+        _, regularizer = next(iter(self.torus.items()))
+        return mk.manifold_order(regularizer.rows.points.detach(), "torus")
+
+    def _pruner(self, generator: torch.Generator) -> mk.MagnitudePruner:
+        config = self.config
+        recurrent = [(m, name) for m, name in self.task.pruned() if name.startswith("weight_hh")]
+        if not recurrent and (config.cut == "recurrent" or config.block > 1):
+            raise ValueError(f"cut and block must be 'all' and 1 for {config.task}, whose net holds no weight_hh of its "
+                             f"own, got {config.cut!r} and {config.block}")
+        targets = recurrent if config.cut == "recurrent" else self.task.pruned()
+        blocks = {}
+        if config.block > 1:
+            order = self.neurons_order()
+            if config.block_order == "random":
+                order = torch.randperm(len(order), generator=generator, device=order.device)
+            blocks = {"block": (config.block,) * 2, "order": dict.fromkeys(recurrent, (order, order))}
+        return mk.MagnitudePruner(targets, optimizer=self.optimizer, **blocks)
+
     # -- training --
 
-    def train(self, report: Callable[[dict[str, Any]], None] = lambda progress: None) -> Result:
-        """Trains the epochs that are left; `report` gets a dict about four times a second."""
+    def train(self, report: Callable[[dict[str, Any]], None] = lambda progress: None,
+              after_epoch: Callable[[int], None] = lambda epoch: None) -> Result:
+        """Trains the epochs that are left; `report` gets a dict about four times a second. after_epoch: called with
+        the number of epochs done, before they are saved: again, if killed in between, with the same net."""
         config, result = self.config, self.result
         if not result.environment:
             result.environment, result.references = environment(), self.task.references()
@@ -134,6 +162,7 @@ class Run:
             result.history.append(entry)
             result.seconds = spent + time.perf_counter() - begun
             result.peak_mib = max(result.peak_mib, _peak_mib(config.device))
+            after_epoch(epoch + 1)
             self._save()
         return result
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _mask_hooks, _torch_prune
+from ._prune_blocks import checked_blocks, keep
 from ._prune_targets import described, grouped, is_mask, prunable, target_pairs
 from .schedules import fraction
 
@@ -26,7 +27,11 @@ class MagnitudePruner:
         optimizer: with it, gradients are masked as they arrive (before accumulation and clipping, as
             torch.nn.utils.prune does) and weights after each `optimizer.step()`, so momentum and decay revive
             nothing. Without it only gradients are masked: call `apply()` after each step.
-        block, order: SparseRNN's pruning in blocks, not there yet (NotImplementedError).
+        block, order: to cut matrices in blocks of `block` = (rows, columns) entries, which SparseRNN runs faster
+            than scattered weights. order: {(module, name): (row_permutation, column_permutation)}, int64, puts
+            each matrix in an order first, best `mk.manifold_order` of its neurons' points (a recurrent weight
+            takes the same permutation twice). Blocks rank by mean |w|, together with the single weights of
+            targets that `order` does not name. Controls without points borrow the order of the penalized net.
 
     Each module gets a bool buffer `<param>_mask` (True = kept), saved in its state_dict; one that is there
     already (an earlier pruner's) is taken over, and the weights it cuts are set to 0. To load a checkpoint
@@ -42,16 +47,13 @@ class MagnitudePruner:
     def __init__(self, targets: Iterable[tuple[nn.Module, str]], *,
                  optimizer: torch.optim.Optimizer | None = None,
                  block: tuple[int, int] | None = None, order: Mapping | None = None):
-        if block is not None or order is not None:
-            raise NotImplementedError(
-                "block and order must be None: pruning in blocks comes with SparseRNN's block pruning; leave "
-                "them out to rank weight by weight."
-            )
         _optimizer(optimizer)
         pairs = target_pairs(targets)
         for i, (module, name) in enumerate(pairs):
             prunable(i, module, name)
+        blocks = checked_blocks(block, order, pairs)
         self._weights = grouped(pairs)
+        self._blocks = [next((blocks[id(m), n] for m, n in w.owners if (id(m), n) in blocks), None) for w in self._weights]
         self.optimizer = optimizer
         self._hooked = True
         for weight in self._weights:
@@ -71,7 +73,8 @@ class MagnitudePruner:
 
         All weights are ranked together: masked first, then by |w|, then by order of targets and flat
         (row-major) index; the first ones are cut. Masked weights and their gradients are set to 0. Asking for
-        what is already cut changes no mask. Mixed dtypes are compared in the widest one.
+        what is already cut changes no mask. Mixed dtypes are compared in the widest one. With blocks, as many of
+        the lowest-ranked blocks and weights are cut as leave at most round(sparsity * N) masked.
 
         Raises ValueError for a sparsity outside [0, 1] or below what is already cut, and for NaN among the
         weights; then nothing was changed.
@@ -86,6 +89,7 @@ class MagnitudePruner:
                 f"got {sparsity!r}; pruned weights never come back, load earlier masks to go back."
             )
         if count > cut:
+            self._check_no_nan()
             for weight, mask in zip(self._weights, self._masks_at(count), strict=True):
                 weight.mask.copy_(mask)
         self.apply()
@@ -98,6 +102,9 @@ class MagnitudePruner:
 
     def _masks_at(self, count: int) -> list[Tensor]:
         """Masks with `count` entries cut, more than are cut now. By selection: sorting takes 7 x longer."""
+        if any(self._blocks):
+            parameters, masks = [w.parameter.detach() for w in self._weights], [w.mask for w in self._weights]
+            return keep(parameters, masks, self._blocks, count)
         dtype = reduce(torch.promote_types, (w.parameter.dtype for w in self._weights), torch.float32)
         shapes = [w.parameter.shape for w in self._weights]
         sizes = [shape.numel() for shape in shapes]
@@ -105,11 +112,6 @@ class MagnitudePruner:
         for weight, part in zip(self._weights, scores.split(sizes), strict=True):
             cut = ~weight.mask.reshape(-1).to(part.device)
             part.copy_(weight.parameter.reshape(-1)).abs_().masked_fill_(cut, -1)
-            if part.isnan().any():
-                raise ValueError(
-                    f"weights must not hold NaN when they are ranked, got NaN in {weight.key}; no mask was "
-                    "changed, look at the loss and the learning rate."
-                )
         # On a GPU kthvalue is refused by use_deterministic_algorithms, and sorting is fast.
         on_cpu = scores.device.type == "cpu"
         threshold = scores.kthvalue(count).values if on_cpu else scores.sort().values[count - 1]
@@ -117,6 +119,14 @@ class MagnitudePruner:
         ties = count - int(torch.count_nonzero(~keep))
         keep[(scores == threshold).nonzero()[:ties, 0]] = False
         return [part.view(shape) for part, shape in zip(keep.split(sizes), shapes, strict=True)]
+
+    def _check_no_nan(self) -> None:
+        for weight in self._weights:
+            if (weight.parameter.isnan() & weight.mask).any():
+                raise ValueError(
+                    f"weights must not hold NaN when they are ranked, got NaN in {weight.key}; no mask was "
+                    "changed, look at the loss and the learning rate."
+                )
 
     def apply(self) -> None:
         """Sets masked weights to 0: after an optimizer step the pruner does not see, or writes by hand."""
