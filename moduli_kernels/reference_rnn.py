@@ -1,0 +1,105 @@
+"""The specification of the masked RNN: one layer in one direction over a whole sequence, and its gradients by hand.
+
+    a_t = (mask_ih * w_ih) x_t + b_ih + (mask_hh * w_hh) h_(t-1) + b_hh         for each element of the batch
+    h_t = (1 - leak) h_(t-1) + leak s(a_t)                                      s: tanh or ReLU
+
+With dL/dh_t = d_t, which holds the gradient of output t and what comes from later steps:
+
+    dL/da_t = leak s'(a_t) d_t,    d_(t-1) gets (1 - leak) d_t + (mask_hh * w_hh)^T dL/da_t
+    dW_hh = mask_hh * sum_t dL/da_t h_(t-1)^T,    dW_ih = mask_ih * sum_t dL/da_t x_t^T,    db = sum_t dL/da_t
+
+Every kernel is held against this file, and it is the fallback where none is built. An element of the batch that ends
+earlier (lengths) keeps its state from its last step on, or in reverse has that of h before its first.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """What is computed, the tensors aside. nonlinearity: "tanh" or "relu"; leak in (0, 1]; reverse: from the last step."""
+
+    nonlinearity: str
+    leak: float
+    reverse: bool
+
+
+def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """The weight with 0 where it is masked, whatever stands there."""
+    return weight if mask is None else torch.where(mask, weight, torch.zeros_like(weight))
+
+
+def masked_rnn(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+               mask_ih: Tensor | None, mask_hh: Tensor | None, lengths: Tensor | None,
+               step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """output (T, B, H), the last state (B, H), and s(a) (T, B, H).
+
+    x (T, B, I), h (B, H), w_ih (H, I), w_hh (H, H), biases (H,), masks bool like the weights (True = kept), lengths
+    (B,) int64 or None. One floating dtype throughout.
+    """
+    w_ih, w_hh = kept(w_ih, mask_ih), kept(w_hh, mask_hh)
+    inputs = x @ w_ih.t()
+    for bias in (b_ih, b_hh):
+        if bias is not None:
+            inputs = inputs + bias
+    output, activations = torch.empty_like(inputs), torch.empty_like(inputs)
+    for t in _order(len(x), step.reverse):
+        a = inputs[t] + h @ w_hh.t()
+        activations[t] = a.tanh() if step.nonlinearity == "tanh" else a.relu()
+        h_t = activations[t] if step.leak == 1 else (1 - step.leak) * h + step.leak * activations[t]
+        h = h_t if lengths is None else torch.where(_active(t, lengths), h_t, h)
+        output[t] = h
+    return output, h.clone(), activations
+
+
+class Gradients(NamedTuple):
+    """Each like what it is the gradient of; None where it was not asked for. The biases share one."""
+
+    x: Tensor | None
+    h: Tensor | None
+    w_ih: Tensor | None
+    w_hh: Tensor | None
+    bias: Tensor | None
+
+
+def masked_rnn_grads(grad_output: Tensor, grad_h_n: Tensor, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor,
+                     mask_ih: Tensor | None, mask_hh: Tensor | None, lengths: Tensor | None, output: Tensor,
+                     activations: Tensor, step: Step, need_x: bool, need_h: bool, need_w_ih: bool, need_w_hh: bool,
+                     need_bias: bool) -> Gradients:
+    """Of what `masked_rnn` gave: output and activations are its results."""
+    kept_ih, kept_hh = kept(w_ih, mask_ih), kept(w_hh, mask_hh)
+    da = torch.empty_like(output)
+    before = torch.empty_like(output)  # the state that each step began with
+    d = grad_h_n
+    order = _order(len(x), step.reverse)
+    for k, t in enumerate(order):
+        before[t] = output[order[k - 1]] if k else h
+    for t in reversed(order):
+        d = d + grad_output[t]
+        s = activations[t]
+        slope = 1 - s * s if step.nonlinearity == "tanh" else (s > 0).to(s.dtype)
+        da_t, stays = step.leak * slope * d, (1 - step.leak) * d
+        if lengths is not None:
+            active = _active(t, lengths)
+            da_t, stays = torch.where(active, da_t, torch.zeros_like(da_t)), torch.where(active, stays, d)
+        da[t] = da_t
+        d = stays + da_t @ kept_hh
+    flat = da.flatten(0, 1)
+    return Gradients(
+        da @ kept_ih if need_x else None, d.clone() if need_h else None,
+        kept(flat.t() @ x.flatten(0, 1), mask_ih) if need_w_ih else None,
+        kept(flat.t() @ before.flatten(0, 1), mask_hh) if need_w_hh else None,
+        flat.sum(0) if need_bias else None,
+    )
+
+
+def _order(steps: int, reverse: bool) -> list[int]:
+    return list(range(steps))[::-1] if reverse else list(range(steps))
+
+
+def _active(t: int, lengths: Tensor) -> Tensor:
+    """(B, 1): whether step t is one of the element's own."""
+    return (t < lengths)[:, None]
