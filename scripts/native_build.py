@@ -29,7 +29,7 @@ COMMON_FLAGS = [
     # No -ffast-math: NaN and Inf must reach the value. What is given up is errno, floating-point exception
     # flags, and the rounding between a product and its sum.
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd",
-    "-Wno-maybe-uninitialized",  # false alarms from GCC's own intrinsics headers
+    "-Wno-maybe-uninitialized", "-Wno-uninitialized",  # false alarms from GCC's own intrinsics headers
     "-Wno-psabi",  # packs as arguments stay inside one translation unit
 ]
 # no exceptions: their tables would put a symbol shared between files into code of one instruction set

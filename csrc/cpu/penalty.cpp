@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../inhibitor.h"
+#include "isa.h"
 #include "points.h"
 
 namespace moduli {
@@ -26,7 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 // A gradient of this size would only push others out of the caches on its way.
 constexpr int64_t STREAM_BYTES = int64_t{1} << 24;
 
-struct Isa {
+struct Loops {
   RunTask<float> run_f32;
   RunTask<double> run_f64;
   RunTask<float> proximal_f32;
@@ -34,35 +33,27 @@ struct Isa {
   Scale scale;
 };
 
-#define MODULI_ISA(isa) {isa::run_task_f32, isa::run_task_f64, isa::proximal_task_f32, isa::proximal_task_f64, isa::scale}
+#define MODULI_LOOPS(isa) {isa::run_task_f32, isa::run_task_f64, isa::proximal_task_f32, isa::proximal_task_f64, isa::scale}
 
-// The newest instruction set that the processor has; MODULI_KERNELS_ISA (portable, avx2, avx512) asks for a lesser one,
-// so that every path can be tested on one machine.
-Isa pick_isa() {
-  const char* asked = std::getenv("MODULI_KERNELS_ISA");
-  const std::string most = asked && *asked ? asked : "avx512";
-  STD_TORCH_CHECK(most == "portable" || most == "avx2" || most == "avx512",
-                  "MODULI_KERNELS_ISA must be portable, avx2 or avx512, got ", most, "; unset it to let the package pick.");
-#ifdef MODULI_KERNELS_X86
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (most == "avx512" && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return MODULI_ISA(avx512);
-  if (most != "portable" && has_avx2) return MODULI_ISA(avx2);
+Loops pick_loops() {
+  switch (pick_isa()) {
+#if MODULI_KERNELS_X86
+    case Isa::AVX512: return MODULI_LOOPS(avx512);
+    case Isa::AVX2: return MODULI_LOOPS(avx2);
 #endif
-  return MODULI_ISA(portable);
+    default: return MODULI_LOOPS(portable);
+  }
 }
 
-const Isa& isa() {
-  static const Isa picked = pick_isa();
+const Loops& loops() {
+  static const Loops picked = pick_loops();
   return picked;
 }
 
-RunTask<float> run_of(float) { return isa().run_f32; }
-RunTask<double> run_of(double) { return isa().run_f64; }
-RunTask<float> proximal_of(float) { return isa().proximal_f32; }
-RunTask<double> proximal_of(double) { return isa().proximal_f64; }
+RunTask<float> run_of(float) { return loops().run_f32; }
+RunTask<double> run_of(double) { return loops().run_f64; }
+RunTask<float> proximal_of(float) { return loops().proximal_f32; }
+RunTask<double> proximal_of(double) { return loops().proximal_f64; }
 
 WeightType weight_type(const Tensor& weight) {
   switch (weight.scalar_type()) {
@@ -157,7 +148,7 @@ struct Prepared {
     p.power = a.power;
     p.scale = a.scale;
     p.grid = p.crow ? TaskGrid{task_grid(p.rows, p.columns).row_chunks, 1} : task_grid(p.rows, p.columns);
-    p.tile = std::max<int64_t>(tile_width(p.columns), p.mask ? MASK_STEP : 0);
+    p.tile = std::max<int64_t>(tile_width(p.columns), p.mask ? MASK_STEP : 0);  // a masked tile takes a whole step
   }
   const Points<T>& columns() const { return own_columns ? *own_columns : row_points; }
 };
@@ -295,7 +286,7 @@ void scale_grads_(std::vector<Tensor> grads, Tensor grad) {
     auto data = static_cast<char*>(tensor.mutable_data_ptr());
     const int64_t size = static_cast<int64_t>(tensor.element_size());
     torch::stable::parallel_for(0, tensor.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      isa().scale(data + begin * size, type, end - begin, factor);
+      loops().scale(data + begin * size, type, end - begin, factor);
     });
   }
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kept_bits.h"
+
 namespace moduli {
 
 enum class WeightType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -75,9 +77,6 @@ constexpr int64_t mirrored_tile_width(int64_t size, bool stream) {
   return whole < most ? whole : most;
 }
 
-// Entries of a mask that are looked at together; a masked tile holds as many at least.
-constexpr int64_t MASK_STEP = 64;
-
 // Between buffers of a tile: a pack more than its width, so that they do not all fall on the same lines of the cache.
 constexpr int64_t buffer_stride(int64_t width) { return width + MAX_LANES; }
 
@@ -113,7 +112,7 @@ using Scale = void (*)(void* data, WeightType type, int64_t count, double factor
   void scale(void* data, WeightType type, int64_t count, double factor);               \
   }
 MODULI_DECLARE_ISA(portable)
-#ifdef MODULI_KERNELS_X86
+#if MODULI_KERNELS_X86
 MODULI_DECLARE_ISA(avx2)
 MODULI_DECLARE_ISA(avx512)
 #endif

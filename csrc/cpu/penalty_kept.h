@@ -4,35 +4,10 @@
 
 #include <cstring>
 
+#include "kept_bits.h"
 #include "penalty_tile.h"
 
 namespace moduli::MODULI_NAMESPACE {
-
-// Bit l: whether entry l of MASK_STEP is kept.
-inline uint64_t kept_bits(const uint8_t* mask) {
-#if defined(__AVX512BW__)
-  const __m512i bytes = _mm512_loadu_si512(mask);
-  return _mm512_test_epi8_mask(bytes, bytes);
-#elif defined(__AVX2__)
-  const __m256i zero = _mm256_setzero_si256();
-  const auto low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask));
-  const auto high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 32));
-  const auto cut_low = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, zero)));
-  const auto cut_high = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, zero)));
-  return ~(cut_low | static_cast<uint64_t>(cut_high) << 32);
-#else
-  uint64_t bits = 0;
-  for (int l = 0; l < 64; ++l) bits |= static_cast<uint64_t>(mask[l] != 0) << l;
-  return bits;
-#endif
-}
-
-inline uint64_t kept_bits(const uint8_t* mask, int64_t count) {
-  if (count >= MASK_STEP) return kept_bits(mask);
-  uint64_t bits = 0;
-  for (int64_t l = 0; l < count; ++l) bits |= static_cast<uint64_t>(mask[l] != 0) << l;
-  return bits;
-}
 
 // The columns of kept entries from `from` on, at most `most` (MASK_STEP or more); `from` moves behind the last one looked at.
 // Asks for their weights, `row`, on the way.

@@ -1,0 +1,54 @@
+// tanh, ReLU and their slopes over rows of a slab.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../elementary.h"
+#include "rnn.h"
+
+namespace moduli::MODULI_NAMESPACE {
+
+// Relative error 2e-7. Near 0 the odd polynomial of the expansion, elsewhere (1 - e^-2|x|) / (1 + e^-2|x|).
+template <typename V>
+inline V hyperbolic_tangent(V x) {
+  const V a = absolute(x);
+  const V e = exp2_of_nonpositive(a * -2.8853900817779268f);
+  const V far = (1.0f - e) / (1.0f + e);
+  const V u = x * x;
+  V p = u * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes
+  p = p * u - 5.37397155531e-2f;
+  p = p * u + 1.33314422036e-1f;
+  p = p * u - 3.33332819422e-1f;
+  const V near = p * u * a + a;
+  const V positive = a < 0.625f ? near : far;
+  return x - x == 0 ? signed_by(positive, x) : (x > 0 ? splat<V>(1.0f) : (x < 0 ? splat<V>(-1.0f) : x));
+}
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
+
+// NaN stays NaN.
+template <typename V>
+inline V rectified(V x) {
+  return x < 0 ? V{} : x;
+}
+
+// s(a) in place; `count` is a multiple of MAX_PACK or at most as many as `a` has room for.
+template <typename T>
+inline void activate(T* a, int64_t count, Nonlinearity nonlinearity) {
+  using V = typename Pack<T>::V;
+  constexpr int LANES = Pack<T>::LANES;
+  for (int64_t l = 0; l < count; l += LANES) {
+    const V x = load_pack<V>(a + l);
+    store_pack(a + l, nonlinearity == Nonlinearity::TANH ? hyperbolic_tangent(x) : rectified(x));
+  }
+}
+
+// The slope of s where it has the value `s`.
+template <typename V>
+inline V slope_at(V s, Nonlinearity nonlinearity) {
+  if (nonlinearity == Nonlinearity::TANH) return 1 - s * s;
+  const V one = V{} + 1, zero{};
+  return s > 0 ? one : zero;
+}
+
+}  // namespace moduli::MODULI_NAMESPACE

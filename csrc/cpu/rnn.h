@@ -1,0 +1,114 @@
+// The masked RNN on the CPU: what the registration (rnn.cpp) hands to the loops (rnn_loops.h), which are compiled once per
+// instruction set. Plain pointers only: no std container may be instantiated in an ISA's translation unit.
+//
+// The batch is cut into strips of up to 64 lanes. A slab holds what one step has of one strip: (rows, width), rows being
+// neurons or inputs, so that a weight meets a contiguous run of lanes. Lanes of the batch do not meet but in the gradients
+// of weights and biases, where every sum has a fixed order: results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace moduli {
+
+enum class Nonlinearity { TANH, RELU };
+
+// Widths of strips: other numbers of lanes are filled up.
+constexpr int64_t WIDTHS[] = {1, 4, 8, 16, 24, 32, 48, 64};
+
+// Rows of a dense matrix that are multiplied at a time; chunks of rows begin at multiples of it.
+constexpr int64_t PANEL = 4;
+
+// A weight as the products read it.
+template <typename T>
+struct Matrix {
+  int64_t rows, columns;
+  const int64_t* begin;   // (rows + 1): where each row's entries begin; null: dense
+  const int32_t* column;  // of each entry
+  const T* value;         // of each entry; dense: [row / PANEL][column][row % PANEL], rows filled up with 0
+};
+
+// h' = (1 - leak) h + leak s(bias + input x + hidden h) of rows begin .. end of a strip.
+template <typename T>
+struct ForwardStep {
+  Matrix<T> input, hidden;
+  const T *x, *h;  // slabs
+  const T* bias;   // (rows) or null
+  T* next;         // slab
+  T* activation;   // slab of s(a), or null
+  const T* active;  // (width): 0 where a lane keeps its state; null: all are active
+  int64_t width;
+  Nonlinearity nonlinearity;
+  T leak;
+};
+
+// With d = grad_output + stays + hidden^T da_after: da = leak s' d, stays = (1 - leak) d, of rows begin .. end.
+template <typename T>
+struct BackwardStep {
+  Matrix<T> hidden_transposed;
+  const T* da_after;     // slab of the step after, or null
+  const T* grad_output;  // slab
+  const T* activation;   // slab of s(a)
+  T* da;                 // slab
+  T* stays;              // slab, read and written
+  const T* active;
+  int64_t width;
+  Nonlinearity nonlinearity;
+  T leak;
+};
+
+// to += matrix from, of rows begin .. end.
+template <typename T>
+struct Product {
+  Matrix<T> matrix;
+  const T* from;
+  T* to;
+  int64_t width;
+};
+
+// grad[e] += sum over steps and lanes of da[row of e] other[column of e], of the entries of one row. Slabs of successive
+// steps lie da_step and other_step elements apart.
+template <typename T>
+struct SampledRow {
+  const T *da, *other;  // da: of this row
+  int64_t da_step, other_step, steps, width;
+  const int32_t* column;  // null: entry e has column e
+  int64_t entries;
+  T* grad;
+};
+
+// Between (lanes, rows) with a stride, as tensors have it, and a slab: rows begin .. end; lanes that are only filled up
+// are 0.
+template <typename T>
+struct Transposition {
+  T* lanes_first;
+  int64_t stride, lanes;
+  T* slab;
+  int64_t width;
+};
+
+template <typename T>
+struct RnnLoops {
+  void (*forward)(const ForwardStep<T>&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardStep<T>&, int64_t begin, int64_t end);
+  void (*product)(const Product<T>&, int64_t begin, int64_t end);
+  void (*sampled_row)(const SampledRow<T>&);
+  T (*row_sum)(const T* da, int64_t da_step, int64_t steps, int64_t width);
+  void (*to_slab)(const Transposition<T>&, int64_t begin, int64_t end);
+  void (*from_slab)(const Transposition<T>&, int64_t begin, int64_t end);
+  int64_t (*count_kept)(const uint8_t* mask, int64_t columns);
+  // of one row, in order
+  void (*take_kept)(const uint8_t* mask, const T* weight, int64_t columns, int32_t* column, T* value);
+};
+
+#define MODULI_DECLARE_RNN(isa)         \
+  namespace isa {                       \
+  extern const RnnLoops<float> rnn_f32;  \
+  extern const RnnLoops<double> rnn_f64; \
+  }
+MODULI_DECLARE_RNN(portable)
+#if MODULI_KERNELS_X86
+MODULI_DECLARE_RNN(avx2)
+MODULI_DECLARE_RNN(avx512)
+#endif
+
+}  // namespace moduli
