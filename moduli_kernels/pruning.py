@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _mask_hooks, _torch_prune
-from ._prune_blocks import checked_blocks, keep
+from . import _mask_hooks, _prune_blocks, _torch_prune
 from ._prune_targets import described, grouped, is_mask, prunable, target_pairs
 from .schedules import fraction
 
@@ -30,8 +29,9 @@ class MagnitudePruner:
         block, order: to cut matrices in blocks of `block` = (rows, columns) entries, which SparseRNN runs faster
             than scattered weights. order: {(module, name): (row_permutation, column_permutation)}, int64, puts
             each matrix in an order first, best `mk.manifold_order` of its neurons' points (a recurrent weight
-            takes the same permutation twice). Blocks rank by mean |w|, together with the single weights of
-            targets that `order` does not name. Controls without points borrow the order of the penalized net.
+            takes the same permutation twice); blocks at the far edges may be smaller. Blocks rank by mean |w|,
+            together with the single weights of targets that `order` does not name. Controls without points borrow
+            the order of the penalized net. Neither is saved: give both again when a checkpoint is loaded.
 
     Each module gets a bool buffer `<param>_mask` (True = kept), saved in its state_dict; one that is there
     already (an earlier pruner's) is taken over, and the weights it cuts are set to 0. To load a checkpoint
@@ -51,9 +51,9 @@ class MagnitudePruner:
         pairs = target_pairs(targets)
         for i, (module, name) in enumerate(pairs):
             prunable(i, module, name)
-        blocks = checked_blocks(block, order, pairs)
+        blocks = _prune_blocks.checked_blocks(block, order, pairs)
         self._weights = grouped(pairs)
-        self._blocks = [next((blocks[id(m), n] for m, n in w.owners if (id(m), n) in blocks), None) for w in self._weights]
+        self._blocks = [blocks.get(id(weight.parameter)) for weight in self._weights]
         self.optimizer = optimizer
         self._hooked = True
         for weight in self._weights:
@@ -73,8 +73,12 @@ class MagnitudePruner:
 
         All weights are ranked together: masked first, then by |w|, then by order of targets and flat
         (row-major) index; the first ones are cut. Masked weights and their gradients are set to 0. Asking for
-        what is already cut changes no mask. Mixed dtypes are compared in the widest one. With blocks, as many of
-        the lowest-ranked blocks and weights are cut as leave at most round(sparsity * N) masked.
+        what is already cut changes no mask. Mixed dtypes are compared in the widest one.
+
+        With blocks, these are ranked by mean |w| over all their entries, masked ones as 0, in float64 and, where
+        equal, in row-major order of the ordered matrix. Cut is the longest run from the bottom of the ranking
+        that leaves at most round(sparsity * N) masked, so a little less than asked. If weights have changed, the
+        same sparsity asked again may cut what then fits in.
 
         Raises ValueError for a sparsity outside [0, 1] or below what is already cut, and for NaN among the
         weights; then nothing was changed.
@@ -101,10 +105,10 @@ class MagnitudePruner:
                 weight.parameter.grad = grad * weight.mask
 
     def _masks_at(self, count: int) -> list[Tensor]:
-        """Masks with `count` entries cut, more than are cut now. By selection: sorting takes 7 x longer."""
+        """Masks with `count` entries cut (of blocks: at most). By selection: sorting takes 7 x longer."""
         if any(self._blocks):
             parameters, masks = [w.parameter.detach() for w in self._weights], [w.mask for w in self._weights]
-            return keep(parameters, masks, self._blocks, count)
+            return _prune_blocks.keep(parameters, masks, self._blocks, count)
         dtype = reduce(torch.promote_types, (w.parameter.dtype for w in self._weights), torch.float32)
         shapes = [w.parameter.shape for w in self._weights]
         sizes = [shape.numel() for shape in shapes]

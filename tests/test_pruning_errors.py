@@ -108,17 +108,12 @@ def test_nan_among_the_weights_is_refused_before_anything_changes():
     assert module.w0.tolist() == [1, 2] and module.w1.tolist() == [0, 0]
 
 
-def test_bad_optimizer_and_block_mode():
+def test_bad_optimizer():
     layer = nn.Linear(3, 2)
     with pytest.raises(TypeError) as error:
         MagnitudePruner([(layer, "weight")], optimizer=layer.parameters())
     assert str(error.value) == ("optimizer must be a torch.optim.Optimizer, got a generator; pass the one "
                                 "that steps these weights, or None and call apply() after each step.")
-    for extra in ({"block": (16, 16)}, {"order": {}}):
-        with pytest.raises(NotImplementedError) as error:
-            MagnitudePruner([(layer, "weight")], **extra)
-        assert str(error.value) == ("block and order must be None: pruning in blocks comes with SparseRNN's "
-                                    "block pruning; leave them out to rank weight by weight.")
 
 
 def test_a_weight_that_no_longer_fits_its_mask():
@@ -174,3 +169,76 @@ def test_state_dicts_that_do_not_fit_change_nothing():
             pruner.load_state_dict(state)
         assert str(error.value) == message
         assert all(torch.equal(before[k], m) for k, m in pruner.masks.items())
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+PAIR = (torch.arange(2), torch.arange(3))  # of nn.Linear(3, 2).weight
+TOGETHER = ("pass block=(16, 16) and order={(module, name): (row_permutation, column_permutation)}, which names the "
+            "matrices cut in blocks.")
+WHOLE = "block must be two positive whole numbers (rows, columns), got "
+KEY = "each key of order must be one of the targets, got "
+SAME = "; use the same (module, name) pairs in both."
+WHAT = "order[Linear, 'weight']"
+TWICE = "; for a recurrent weight pass the same permutation twice."
+REPEATS, MAKES = " that repeats or leaves out some", "; mk.manifold_order makes one."
+BAD = [  # of a Linear(3, 2) whose weight and bias are targets: block, order from the layer, error
+    ((16, 16), lambda m: None, ValueError,
+     f"block and order must be given together, got block=(16, 16) without order; {TOGETHER}"),
+    (None, lambda m: {(m, "weight"): PAIR}, ValueError,
+     f"block and order must be given together, got order without block; {TOGETHER}"),
+    *((block, lambda m: {(m, "weight"): PAIR}, ValueError, f"{WHOLE}{block!r}; pass e.g. (16, 16).")
+      for block in (16, (16,), (4, 4, 4), (0, 4), (4, -1), (4.0, 4), (True, 4), "44")),
+    ((2, 2), lambda m: [PAIR], TypeError,
+     "order must be a dict {(module, name): (row_permutation, column_permutation)}, got a list; "
+     "mk.manifold_order(points, manifold) makes permutations."),
+    ((2, 2), lambda m: {"weight": PAIR}, ValueError, f"{KEY}a str{SAME}"),
+    ((2, 2), lambda m: {m: PAIR}, ValueError, f"{KEY}a Linear{SAME}"),
+    ((2, 2), lambda m: {(m, "weights"): PAIR}, ValueError, f"{KEY}(Linear, 'weights'){SAME}"),
+    ((2, 2), lambda m: {(nn.Linear(3, 2), "weight"): PAIR}, ValueError, f"{KEY}(Linear, 'weight'){SAME}"),
+    ((2, 2), lambda m: {(m, 0): PAIR}, ValueError, f"{KEY}a tuple{SAME}"),
+    ((2, 2), lambda m: {(m, "weight"): PAIR, (m, "bias"): PAIR}, ValueError,
+     "order[Linear, 'bias'] must be of a matrix, got a parameter (2,); leave it out of order."),
+    ((2, 2), lambda m: {(m, "weight"): PAIR[0]}, ValueError,
+     f"{WHAT} must be a pair (row_permutation, column_permutation), got a Tensor{TWICE}"),
+    ((2, 2), lambda m: {(m, "weight"): PAIR[:1]}, ValueError,
+     f"{WHAT} must be a pair (row_permutation, column_permutation), got a tuple{TWICE}"),
+    ((2, 2), lambda m: {(m, "weight"): PAIR[::-1]}, ValueError,
+     f"{WHAT}[0] must be an int64 permutation of range(2), got torch.int64 (3,){MAKES}"),
+    ((2, 2), lambda m: {(m, "weight"): (PAIR[0], PAIR[1].int())}, ValueError,
+     f"{WHAT}[1] must be an int64 permutation of range(3), got torch.int32 (3,){MAKES}"),
+    ((2, 2), lambda m: {(m, "weight"): (PAIR[0], torch.tensor([0, 2, 2]))}, ValueError,
+     f"{WHAT}[1] must be an int64 permutation of range(3), got torch.int64 (3,){REPEATS}{MAKES}"),
+    ((2, 2), lambda m: {(m, "weight"): (PAIR[0] + 1, PAIR[1])}, ValueError,
+     f"{WHAT}[0] must be an int64 permutation of range(2), got torch.int64 (2,){REPEATS}{MAKES}"),
+    ((2, 2), lambda m: {(m, "weight"): ([0, 1], PAIR[1])}, ValueError,
+     f"{WHAT}[0] must be an int64 permutation of range(2), got a list{MAKES}"),
+    ((2, 2), lambda m: {(m, "weight"): (None, PAIR[1])}, ValueError,
+     f"{WHAT}[0] must be an int64 permutation of range(2), got none{MAKES}"),
+]
+
+
+@pytest.mark.parametrize("block, order, kind, message", BAD)
+def test_bad_blocks_and_orders_change_nothing(block, order, kind, message):
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    with pytest.raises(kind) as error:
+        MagnitudePruner([(layer, "weight"), (layer, "bias")], block=block, order=order(layer))
+    assert str(error.value) == message
+    assert list(layer._buffers) == [] and not layer.weight._backward_hooks and torch.equal(before, layer.weight)
+
+
+def test_two_orders_of_a_tied_weight_are_refused():
+    net = Tied()
+    pairs = [(torch.arange(7), torch.arange(4)), (torch.arange(7).flip(0), torch.arange(4))]
+    with pytest.raises(ValueError) as error:
+        MagnitudePruner(net.targets(), block=(2, 2), order=dict(zip(net.targets(), pairs)))
+    assert str(error.value) == ("order[Linear, 'weight'] must be the order of the parameter it is tied to, got another "
+                                "one; name a tied parameter once.")
+    assert not hasattr(net.encoder, "weight_mask") and not hasattr(net.decoder, "weight_mask")
+
+
+def test_targets_that_torch_has_pruned_are_refused_before_their_order_is_read():
+    layer = torch_prune.identity(nn.Linear(3, 2), "weight")
+    with pytest.raises(ValueError, match="pruned by torch.nn.utils.prune; use MagnitudePruner.from_torch_prune"):
+        MagnitudePruner([(layer, "weight")], block=(2, 2), order={(layer, "weight"): PAIR})
