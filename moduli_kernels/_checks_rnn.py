@@ -1,0 +1,244 @@
+"""Every user-facing error of the recurrent nets (sparse_rnn.py, sparse_rnn_cell.py, compressed_rnn.py).
+
+Bad input to SparseRNN and SparseRNNCell is refused in the words of torch.nn.RNN and torch.nn.RNNCell. All other messages
+name the argument, what was expected, what came and what to do. Nothing here synchronizes with a GPU.
+"""
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import FLOATING, _kind, one_of
+from ._prune_targets import described, is_mask, names_pruned_by_torch
+
+NONLINEARITIES = ("tanh", "relu")
+PATHS = ("auto", "dense", "sparse")
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+def leak(value: Any) -> float:
+    """The share of the new state, in (0, 1], as float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"leak must be a number in (0, 1], got {_kind(value)}; pass a float such as 0.1, or 1.0 for none.")
+    if not 0 < value <= 1:
+        raise ValueError(f"leak must be a number in (0, 1], got {value!r}; pass a float such as 0.1, or 1.0 for none.")
+    return float(value)
+
+
+def path(value: Any, its_leak: float) -> str:
+    one_of("path", value, PATHS)
+    if value == "dense" and its_leak != 1:
+        raise ValueError(
+            f"path must be 'auto' or 'sparse' where leak is not 1 (torch.nn.RNN knows no leak), got 'dense' with "
+            f"leak={its_leak!r}; leave it at 'auto'."
+        )
+    return value
+
+
+# --- masks -----------------------------------------------------------------------------------------------------
+
+def maskable(module: nn.Module, name: Any, names: list[str]) -> None:
+    """name is one of the module's weights or biases, and a plain Parameter."""
+    kind = type(module).__name__
+    if name not in names:
+        raise ValueError(f"name must be a weight of this {kind}, got {_kind(name)}; it has {', '.join(names)}.")
+    if name in names_pruned_by_torch(module):
+        raise ValueError(
+            f"name must be a plain parameter, got {name} of {kind} pruned by torch.nn.utils.prune, whose mask decides; "
+            "take it over with MagnitudePruner.from_torch_prune(module) first."
+        )
+
+
+def new_mask(name: str, mask: Any, weight: Tensor) -> None:
+    """A mask for the weight `name`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor (True = kept) or None, got {_kind(mask)}; pass weight != 0, or None.")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor (True = kept), got {mask.dtype}; convert it with .bool().")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"mask must have the shape {tuple(weight.shape)} of {name}, got {tuple(mask.shape)}; build it with "
+            f"torch.ones_like(module.{name}, dtype=torch.bool)."
+        )
+
+
+def saved_mask_problem(key: str, mask: Any, weight: Tensor) -> str | None:
+    """Why a mask in a state_dict does not fit, or None."""
+    if is_mask(mask, weight):
+        return None
+    return (f"{key} must be a torch.bool mask {tuple(weight.shape)}, got {described(mask)}; save the state_dict of a net "
+            "with the same sizes, pruned by MagnitudePruner or set_mask.")
+
+
+def found_mask(module: nn.Module, name: str, mask: Tensor, weight: Tensor) -> None:
+    """A buffer `<name>_mask` as it is met in a forward pass."""
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"{name}_mask of {type(module).__name__} must have the shape {tuple(weight.shape)} of {name}, got "
+            f"{tuple(mask.shape)}; set it with set_mask({name!r}, mask)."
+        )
+
+
+# --- input of the nets over sequences: the words of torch.nn.RNN -----------------------------------------------
+
+def sequence_dim(input: Tensor, hx: Tensor | None) -> bool:
+    """Whether there is a batch dimension, of an input that is not packed."""
+    if input.dim() not in (2, 3):
+        raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+    batched = input.dim() == 3
+    if hx is not None and hx.dim() != input.dim():
+        if batched:
+            raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
+        raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
+    return batched
+
+
+def sequence_tensors(data: Tensor, hx: Tensor, weight: Tensor, steps: int, autocast: bool) -> None:
+    """Devices, dtypes and length, after nn.RNN's own check of the shapes."""
+    for name, tensor in (("hidden", hx), ("parameter", weight)):
+        if tensor.device != data.device:
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, found input tensor at {data.device} and {name} "
+                f"tensor at {tensor.device}"
+            )
+        # under autocast any floating dtypes meet, but not float64 with others
+        meets = autocast and data.dtype in FLOATING and (data.dtype == torch.float64) == (tensor.dtype == torch.float64)
+        if tensor.dtype != data.dtype and not meets:
+            raise RuntimeError(
+                f"Input and {name} tensors are not the same dtype, found input tensor with {data.dtype} and {name} tensor "
+                f"with {tensor.dtype}"
+            )
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+# --- input of a step -------------------------------------------------------------------------------------------
+
+def cell_input(input: Tensor, hx: Tensor | None, hidden_size: int, input_size: int, nonlinearity: str) -> None:
+    """As torch.nn.RNNCell words it."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if hx is not None and hx.dim() not in (1, 2):
+        raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+    if input.shape[-1] != input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {input_size}")
+    if nonlinearity not in NONLINEARITIES:
+        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
+    if hx is None:
+        return
+    batch, sizes = (len(input), hx.shape) if input.dim() == 2 else (1, (1, *hx.shape))
+    if sizes[0] != batch:
+        raise RuntimeError(f"Input batch size {batch} doesn't match hidden0 batch size {sizes[0]}")
+    if len(sizes) > 1 and sizes[1] != hidden_size:
+        raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {sizes[1]}, expected {hidden_size}")
+
+
+def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any], masks: dict[str, tuple[Any, Any]],
+                   autocast: bool) -> None:
+    """Of `masked_rnn_step`. biases and masks by their names; a mask comes with its weight."""
+    tensors = {"x": x, "h": h, "w_ih": w_ih, "w_hh": w_hh, **{n: b for n, b in biases.items() if b is not None}}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}; pass torch.as_tensor(...).")
+    if w_hh.dim() != 2 or w_hh.shape[0] != w_hh.shape[1]:
+        raise ValueError(f"w_hh must be square (hidden, hidden), got shape {tuple(w_hh.shape)}; pass one layer's weight.")
+    hidden = len(w_hh)
+    if w_ih.dim() != 2 or len(w_ih) != hidden:
+        raise ValueError(
+            f"w_ih must have shape ({hidden}, inputs) to fit w_hh, got {tuple(w_ih.shape)}; give it a row a neuron.")
+    expected = {"x": (*x.shape[:-1], w_ih.shape[1]) if x.dim() in (1, 2) else ("batch", w_ih.shape[1]),
+                "h": (*x.shape[:-1], hidden), **{name: (hidden,) for name in biases}}
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{name} must have shape ({', '.join(map(str, shape))}{',' * (len(shape) == 1)}), got "
+                f"{tuple(tensors[name].shape)}; x is (batch, inputs) and h (batch, hidden), both without batch for one."
+            )
+    for name, (mask, weight) in masks.items():
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else _kind(mask)
+            raise TypeError(f"{name} must be a bool tensor (True = kept), got {got}; convert it with .bool().")
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(weight.shape)} of its weight, got {tuple(mask.shape)}; build it with "
+                "torch.ones_like(weight, dtype=torch.bool)."
+            )
+        tensors[name] = mask
+    for name, tensor in tensors.items():
+        if tensor.device != w_hh.device:
+            raise ValueError(
+                f"{name} must be on the device of w_hh, {w_hh.device}, got {tensor.device}; move it with .to().")
+        if tensor.dtype == torch.bool:
+            continue
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it with .float().")
+        if tensor.dtype != w_hh.dtype and not (autocast and torch.float64 not in (tensor.dtype, w_hh.dtype)):
+            raise TypeError(
+                f"{name} must have the dtype of w_hh, {w_hh.dtype}, got {tensor.dtype}; convert it with .to({w_hh.dtype})."
+            )
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------
+
+def second_derivative() -> None:
+    raise NotImplementedError(
+        "the masked RNN is differentiable once, got a second derivative (double backward); use path='dense' (needs leak=1 "
+        "and no cuDNN), or leave it out of what you differentiate twice."
+    )
+
+
+def forward_mode() -> None:
+    raise NotImplementedError(
+        "the masked RNN has no forward-mode derivative, got a dual tensor; use backward(), or path='dense' (needs leak=1)."
+    )
+
+
+def functorch() -> None:
+    raise NotImplementedError(
+        "the masked RNN does not work under torch.func transforms (grad, vmap, jvp, ...), got one; use backward(), or "
+        "path='dense' (needs leak=1)."
+    )
+
+
+# --- to and from other nets ------------------------------------------------------------------------------------
+
+def rnn_module(rnn: Any) -> None:
+    if not isinstance(rnn, nn.RNN):
+        raise TypeError(f"rnn must be a torch.nn.RNN, got {_kind(rnn)}; LSTM and GRU have no sparse form.")
+
+
+def leakless(its_leak: float) -> None:
+    if its_leak != 1:
+        raise ValueError(f"leak must be 1 for to_rnn() (torch.nn.RNN knows no leak), got {its_leak!r}; keep the SparseRNN.")
+
+
+def no_gradient(name: str) -> None:
+    raise NotImplementedError(
+        f"{name} must not require a gradient in a CompressedRNN (it is for inference), got one that does; call it under "
+        "torch.no_grad(), or train the SparseRNN it came from (to_sparse_rnn())."
+    )
+
+
+def compressed_problem(name: str, values: Tensor, columns: Tensor, rows: Tensor, shape: tuple[int, int]) -> str | None:
+    """Why what was saved as the kept entries of a weight is no torch.sparse_csr matrix of this shape, or None."""
+    try:
+        indices = [index.to(torch.int64) for index in (rows, columns)]
+        torch._validate_sparse_csr_tensor_args(*indices, values, shape)
+    except RuntimeError as error:
+        return (f"{name}_rows, _columns and _values must be a torch.sparse_csr matrix {shape}, got none ({error}); load the "
+                "state_dict of a CompressedRNN of the same sizes.")
+    return None
+
+
+def compressed_file(path: Any, what: str) -> None:
+    raise ValueError(f"path must be a file written by CompressedRNN.save, got {str(path)!r} {what}; save it again.")
+
+
+def no_safetensors() -> None:
+    raise ImportError("CompressedRNN.save and load need safetensors, which is not installed; run pip install safetensors.")

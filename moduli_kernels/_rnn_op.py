@@ -1,0 +1,160 @@
+"""One layer of the masked RNN in one direction: which implementation runs, dtypes, and the derivative in eager mode.
+
+Eager: an autograd.Function around the ops (or, where the reference is chosen, around what serves the same schemas in
+plain PyTorch), so that a second derivative and a dual tensor are refused in words. Under torch.compile: the op itself
+with its registered formula. Inside, autocast is off: compute is in float64 for float64 weights, else in float32.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _backend, _checks_rnn, _library_rnn
+from .reference import compute_dtype
+from .reference_rnn import Step
+
+
+def untraced(function: Callable) -> Callable:
+    """`function` as torch.compile runs it where it could not take the caller into a graph: as it is, and without
+    compiling what it calls piece by piece. Does not import the compiler, which takes seconds."""
+    disabled = None
+
+    @functools.wraps(function)
+    def call(*arguments):
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*arguments)
+            disabled = torch.compiler.disable(function)
+        return disabled(*arguments)
+
+    return call
+
+
+def constant_at_compile_time(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without importing the compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+class Weights(NamedTuple):
+    """Of one layer in one direction, as the ops take them (_library_rnn.py), in any floating dtype.
+
+    w_ih (H, I), w_hh (H, H), biases (H,), masks like the weights; or, compressed, values (entries,) with row pointers
+    and columns, of any integer dtype.
+    """
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    mask_ih: Tensor | None = None
+    mask_hh: Tensor | None = None
+    crow_ih: Tensor | None = None
+    col_ih: Tensor | None = None
+    crow_hh: Tensor | None = None
+    col_hh: Tensor | None = None
+
+
+def has_kernel(device_type: str) -> bool:
+    """Whether anything but the reference serves this type of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and _backend.active(device_type) != "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "moduli_kernels::masked_rnn", key)
+
+
+def autocast_dtype(device_type: str, weight: Tensor) -> torch.dtype | None:
+    """What autocast makes of a product with this weight; None without autocast, and for float64, which it leaves."""
+    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+    """output (T, B, H) and the last state (B, H) of x (T, B, I) and h (B, H), which are in the weights' compute dtype.
+
+    lengths: (B,) int64 on the device, or None where all elements have T steps. Raises NotImplementedError on a second
+    and on a forward-mode derivative.
+    """
+    dtype = compute_dtype(weights.w_hh)
+    floating = [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous() for t in (x, h, *weights[:4])]
+    masks = [None if mask is None else mask.contiguous() for mask in weights[4:6]]
+    compressed = [None if index is None else index.to(torch.int64) for index in weights[6:]]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
+    op, grads_op = torch.ops.moduli_kernels.masked_rnn.default, torch.ops.moduli_kernels.masked_rnn_grads.default
+    if _backend.active(x.device.type) == "reference":
+        op, grads_op = _library_rnn._masked_rnn, _library_rnn._masked_rnn_grads
+    elif torch.compiler.is_compiling():
+        return op(*floating, *masks, *compressed, lengths, *step, needs_grad)[:2]
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(floating)
+    if needs_grad:
+        return _MaskedRNN.apply(op, grads_op, lengths, step, *floating, *masks)
+    with _without_autocast(x.device.type), torch.no_grad():
+        return op(*floating, *masks, *compressed, lengths, *step, False)[:2]
+
+
+def _refuse_transforms(tensors: list[Tensor | None]) -> None:
+    if torch._C._are_functorch_transforms_active():
+        _checks_rnn.functorch()
+    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
+                                              for t in tensors):
+        _checks_rnn.forward_mode()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class _MaskedRNN(torch.autograd.Function):
+    """forward and backward by the two ops of _library_rnn.py, or by the reference under their schemas."""
+
+    @staticmethod
+    def forward(ctx, op, grads_op, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
+        with _without_autocast(x.device.type):
+            output, h_n, activations = op(
+                x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *(None,) * 4, lengths, *step, True)
+        ctx.grads_op, ctx.step = grads_op, step
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations)
+        return output, h_n
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n):
+        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = ctx.saved_tensors
+        need = ctx.needs_input_grad[4:10]
+        needs = (*need[:4], need[4] or need[5])
+        with torch.no_grad(), _without_autocast(x.device.type):
+            grads = ctx.grads_op(
+                torch.zeros_like(output) if grad_output is None else grad_output.contiguous(),
+                torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(),
+                x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, *ctx.step, *needs)
+            b_ih = grads[4] if need[4] else None
+            # not one tensor twice: either may become a .grad
+            b_hh = (grads[4].clone() if need[4] else grads[4]) if need[5] else None
+        grads = [*(grad if needed else None for grad, needed in zip(grads, need[:4])), b_ih, b_hh]
+        if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
+            sources = [t for t in (grad_output, grad_h_n, x, h, w_ih, w_hh) if t is not None]
+            grads = [None if grad is None else _OnceDifferentiable.apply(grad, *sources) for grad in grads]
+        return (None,) * 4 + (*grads, None, None)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Hands its first argument through; a derivative of it is refused."""
+
+    @staticmethod
+    def forward(ctx, gradient, *sources):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _checks_rnn.second_derivative()

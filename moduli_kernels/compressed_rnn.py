@@ -1,0 +1,216 @@
+"""`CompressedRNN`: the inference form of a SparseRNN, which holds the kept weights alone."""
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _checks_rnn, _rnn_stack
+from ._rnn_op import Weights
+
+METADATA = "moduli_kernels.CompressedRNN"  # of a safetensors file: the settings as JSON
+PARTS = ("values", "columns", "rows")
+
+
+class CompressedRNN(nn.Module):
+    """What `SparseRNN.compress()` returns: the same outputs from the kept weights alone, without gradients.
+
+    Args: as torch.nn.RNN, and leak as SparseRNN. A new one keeps no weight; `load_state_dict` fills it, without a dense
+    matrix on the way. `save` and `load` take a safetensors file that knows the settings, too.
+
+    Each weight that a mask cuts is held as torch.sparse_csr holds it: `<weight>_values` (entries,) in the net's dtype,
+    `<weight>_columns` (entries,) int16 where they fit, else int32, and `<weight>_rows` (hidden_size + 1,) int32, the entries
+    before each row. In float32 that is 6 bytes an entry, 1/13 of the dense matrix at 95 % cut. A weight without a mask is
+    held as it is, and so are biases. All are buffers, so state_dict, device and dtype moves work as ever; the indices
+    are widened to int64 for the length of a call.
+
+    It stays in eval mode: there is no dropout between its layers. `to_sparse_rnn()` goes back.
+
+    Raises:
+        NotImplementedError: where a gradient is asked for. Else as SparseRNN.
+    """
+
+    proj_size = 0  # read by nn.RNN's checks, which these are
+    check_forward_args, check_input = nn.RNNBase.check_forward_args, nn.RNNBase.check_input
+    get_expected_hidden_size, check_hidden_size = nn.RNNBase.get_expected_hidden_size, nn.RNNBase.check_hidden_size
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
+                 bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
+                 leak: float = 1.0, device=None, dtype=None):
+        super().__init__()
+        self.settings = {
+            "input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "nonlinearity": nonlinearity,
+            "bias": bias, "batch_first": batch_first, "dropout": dropout, "bidirectional": bidirectional}
+        plain = nn.RNN(**self.settings, device="meta", dtype=dtype)  # its checks, names and shapes
+        for name in self.settings:
+            setattr(self, name, getattr(plain, name))
+        self.leak = _checks_rnn.leak(leak)
+        self._shapes = {name: tuple(weight.shape) for name, weight in plain.named_parameters()}
+        self._names = [list(names) for names in plain._all_weights]
+        for name, shape in self._shapes.items():
+            zeros = torch.zeros(shape if len(shape) == 1 else 0, dtype=plain.weight_hh_l0.dtype, device=device)
+            if len(shape) == 1:
+                self.register_buffer(name, zeros)
+            else:
+                rows = torch.zeros(shape[0] + 1, dtype=torch.int32, device=device)
+                self._hold(name, zeros, torch.zeros(0, dtype=_index_dtype(shape[1] - 1), device=device), rows)
+        self.eval()
+
+    @classmethod
+    def from_layers(cls, settings: dict[str, Any], leak: float, layers: list[Weights]) -> CompressedRNN:
+        """From nn.RNN's arguments (with dtype) and the weights of each layer and direction, masks among them."""
+        new = cls(**settings, leak=leak, device=layers[0].w_hh.device)
+        with torch.no_grad():
+            for names, weights in zip(new._names, layers):
+                for name, weight, mask in zip(names, weights[:2], weights[4:6]):
+                    if mask is None or bool(mask.all()):
+                        new._hold(name, weight.detach().clone(memory_format=torch.contiguous_format))
+                    else:
+                        new._hold(name, *_compressed(weight.detach(), mask))
+                for name, bias in zip(names[2:], weights[2:4]):
+                    new._buffers[name].copy_(bias)
+        return new
+
+    def _hold(self, name: str, *tensors: Tensor) -> None:
+        """A weight as one dense tensor, or as values, columns and rows; in place of what was held."""
+        for key in (name, *(f"{name}_{part}" for part in PARTS)):
+            self._buffers.pop(key, None)
+        keys = [name] if len(tensors) == 1 else [f"{name}_{part}" for part in PARTS]
+        for key, tensor in zip(keys, tensors):
+            self.register_buffer(key, tensor)
+
+    def _held(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(values, rows, columns), the last two None where the weight is held dense."""
+        if name in self._buffers:
+            return self._buffers[name], None, None
+        values, columns, rows = (self._buffers[f"{name}_{part}"] for part in PARTS)
+        return values, rows, columns
+
+    def _layers(self) -> list[Weights]:
+        layers = []
+        for names in self._names:
+            ih, hh = map(self._held, names[:2])
+            biases = [self._buffers[name] for name in names[2:]] or [None, None]
+            layers.append(Weights(ih[0], hh[0], *biases, None, None, *ih[1:], *hh[1:]))
+        return layers
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        """For nn.RNN's check of the dtype."""
+        return [self._held(names[1])[0] for names in self._names]
+
+    # -- use --
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
+        """(output, h_n), as SparseRNN's. Raises NotImplementedError where input or hx requires a gradient."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        for name, tensor in (("input", data), ("hx", hx)):
+            if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+                _checks_rnn.no_gradient(name)
+        layers = self._layers()
+        batch = _rnn_stack.batch_of(self, input, hx, layers[0].w_hh)
+        return _rnn_stack.results(self, batch, *_rnn_stack.sparse(self, batch, layers))
+
+    def train(self, mode: bool = True) -> CompressedRNN:
+        """Stays in eval mode, whatever the model around it does."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompressedRNN:
+        """Raises NotImplementedError for True."""
+        if requires_grad:
+            _checks_rnn.no_gradient("weights")
+        return self
+
+    def extra_repr(self) -> str:
+        held = {name: self._held(name)[0] for name, shape in self._shapes.items() if len(shape) == 2}
+        told = ", ".join(f"{name}: {values.numel()} of {torch.Size(self._shapes[name]).numel()}" for name, values in held.items())
+        return f"{self.input_size}, {self.hidden_size}, kept {told}"
+
+    def to_sparse_rnn(self):
+        """A SparseRNN with these weights and their masks, to train on or to prune further."""
+        from .sparse_rnn import SparseRNN
+
+        weights = self._layers()
+        new = SparseRNN(**self.settings, leak=self.leak, device="meta", dtype=weights[0].w_hh.dtype)
+        new.to_empty(device=weights[0].w_hh.device).eval()
+        with torch.no_grad():
+            for name, shape in self._shapes.items():
+                values, rows, columns = self._held(name)
+                if rows is None:
+                    getattr(new, name).copy_(values)
+                    continue
+                row = torch.arange(shape[0], device=rows.device).repeat_interleave(rows.diff())
+                mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
+                mask[row, columns.long()] = True
+                getattr(new, name).zero_()[row, columns.long()] = values
+                new.set_mask(name, mask)
+        return new
+
+    # -- files --
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file: the state_dict, and the settings as metadata. Raises ImportError without safetensors."""
+        _safetensors()
+        from safetensors.torch import save_file
+
+        save_file(self.state_dict(), path, metadata={METADATA: json.dumps(self.settings | {"leak": self.leak})})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> CompressedRNN:
+        """From a file that `save` wrote. Raises ValueError for another file, ImportError without safetensors."""
+        _safetensors()
+        from safetensors import safe_open
+
+        with safe_open(path, "pt", device=str(device)) as file:
+            settings = (file.metadata() or {}).get(METADATA)
+            if settings is None:
+                _checks_rnn.compressed_file(path, "without its settings")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+        new = cls(**json.loads(settings), device=device, dtype=dtype)
+        new.load_state_dict(tensors, assign=True)
+        return new
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """Makes room for as many entries as were saved, after looking at them: indices out of bounds would be read."""
+        for name, shape in self._shapes.items():
+            if len(shape) == 1:
+                continue
+            keys = [f"{prefix}{name}", *(f"{prefix}{name}_{part}" for part in PARTS)]
+            whole, *parts = map(state_dict.get, keys)
+            own = self._held(name)[0]
+            if whole is not None and whole.shape == shape:
+                self._hold(name, own.new_empty(shape))
+            elif all(part is not None for part in parts):
+                problem = _checks_rnn.compressed_problem(f"{prefix}{name}", *parts, shape)
+                if problem is None:
+                    self._hold(name, own.new_empty(len(parts[0])),
+                               *(torch.empty_like(part, device=own.device) for part in parts[1:]))
+                else:
+                    error_msgs.append(problem)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(dtype).max)
+
+
+def _compressed(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, columns, rows) of the entries that the mask keeps, row by row."""
+    ends = mask.sum(1).cumsum(0)
+    entries = int(ends[-1])
+    rows = torch.zeros(len(mask) + 1, dtype=torch.int32 if entries < 2**31 else torch.int64, device=mask.device)
+    rows[1:] = ends
+    return weight[mask], mask.nonzero()[:, 1].to(_index_dtype(mask.shape[1] - 1)), rows
+
+
+def _safetensors() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        _checks_rnn.no_safetensors()

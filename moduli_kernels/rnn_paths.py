@@ -1,0 +1,114 @@
+"""Which path a recurrent net takes: the masked op ("sparse") or the vendor's RNN over masked weights ("dense").
+
+`choose` reads rnn_crossovers.json, so a net's results do not depend on timings of the moment. The table holds ratios
+"time of the dense path over time of the sparse path", measured in alternation by benchmarks/tune_rnn.py for a layer whose
+W_ih and W_hh are both hidden x hidden and masked to the same density, on a full grid of
+
+    hidden, batch, steps, density, and training (forward and backward) or not,
+
+and beside it `unmasked`, the same for a layer that has no mask at all. Rule: the ratio at a point is interpolated linearly
+in the logarithms of ratio and coordinates, which are first moved onto the grid's nearest edge where they lie beyond it;
+sparse where it is above 1. What counts as density is the kept share of the entries of both weights together.
+
+A float64 net takes the table of float32 where it has none of its own. No table for a device or dtype: dense.
+"""
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pathlib
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
+AXES = ("hidden", "batch", "steps")
+
+
+class Table(NamedTuple):
+    """grid: the values of hidden, batch, steps, ascending; densities, ascending; ratios: (hidden, batch, steps,
+    training) -> one number a density, and last that of the layer without a mask. source: where they come from."""
+
+    grid: tuple[tuple[int, ...], ...]
+    densities: tuple[float, ...]
+    ratios: dict[tuple[int, int, int, bool], tuple[float, ...]]
+    source: str
+
+
+def parsed(written: dict[str, Any]) -> Table:
+    """A table as the file holds it. Raises KeyError where a point of the grid is missing."""
+    rows = {(*(row[axis] for axis in AXES), row["training"]): (*row["ratios"], row["unmasked"]) for row in written["rows"]}
+    grid = tuple(tuple(sorted({key[i] for key in rows})) for i in range(len(AXES)))
+    return Table(grid, tuple(written["densities"]),
+                 {key: rows[key] for key in itertools.product(*grid, (False, True))}, written["source"])
+
+
+@cache
+def tables() -> dict[tuple[str, str], Table]:
+    """(device type, dtype without "torch.") -> the shipped table."""
+    return {(each["device"], each["dtype"]): parsed(each) for each in json.loads(FILE.read_text())["tables"]}
+
+
+def table_of(device_type: str, dtype: torch.dtype) -> Table | None:
+    found = tables().get((device_type, str(dtype).removeprefix("torch.")))
+    return tables().get((device_type, "float32")) if found is None and dtype == torch.float64 else found
+
+
+def choose(device_type: str, dtype: torch.dtype, hidden: int, batch: int, density_ih: float | None,
+           density_hh: float | None, training: bool, steps: int, *, inputs: int | None = None) -> str:
+    """"sparse" or "dense", the faster by the table.
+
+    device_type: "cpu", "cuda", ... dtype: of the weights, or what autocast makes of them. hidden: neurons. batch,
+    steps: at least 0. density_ih, density_hh: kept share of W_ih and W_hh, None without a mask. training: whether a
+    backward pass follows. inputs: columns of W_ih, None = hidden.
+    """
+    ratio = predicted(device_type, dtype, hidden, batch, density_ih, density_hh, training, steps, inputs=inputs)
+    return "sparse" if ratio is not None and ratio > 1 else "dense"
+
+
+@lru_cache(maxsize=1024)  # a net asks the same at each call
+def predicted(device_type: str, dtype: torch.dtype, hidden: int, batch: int, density_ih: float | None,
+              density_hh: float | None, training: bool, steps: int, *, inputs: int | None = None) -> float | None:
+    """Time of the dense path over time of the sparse one, by the table; None without a table. As `choose`."""
+    table = table_of(device_type, dtype)
+    if table is None:
+        return None
+    corners = [_between(values, at) for values, at in zip(table.grid, (hidden, batch, steps))]
+    if density_ih is None and density_hh is None:
+        columns = [(-1, 1.0)]
+    else:
+        places = _between(table.densities, joint_density(density_ih, density_hh, hidden if inputs is None else inputs, hidden))
+        columns = [(table.densities.index(density), share) for density, share in places]
+    logarithm = 0.0
+    for *key, (column, share) in itertools.product(*corners, columns):
+        weight = share * math.prod(its_share for _, its_share in key)
+        logarithm += weight * math.log(table.ratios[(*(value for value, _ in key), training)][column])
+    return math.exp(logarithm)
+
+
+def joint_density(density_ih: float | None, density_hh: float | None, inputs: int, hidden: int) -> float:
+    """Kept share of the entries of W_ih (hidden, inputs) and W_hh (hidden, hidden) together."""
+    ih, hh = (1.0 if density is None else density for density in (density_ih, density_hh))
+    return (ih * inputs + hh * hidden) / max(1, inputs + hidden)
+
+
+def _between(values: tuple[float, ...], at: float) -> list[tuple[float, float]]:
+    """The neighbours of `at` among the ascending values, each with its share by the logarithm."""
+    if at <= values[0]:
+        return [(values[0], 1.0)]
+    if at >= values[-1]:
+        return [(values[-1], 1.0)]
+    high = next(value for value in values if value >= at)
+    low = max(value for value in values if value <= at)
+    if low == high:
+        return [(low, 1.0)]
+    share = math.log(at / low) / math.log(high / low)
+    return [(low, 1 - share), (high, share)]
+
+
+def told(ratio: float) -> str:
+    """A ratio in words."""
+    return f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
+        f"dense takes about 1/{1 / ratio:.3g} of the time of sparse")

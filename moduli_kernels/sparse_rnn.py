@@ -1,0 +1,291 @@
+"""`SparseRNN`: torch.nn.RNN whose masked weights cost nothing."""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _backend, _checks_rnn, _rnn_stack, _rnn_timing, rnn_paths
+from ._rnn_masks import MaskedModule, kept, mask_of
+from ._rnn_op import Weights, autocast_dtype, constant_at_compile_time, has_kernel, untraced
+from .compressed_rnn import CompressedRNN
+
+
+class Measured(NamedTuple):
+    """What `SparseRNN.tune` found. seconds: path -> median time of a pass; path: the faster one."""
+
+    path: str
+    seconds: dict[str, float]
+    training: bool
+
+
+class SparseRNN(MaskedModule, nn.RNN):
+    """torch.nn.RNN with masks and a leak; takes its place with no other change.
+
+        h'_t = (1 - leak) h'_(t-1) + leak s((mask_ih * W_ih) x_t + b_ih + (mask_hh * W_hh) h'_(t-1) + b_hh)
+
+    in each layer and direction, s: tanh or ReLU. Every argument, parameter name, shape, output and error is that of
+    torch.nn.RNN: layers, both directions, dropout between layers (the same random numbers on the CPU), batch_first, no
+    batch dimension, PackedSequence. It is an nn.RNN, loads an nn.RNN's state_dict strictly, and saves keys of masks only
+    where there are any.
+
+    Args:
+        *args, **kwargs: as torch.nn.RNN.
+        leak: share of the new state, in (0, 1]; 1 is torch.nn.RNN.
+        path: "auto", "dense" (torch's own RNN over masked weights; needs leak=1) or "sparse" (the masked kernel).
+            "auto" takes what `tune` has measured, else the shipped table of rnn_paths.py.
+
+    A mask is a bool buffer `<weight>_mask` (True = kept), made by `set_mask`, MagnitudePruner or load_state_dict. A
+    masked weight counts as 0 whatever stands there, NaN included, and its gradient is exactly 0. With a mask of 0/1
+    floats by torch.nn.utils.prune it works as well. To load a state_dict without masks into a net that has some, take
+    them away first (`set_mask(name, None)`), or load with strict=False to keep them.
+
+    Autocast: output dtypes of torch.nn.RNN; the sparse path computes in float32 (float64 for float64 weights) and
+    rounds at the end, also for 16-bit weights. "auto" decides from the share of weights that the masks keep, counted once
+    per version of a mask. On the dense path, without gradients, masked weights that have been found to be 0 are not
+    looked at again until weight or mask change; writes through `weight.data` do not count as change.
+
+    torch.compile: with torch._dynamo.config.allow_rnn = True, as for every nn.RNN, it becomes part of one graph; without
+    it runs as it is, outside the graph. The path is then chosen at compile time; masks that change in place take effect.
+
+    The sparse path is differentiable once (NotImplementedError on a second or forward-mode derivative); torch.func and
+    PackedSequence under torch.compile(fullgraph=True) are not supported.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.RNN; leak outside (0, 1]; an unknown path, or "dense" with a leak.
+    """
+
+    def __init__(self, *args, leak: float = 1.0, path: str = "auto", **kwargs):
+        super().__init__(*args, **kwargs)
+        self._leak = _checks_rnn.leak(leak)
+        self._path = _checks_rnn.path(path, self._leak)
+        self._tuned: dict[tuple, str] = {}
+        self._seen = (32, 50)  # batch and steps of the last input, for explain()
+
+    @property
+    def leak(self) -> float:
+        """Share of the new state, in (0, 1]."""
+        return self._leak
+
+    @leak.setter
+    def leak(self, value: float) -> None:
+        value = _checks_rnn.leak(value)
+        _checks_rnn.path(self._path, value)
+        self._leak = value
+
+    @property
+    def path(self) -> str:
+        """"auto", "dense" or "sparse"."""
+        return self._path
+
+    @path.setter
+    def path(self, value: str) -> None:
+        self._path = _checks_rnn.path(value, self._leak)
+
+    def extra_repr(self) -> str:
+        masked = [name for name in self._weight_names() if f"{name}_mask" in self._buffers]
+        return super().extra_repr() + (f", nonlinearity={self.nonlinearity}" if self.nonlinearity != "tanh" else "") + (
+            f", leak={self.leak}" if self.leak != 1 else "") + (f", path={self.path}" if self.path != "auto" else "") + (
+            f", masks of {', '.join(masked)}" if masked else "")
+
+    # -- forward --
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
+        """(output, h_n), of the shapes of torch.nn.RNN. Raises as torch.nn.RNN does."""
+        if torch.compiler.is_compiling():
+            return self._forward(input, hx)
+        self._update_flat_weights()
+        return self._forward_untraced(input, hx)
+
+    def _forward(self, input, hx):
+        weight = self.weight_hh_l0
+        batch = _rnn_stack.batch_of(self, input, hx, weight)
+        training = torch.is_grad_enabled() and (
+            batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self.parameters()))
+        dtype = autocast_dtype(weight.device.type, weight) or weight.dtype
+        if torch.compiler.is_compiling():
+            path = self._path_at_compile_time(weight.device.type, dtype, batch.size, batch.steps, training)
+        else:
+            self._seen = (batch.size, batch.steps)
+            path = self._choice(weight.device.type, dtype, batch.size, batch.steps, training)[0]
+        if path == "sparse":
+            output, h_n = _rnn_stack.sparse(self, batch, self._layers())
+        else:
+            output, h_n = _rnn_stack.dense(self, batch, [self._kept(name) for name in self._weight_names()])
+        return _rnn_stack.results(self, batch, output, h_n)
+
+    _forward_untraced = untraced(_forward)
+
+    def _weight_names(self) -> list[str]:
+        return self._flat_weights_names
+
+    def _layers(self) -> list[Weights]:
+        """One a layer and direction."""
+        layers = []
+        for names in self._all_weights:
+            tensors = [getattr(self, name) for name in names]
+            masks = [mask_of(self, name, tensor) for name, tensor in zip(names, tensors)]
+            biases = map(kept, tensors[2:], masks[2:]) if self.bias else (None, None)
+            layers.append(Weights(*tensors[:2], *biases, *masks[:2]))
+        return layers
+
+    def _kept(self, name: str) -> Tensor:
+        """The weight with 0 where it is masked, itself where that is known and no gradient needs the mask."""
+        weight = getattr(self, name)
+        mask = mask_of(self, name, weight)
+        if mask is None:
+            return weight
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        if not trained and not torch.compiler.is_compiling() and self._facts.zero_where_masked(name, weight, mask):
+            return weight
+        return kept(weight, mask)
+
+    # -- which path --
+
+    def _choice(self, device: str, dtype: torch.dtype, batch: int, steps: int, training: bool) -> tuple[str, str]:
+        """("sparse" or "dense", why)."""
+        if self.leak != 1:
+            return "sparse", f"leak is {self.leak}, which torch's RNN does not know"
+        if self.path != "auto":
+            return self.path, f"path is {self.path!r}"
+        if _backend._forced == "reference":
+            return "sparse", "the backend 'reference' is asked for"
+        if not has_kernel(device):
+            return "dense", f"no compiled kernel serves {device} here (python -m moduli_kernels.env_report says why)"
+        densities = self._densities()
+        tuned = self._tuned.get(_tuning_key(device, dtype, batch, training, densities))
+        if tuned is not None:
+            return tuned, "tune() measured it"
+        ratio = rnn_paths.predicted(device, dtype, self.hidden_size, batch, *densities, training, steps,
+                                    inputs=self._mean_inputs())
+        if ratio is None:
+            return "dense", f"the table of crossovers has nothing for {dtype} on {device}; tune() measures it"
+        return "sparse" if ratio > 1 else "dense", f"by the table of crossovers {rnn_paths.told(ratio)}"
+
+    @constant_at_compile_time
+    def _path_at_compile_time(self, device, dtype, batch, steps, training) -> str:
+        return self._choice(device, dtype, batch, steps, training)[0]
+
+    def _density(self, name: str) -> float | None:
+        return self._facts.density(name, self._buffers.get(f"{name}_mask"))
+
+    def _densities(self) -> tuple[float | None, float | None]:
+        """Kept share of the input weights and of the hidden weights of all layers; None where none has a mask."""
+        shares = []
+        for kind in ("weight_ih", "weight_hh"):
+            names = [name for name in self._weight_names() if name.startswith(kind)]
+            found = [self._density(name) for name in names]
+            sizes = [getattr(self, name).numel() for name in names]
+            kept_entries = sum(size * (1 if share is None else share) for size, share in zip(sizes, found))
+            shares.append(None if all(share is None for share in found) else kept_entries / sum(sizes))
+        return tuple(shares)
+
+    def _mean_inputs(self) -> int:
+        """Columns of the input weights, over all layers."""
+        inner = self.hidden_size * (2 if self.bidirectional else 1)
+        return round((self.input_size + (self.num_layers - 1) * inner) / self.num_layers)
+
+    def explain(self, batch: int | None = None, steps: int | None = None) -> str:
+        """In words: which path each layer and direction takes, why, and what share of its weights is kept.
+
+        batch, steps: of the input it would be for; None: those of the last one (before any: 32 and 50).
+        """
+        batch, steps = batch or self._seen[0], steps or self._seen[1]
+        weight = self.weight_hh_l0
+        device, dtype = weight.device.type, autocast_dtype(weight.device.type, weight) or weight.dtype
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        path, why = self._choice(device, dtype, batch, steps, training)
+        by = "torch's own RNN over the whole stack" if path == "dense" else (
+            f"the masked kernel ({_backend.active(device)})" if has_kernel(device) else "the reference in plain PyTorch")
+        lines = [f"{path}: {by}, for {steps} steps of a batch of {batch}, {dtype} on {device}, "
+                 f"{'forward and backward' if training else 'forward'}; {why}."]
+        for names in self._all_weights:
+            shares = [(name, self._density(name)) for name in names if name.startswith("weight")]
+            told = ", ".join(f"{name} {'without a mask' if s is None else f'{100 * s:.3g} % kept'}" for name, s in shares)
+            lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {told}")
+        return "\n".join(lines)
+
+    def tune(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Measured:
+        """Measures both paths with this input on this machine, and has "auto" take the faster one from now on.
+
+        Forward and backward in training mode (where a parameter requires a gradient), else forward alone; the median of
+        7 runs of each, in alternation. Remembered on this module, also through copies and pickles but not in the
+        state_dict, for inputs of its device, dtype, mode, batch size and densities (within a factor of about 1.4).
+        Leaves gradients and random numbers as they were. With a leak there is the sparse path alone.
+        """
+        weight = self.weight_hh_l0
+        device, parameters = weight.device, [p for p in self.parameters() if p.requires_grad]
+        training = self.training and bool(parameters)
+
+        def run(path: str):
+            self._path = path
+            with torch.set_grad_enabled(training):
+                output, _ = self(input, hx)
+                if training:
+                    output = output.data if isinstance(output, PackedSequence) else output
+                    torch.autograd.grad(output, parameters, torch.ones_like(output), allow_unused=True)
+
+        before, choices = self._path, ("dense", "sparse") if self.leak == 1 else ("sparse",)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                seconds = _rnn_timing.alternating({p: (lambda p=p: run(p)) for p in choices}, device)
+        finally:
+            self._path = before
+        path = min(seconds, key=seconds.get)
+        dtype = autocast_dtype(device.type, weight) or weight.dtype
+        self._tuned[_tuning_key(device.type, dtype, self._seen[0], training, self._densities())] = path
+        return Measured(path, seconds, training)
+
+    # -- to and from other nets --
+
+    @classmethod
+    def from_rnn(cls, rnn: nn.RNN, *, path: str = "auto") -> SparseRNN:
+        """A SparseRNN that computes what rnn does, with copies of its weights and masks (MagnitudePruner's or
+        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak is kept. Raises TypeError for anything but an nn.RNN."""
+        _checks_rnn.rnn_module(rnn)
+        new = cls(**_settings(rnn), leak=getattr(rnn, "leak", 1.0), path=path, device="meta")
+        _copy_weights(rnn, new)
+        for name in rnn._flat_weights_names:
+            weight = getattr(new, name)
+            if (mask := mask_of(rnn, name, weight)) is not None:
+                new.set_mask(name, mask)
+        return new
+
+    def to_rnn(self) -> nn.RNN:
+        """A plain torch.nn.RNN with copies of the weights, 0 where they are masked, for ONNX, torch.export and the like.
+        Raises ValueError where leak is not 1."""
+        _checks_rnn.leakless(self.leak)
+        new = nn.RNN(**_settings(self), device="meta")
+        _copy_weights(self, new)
+        return new
+
+    def compress(self) -> CompressedRNN:
+        """The inference form, which holds the kept weights alone."""
+        return CompressedRNN.from_layers(_settings(self), self.leak, self._layers())
+
+
+def _settings(rnn: nn.RNN) -> dict:
+    names = ("input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout", "bidirectional")
+    return {name: getattr(rnn, name) for name in names} | {"dtype": rnn.weight_hh_l0.dtype}
+
+
+def _copy_weights(source: nn.RNN, to: nn.RNN) -> None:
+    """Copies of the weights of `source`, masked ones 0, into a module on the meta device; and which are trained."""
+    to.to_empty(device=source.weight_hh_l0.device).train(source.training)
+    with torch.no_grad():
+        for name in source._flat_weights_names:
+            weight = source._parameters.get(name)
+            weight = getattr(source, f"{name}_orig") if weight is None else weight  # torch.nn.utils.prune
+            parameter = getattr(to, name)
+            parameter.copy_(kept(weight, mask_of(source, name, weight)))
+            parameter.requires_grad_(weight.requires_grad)
+
+
+def _tuning_key(device: str, dtype: torch.dtype, batch: int, training: bool, densities: tuple) -> tuple:
+    """What counts as the same case: batch sizes and densities within a factor of about 1.4."""
+    def near(value):
+        return None if value is None else round(2 * math.log2(max(value, 1e-6)))
+    return device, _backend.active(device), dtype, training, near(batch), *map(near, densities)

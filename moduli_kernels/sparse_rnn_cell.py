@@ -1,0 +1,90 @@
+"""One step of the masked RNN: as a function and as torch.nn.RNNCell's place-taker, for loops that step by themselves."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks_rnn
+from ._checks import one_of
+from ._rnn_masks import MaskedModule, kept, mask_of
+from ._rnn_op import Weights, autocast_dtype, masked_rnn
+from .reference import compute_dtype
+from .reference_rnn import Step
+
+
+def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+                    b_hh: Tensor | None = None, *, mask_ih: Tensor | None = None, mask_hh: Tensor | None = None,
+                    nonlinearity: str = "tanh", leak: float = 1.0) -> Tensor:
+    """h' = (1 - leak) h + leak s((mask_ih * w_ih) x + b_ih + (mask_hh * w_hh) h + b_hh)
+
+    Args:
+        x: (B, I) or (I,). h: (B, H) or (H,), with a batch as x.
+        w_ih: (H, I). w_hh: (H, H). b_ih, b_hh: (H,) or None. float32, float64, bfloat16 or float16, all alike.
+        mask_ih, mask_hh: bool like the weights, True = kept, None = all. What stands at masked weights, NaN included,
+            does not matter.
+        nonlinearity: s, "tanh" or "relu". leak: in (0, 1].
+
+    Returns:
+        h' of the shape of h: in x's dtype, under autocast in autocast's. Computed in float32, for float64 weights in
+        float64. Differentiable once in x, h, weights and biases; the gradient of masked weights is 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which, and what to do.
+        NotImplementedError: on a second or a forward-mode derivative.
+    """
+    weight = w_hh if isinstance(w_hh, Tensor) else x
+    autocast = autocast_dtype(weight.device.type, weight) if isinstance(weight, Tensor) else None
+    _checks_rnn.step_arguments(x, h, w_ih, w_hh, {"b_ih": b_ih, "b_hh": b_hh},
+                               {"mask_ih": (mask_ih, w_ih), "mask_hh": (mask_hh, w_hh)}, autocast is not None)
+    one_of("nonlinearity", nonlinearity, _checks_rnn.NONLINEARITIES)
+    step, dtype = Step(nonlinearity, _checks_rnn.leak(leak), reverse=False), compute_dtype(w_hh)
+    inputs, state = (x, h) if x.dim() == 2 else (x[None], h[None])
+    weights = Weights(w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh)
+    _, after = masked_rnn(inputs[None].to(dtype), state.to(dtype), weights, None, step)
+    return (after if x.dim() == 2 else after[0]).to(autocast or x.dtype)
+
+
+class SparseRNNCell(MaskedModule, nn.RNNCell):
+    """torch.nn.RNNCell with masks and a leak:
+
+        h' = (1 - leak) h + leak s((mask_ih * W_ih) x + b_ih + (mask_hh * W_hh) h + b_hh)
+
+    Args: as torch.nn.RNNCell, and leak, the share of the new state, in (0, 1]. A mask is a bool buffer `<weight>_mask`
+    (True = kept), made by `set_mask("weight_hh", mask)`, MagnitudePruner or load_state_dict, and treated as SparseRNN
+    treats it. Without masks and leak it runs torch.nn.RNNCell itself. Whole sequences are SparseRNN's.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.RNNCell; leak outside (0, 1].
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh", device=None,
+                 dtype=None, *, leak: float = 1.0):
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device=device, dtype=dtype)
+        self._leak = _checks_rnn.leak(leak)
+
+    @property
+    def leak(self) -> float:
+        """Share of the new state, in (0, 1]."""
+        return self._leak
+
+    @leak.setter
+    def leak(self, value: float) -> None:
+        self._leak = _checks_rnn.leak(value)
+
+    def _weight_names(self) -> list[str]:
+        return ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", leak={self.leak}" if self.leak != 1 else "")
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """h' (B, hidden_size) of input (B, input_size) and hx (B, hidden_size), None = 0; or all without B."""
+        masks = {name: mask_of(self, name, getattr(self, name)) for name in self._weight_names()}
+        if self.leak == 1 and all(mask is None for mask in masks.values()):
+            return super().forward(input, hx)
+        _checks_rnn.cell_input(input, hx, self.hidden_size, self.input_size, self.nonlinearity)
+        if hx is None:
+            hx = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
+        biases = [kept(getattr(self, name), masks[name]) for name in self._weight_names()[2:]]
+        return masked_rnn_step(input, hx, self.weight_ih, self.weight_hh, *biases, mask_ih=masks["weight_ih"],
+                               mask_hh=masks["weight_hh"], nonlinearity=self.nonlinearity, leak=self.leak)
