@@ -11,11 +11,13 @@ its values (entries,) and has no mask; without gradients. nonlinearity: "tanh" o
 """
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from . import reference_rnn
-from ._library import _lib
+from ._library import _lib, triton_installed, triton_interpreted
 
 WEIGHTS = "Tensor w_ih, Tensor w_hh"
 MASKS = "Tensor? mask_ih, Tensor? mask_hh"
@@ -105,3 +107,39 @@ def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, _):
 
 
 torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_context=_setup_context, lib=_lib)
+
+
+# --- the Triton kernels ----------------------------------------------------------------------------------------
+
+def _triton(name: str):
+    def on_cuda(*arguments):
+        from .triton import launch_rnn
+
+        return getattr(launch_rnn, name)(*arguments)
+
+    return on_cuda
+
+
+def _interpreted(name: str):
+    """As in _library.py."""
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"moduli_kernels::{name}", "CPU")
+    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if compiled else None
+
+    def on_cpu(keys, *arguments):
+        from . import _backend
+
+        if _backend.active("cpu") == "triton":
+            return _triton(name)(*arguments)
+        return before(keys, *arguments) if before else globals()[f"_{name}"](*arguments)
+
+    return on_cpu
+
+
+if triton_installed:
+    for _name in SCHEMAS:
+        _lib.impl(_name, _triton(_name), "CUDA")
+if triton_interpreted:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they replace the compiled ones
+        for _name in SCHEMAS:
+            _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

@@ -1,0 +1,64 @@
+"""W h of one step, for a strip of rows and a tile of the batch, in one of these ways:
+
+    "alone"     one program has all rows: W and the states stay on its chip over all steps, nothing is waited for
+    "held"      W's strip stays there; the states of the step before are read, those of all strips
+    "streamed"  W's strip is read anew in every step, from the second-level cache where it fits in
+
+TRANSPOSED: W^T instead, for backward. Products of 4-byte numbers run on tensor cores as PRECISION says.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rnn_parts import load_states, load_weight
+
+
+@triton.jit
+def weight_tile(weight, mask, row, k, n, TRANSPOSED: tl.constexpr, DOT: tl.constexpr):
+    """W[row, k], or W[k, row]; row and k broadcast."""
+    if TRANSPOSED:
+        at = k.to(tl.int64) * n + row
+    else:
+        at = row.to(tl.int64) * n + k
+    return load_weight(weight, mask, at, (row < n) & (k < n), DOT)
+
+
+@triton.jit
+def hold(weight, mask, strip, n, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+         SPLIT: tl.constexpr, DOT: tl.constexpr):
+    """W's strip, (ROWS, DEPTH) or in SPLIT parts of its depth, one a warp, (SPLIT, ROWS, DEPTH / SPLIT)."""
+    row = strip * ROWS + tl.arange(0, ROWS)
+    if SPLIT == 1:
+        return weight_tile(weight, mask, row[:, None], tl.arange(0, DEPTH)[None, :], n, TRANSPOSED, DOT)
+    else:
+        k = (tl.arange(0, SPLIT) * (DEPTH // SPLIT))[:, None, None] + tl.arange(0, DEPTH // SPLIT)[None, None, :]
+        return weight_tile(weight, mask, row[None, :, None], k, n, TRANSPOSED, DOT)
+
+
+@triton.jit
+def held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
+                 PRECISION: tl.constexpr, DOT: tl.constexpr):
+    """(ROWS, BATCH) for what `hold` gave and the elements b of the batch: each warp its part of the depth, then added."""
+    if SPLIT == 1:
+        k = tl.arange(0, DEPTH)[:, None]
+        states = load_states(before, k, b[None, :], n, batch, stride_row, stride_batch, DOT)
+        return tl.dot(held, states, input_precision=PRECISION)
+    else:
+        k = (tl.arange(0, SPLIT) * (DEPTH // SPLIT))[:, None, None] + tl.arange(0, DEPTH // SPLIT)[None, :, None]
+        states = load_states(before, k, b[None, None, :], n, batch, stride_row, stride_batch, DOT)
+        return tl.sum(tl.dot(held, states, input_precision=PRECISION), axis=0)
+
+
+@triton.jit
+def streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_batch, TRANSPOSED: tl.constexpr,
+                     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+                     DOT: tl.constexpr):
+    """The same, W and the states DEPTH at a time."""
+    total = tl.zeros([ROWS, BATCH], tl.float32)
+    for first in range(0, n, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        w = weight_tile(weight, mask, row[:, None], k[None, :], n, TRANSPOSED, DOT)
+        states = load_states(before, k[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
+        total = tl.dot(w, states, total, input_precision=PRECISION)
+    return total

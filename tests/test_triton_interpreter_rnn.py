@@ -1,0 +1,34 @@
+"""The Triton kernels of the masked RNN without a GPU: in the interpreter, each file in a process of its own."""
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moduli_kernels import _library
+
+HERE = pathlib.Path(__file__).parent
+pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+
+
+@pytest.mark.parametrize("name", ["triton_interpreter_rnn.py"])
+def test_in_the_interpreter(name):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_import_and_the_cpu_need_no_triton():
+    code = ("import sys, torch, moduli_kernels\n"
+            "x, h, w = torch.rand(2, 3, 4), torch.rand(3, 4), torch.rand(4, 4, requires_grad=True)\n"
+            "output, *_ = torch.ops.moduli_kernels.masked_rnn(x, h, w, w, None, None, None, None, None, None, None, None, None,"
+            " 'tanh', 1.0, False, True)\n"
+            "output.sum().backward()\n"
+            "print('triton' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=HERE.parent,
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

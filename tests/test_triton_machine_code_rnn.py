@@ -1,0 +1,109 @@
+"""The Triton kernels of the masked RNN as machine code, without a GPU: registers, stack, shared memory; what the barrier
+between steps is made of; that nothing is read from the device."""
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from moduli_kernels import _library
+
+pytestmark = [
+    pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
+]
+if _library.triton_installed:
+    import triton_machine_code as code
+    import triton_machine_code_rnn as rnn
+
+    from moduli_kernels.triton import launch_rnn
+
+ARCHITECTURES = (80, 86, 90, 100, 120)
+# what one trains with: rows, batch, -> the way its steps go on an H100
+HOT = {(128, 32): "alone", (650, 20): "held", (1024, 64): "held", (4096, 20): "streamed"}
+
+
+def check(found, architecture: int) -> None:
+    assert found.usage["STACK"] == 0, (found.launch.kernel.__name__, found.launch.arguments, found.usage)
+    assert found.shared <= rnn.DEVICES[architecture].shared
+    assert found.usage["REG"] * 32 * found.launch.options["num_warps"] <= 65536
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("size", "way"), HOT.items(), ids=str)
+def test_hot_kernels(size, way, architecture):
+    """Nothing spilled, and a program fits on a multiprocessor; steps are one launch, of programs that run together."""
+    inputs, steps, back, *products = rnn.record(lambda: rnn.train(*size), architecture)
+    assert len(products) == 3
+    for launch in (steps, back):
+        assert launch.arguments["t_begin"] == 0
+        assert architecture != 90 or launch.arguments["WAY"] == way
+        together = launch.arguments["WAY"] != "alone"
+        assert launch.options["launch_cooperative_grid"] == launch.arguments["BARRIER"] == together
+        assert not together or launch.grid[0] * launch.grid[1] <= rnn.DEVICES[architecture].multiprocessors
+    for launch in (inputs, steps, back, *products):
+        check(rnn.compiled(launch, architecture), architecture)
+
+
+OTHERS = {
+    "bfloat16": {"dtype": torch.bfloat16}, "float16": {"dtype": torch.float16}, "leak": {"leak": 0.5},
+    "lengths": {"lengths": True, "reverse": True}, "no mask": {"masked": False}, "three inputs": {"inputs": 3},
+    "one step": {"steps": 1},
+}
+
+
+@pytest.mark.parametrize(("n", "settings"), [
+    *((650, settings) for settings in OTHERS.values()), (1, OTHERS["one step"]), (100, OTHERS["lengths"]),
+    (300, OTHERS["leak"]), (1901, {}), (3001, {}), (3001, OTHERS["bfloat16"])], ids=str)
+def test_others(n, settings):
+    """What the interpreter accepts the compiler might not."""
+    for launch in rnn.record(lambda: rnn.train(n, 20, **settings), 90):
+        check(rnn.compiled(launch, 90), 90)
+
+
+@pytest.mark.parametrize("n", [60, 500, 650])
+def test_without_tf32(n):
+    for launch in rnn.record(lambda: rnn.train(n, 20), 90, "ieee"):
+        assert launch.arguments["PRECISION"] == "tf32x3"
+        check(rnn.compiled(launch, 90), 90)
+
+
+# --- the barrier -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [(650, 20), (4096, 20)], ids=str)
+def test_the_barrier(size, architecture):
+    """Once in the code of the kernel: all threads have stored, one adds after a fence; one waits for a number and drops
+    what the first-level cache holds, then all go on, and states are loaded after that alone."""
+    for launch in rnn.record(lambda: rnn.train(*size), architecture)[1:3]:
+        text = rnn.instructions(rnn.compiled(launch, architecture).cubin)
+        places = {name: [i for i, line in enumerate(text) if name in line]
+                  for name in ("MEMBAR", "RED", "LD.E.STRONG.GPU", "LDG.E.STRONG.GPU", "CCTL.IVALL", "BAR.SYNC")}
+        fences = [i for i in places["MEMBAR"] if ".GPU" in text[i]]
+        adds = [i for i, line in enumerate(text) if ("REDG" in line or "RED.E" in line or "ATOMG" in line) and ".ADD" in line]
+        asked = places["LD.E.STRONG.GPU"] + places["LDG.E.STRONG.GPU"]
+        assert len(adds) == 1 and len(asked) == 1 and ".STRONG.GPU" in text[adds[0]]
+        assert any(b < f < adds[0] for b in places["BAR.SYNC"] for f in fences if adds[0] - f < 12)
+        between = [text[i] for i in range(max(i for i in places["BAR.SYNC"] if i < adds[0]), adds[0])]
+        assert not any("STG" in line for line in between)
+        assert any(asked[0] < i <= asked[0] + 4 for i in places["CCTL.IVALL"])
+        after = text[asked[0] + 1:]
+        first = next(i for i, line in enumerate(after) if "BAR.SYNC" in line)
+        assert not any("LDG" in line or "LDGSTS" in line for line in after[:first])
+
+
+def test_nothing_is_read_back_from_the_device():
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.namespace == "aten" and function._opname in (
+                "empty", "empty_like", "new_empty", "zeros", "select", "slice", "view", "t", "transpose", "clone",
+                "sum", "detach"), function
+            return function(*args, **(kwargs or {}))
+
+    def train():
+        with Watch():
+            rnn.train(650, 20, leak=0.5, lengths=True)
+
+    assert len(rnn.record(train, 90)) == 6
+    assert launch_rnn.on_gpu(torch.empty(0)) is False and code.N  # what was patched is back

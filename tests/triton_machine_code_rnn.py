@@ -1,0 +1,70 @@
+"""Compiles the Triton kernels of the masked RNN as the launchers would, for GPUs that are not here: see
+triton_machine_code.py."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+import triton_machine_code as code
+from triton.backends.compiler import GPUTarget
+
+from moduli_kernels.triton import launch_rnn
+from moduli_kernels.triton.launch_rnn import Device
+
+MODULES = [launch_rnn]
+# of each architecture a GPU: A100, RTX 3090, H100, B200, RTX 5090
+DEVICES = {80: Device(108, 163 * 1024), 86: Device(82, 99 * 1024), 90: Device(132, 227 * 1024),
+           100: Device(148, 227 * 1024), 120: Device(170, 99 * 1024)}
+
+
+class Compiled(NamedTuple):
+    launch: code.Launch
+    usage: dict[str, int]
+    shared: int  # bytes
+    cubin: bytes
+
+
+def record(call: Callable[[], Any], architecture: int, precision: str = "tf32") -> list[code.Launch]:
+    """What `call` launches on such a GPU; nothing runs."""
+    launches: list[code.Launch] = []
+    rnn, before = torch.backends.cudnn.rnn, torch.backends.cudnn.rnn.fp32_precision
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, rnn, "fp32_precision", before)
+        rnn.fp32_precision = precision
+        stack.enter_context(mock.patch.object(launch_rnn, "on_gpu", lambda x: True))
+        stack.enter_context(mock.patch.object(launch_rnn, "device_of", lambda x: DEVICES[architecture]))
+        for module in MODULES:
+            for name, kernel in list(vars(module).items()):
+                if isinstance(kernel, triton.JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, code.Recorder(kernel, launches)))
+        call()
+    return launches
+
+
+def compiled(launch: code.Launch, architecture: int) -> Compiled:
+    result = triton.compile(code.source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    cubin = result.asm["cubin"]
+    return Compiled(launch, code.usage(cubin), result.metadata.shared, cubin)
+
+
+def train(n: int, batch: int, steps: int = 50, inputs: int | None = None, dtype: torch.dtype = torch.float32,
+          masked: bool = True, leak: float = 1.0, lengths: bool = False, reverse: bool = False) -> None:
+    """Forward and all gradients of an uninitialized layer."""
+    inputs = inputs or n
+    x, h, output = (torch.empty(size, dtype=dtype) for size in ((steps, batch, inputs), (batch, n), (steps, batch, n)))
+    weights = [torch.empty(size, dtype=dtype) for size in ((n, inputs), (n, n))]
+    biases = [torch.empty(n, dtype=dtype) for _ in range(2)]
+    masks = [torch.empty(w.shape, dtype=torch.bool) if masked else None for w in weights]
+    length = torch.empty(batch, dtype=torch.int64) if lengths else None
+    step = ("tanh", leak, reverse)
+    launch_rnn.masked_rnn(x, h, *weights, *biases, *masks, None, None, None, None, length, *step, True)
+    launch_rnn.masked_rnn_grads(output, h, x, h, *weights, *masks, length, output, output, *step, *[True] * 5)
+
+
+def instructions(cubin: bytes) -> list[str]:
+    """Names with predicates, in the order of their addresses."""
+    return [predicate + text for _, predicate, text in code.instructions(cubin)]
