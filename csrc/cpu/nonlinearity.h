@@ -32,15 +32,19 @@ inline V rectified(V x) {
   return x < 0 ? V{} : x;
 }
 
-// s(a) in place; `count` is a multiple of MAX_PACK or at most as many as `a` has room for.
+// s(a) in place.
 template <typename T>
 inline void activate(T* a, int64_t count, Nonlinearity nonlinearity) {
   using V = typename Pack<T>::V;
   constexpr int LANES = Pack<T>::LANES;
-  for (int64_t l = 0; l < count; l += LANES) {
-    const V x = load_pack<V>(a + l);
-    store_pack(a + l, nonlinearity == Nonlinearity::TANH ? hyperbolic_tangent(x) : rectified(x));
-  }
+  const auto apply = [&](auto x) { return nonlinearity == Nonlinearity::TANH ? hyperbolic_tangent(x) : rectified(x); };
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store_pack(a + i, apply(load_pack<V>(a + i)));
+  if (i == count) return;
+  T last[LANES] = {};
+  __builtin_memcpy(last, a + i, (count - i) * sizeof(T));
+  store_pack(last, apply(load_pack<V>(last)));
+  __builtin_memcpy(a + i, last, (count - i) * sizeof(T));
 }
 
 // The slope of s where it has the value `s`.

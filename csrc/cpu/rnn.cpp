@@ -29,7 +29,8 @@ void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight&
              const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, Tensor& output, Tensor& h_n,
              Tensor* activations) {
   const Sequence<T> sequence(d, lengths);
-  const StoredMatrix<T> input(w_ih, d.hidden, d.input), hidden(w_hh, d.hidden, d.hidden);
+  const int64_t width = sequence.width();
+  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width), hidden(w_hh, d.hidden, d.hidden, width);
   std::unique_ptr<T[]> bias;
   if (b_ih || b_hh) {
     bias.reset(new T[d.hidden]());
@@ -62,15 +63,12 @@ void backward(const Direction& d, const Tensor& grad_output, const Tensor& grad_
               const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths, const Tensor& output,
               const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
   const Sequence<T> sequence(d, lengths);
-  const StoredMatrix<T> input(w_ih, d.hidden, d.input), hidden(w_hh, d.hidden, d.hidden);
+  const int64_t width = sequence.width();
+  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width), hidden(w_hh, d.hidden, d.hidden, width);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
-  const auto kept = sequence.states(data<T>(h), data<T>(output));
-  const auto da = sequence.backward(TransposedMatrix<T>(hidden.matrix).matrix, data<T>(grad_output), data<T>(grad_h_n),
-                                    kept.get(), activations ? data<T>(*activations) : nullptr, pointer(dh));
-  if (dx) sequence.input_grad(TransposedMatrix<T>(input.matrix).matrix, da.get(), pointer(dx));
-  if (dw_hh) sequence.weight_grad(hidden.matrix, da.get(), kept.get(), pointer(dw_hh));
-  if (dw_ih) sequence.weight_grad(input.matrix, da.get(), sequence.inputs(data<T>(x)).get(), pointer(dw_ih));
-  if (dbias) sequence.bias_grad(da.get(), pointer(dbias));
+  sequence.backward(input.matrix, hidden.matrix, data<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
+                    data<T>(output), activations ? data<T>(*activations) : nullptr,
+                    {pointer(dx), pointer(dh), pointer(dw_ih), pointer(dw_hh), pointer(dbias)});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(

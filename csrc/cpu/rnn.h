@@ -15,16 +15,18 @@ enum class Nonlinearity { TANH, RELU };
 // Widths of strips: other numbers of lanes are filled up.
 constexpr int64_t WIDTHS[] = {1, 4, 8, 16, 24, 32, 48, 64};
 
-// Rows of a dense matrix that are multiplied at a time; chunks of rows begin at multiples of it.
+// Rows of a dense matrix that are multiplied at a time: chunks of rows begin at multiples of it, and slabs have room for it.
 constexpr int64_t PANEL = 4;
 
-// A weight as the products read it.
+// A weight as the products read it: dense, or its kept entries, sorted by block of columns, row and column. A block's
+// share of a slab stays in the first-level cache while all rows go over it.
 template <typename T>
 struct Matrix {
   int64_t rows, columns;
-  const int64_t* begin;   // (rows + 1): where each row's entries begin; null: dense
-  const int32_t* column;  // of each entry
-  const T* value;         // of each entry; dense: [row / PANEL][column][row % PANEL], rows filled up with 0
+  int64_t blocks, block_columns;  // of kept entries; the last block may be narrower
+  const int64_t* begin;    // (blocks * rows + 1): where the entries of each block and row begin; null: dense
+  const uint16_t* column;  // of each entry, counted from its block's first
+  const T* value;          // of each entry; dense: [row / PANEL][column][row % PANEL], rows filled up with 0
 };
 
 // h' = (1 - leak) h + leak s(bias + input x + hidden h) of rows begin .. end of a strip.
@@ -65,19 +67,18 @@ struct Product {
   int64_t width;
 };
 
-// grad[e] += sum over steps and lanes of da[row of e] other[column of e], of the entries of one row. Slabs of successive
-// steps lie da_step and other_step elements apart.
+// grad[e] += sum over steps and lanes of da[row of e] other[column of e], of the entries e of rows begin .. end; of a dense
+// matrix e counts all entries, row by row. Slabs of successive steps lie da_step and other_step elements apart.
 template <typename T>
-struct SampledRow {
-  const T *da, *other;  // da: of this row
+struct SampledProduct {
+  Matrix<T> matrix;
+  const T *da, *other;
   int64_t da_step, other_step, steps, width;
-  const int32_t* column;  // null: entry e has column e
-  int64_t entries;
   T* grad;
 };
 
 // Between (lanes, rows) with a stride, as tensors have it, and a slab: rows begin .. end; lanes that are only filled up
-// are 0.
+// are 0 in slabs.
 template <typename T>
 struct Transposition {
   T* lanes_first;
@@ -91,13 +92,12 @@ struct RnnLoops {
   void (*forward)(const ForwardStep<T>&, int64_t begin, int64_t end);
   void (*backward)(const BackwardStep<T>&, int64_t begin, int64_t end);
   void (*product)(const Product<T>&, int64_t begin, int64_t end);
-  void (*sampled_row)(const SampledRow<T>&);
+  void (*sampled)(const SampledProduct<T>&, int64_t begin, int64_t end);
   T (*row_sum)(const T* da, int64_t da_step, int64_t steps, int64_t width);
   void (*to_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   void (*from_slab)(const Transposition<T>&, int64_t begin, int64_t end);
-  int64_t (*count_kept)(const uint8_t* mask, int64_t columns);
-  // of one row, in order
-  void (*take_kept)(const uint8_t* mask, const T* weight, int64_t columns, int32_t* column, T* value);
+  // of one row: bit l of bits[w] is entry 64 w + l
+  void (*find_kept)(const uint8_t* mask, int64_t columns, uint64_t* bits);
 };
 
 #define MODULI_DECLARE_RNN(isa)         \

@@ -21,12 +21,11 @@ constexpr int AT_ONCE_OF_PANEL = 2;
 // The most that can be taken at a time so that nothing of n is left over.
 constexpr int divisor(int n, int most) { return n <= most ? n : n % most == 0 ? most : divisor(n, most - 1); }
 
-// sum += row of the matrix times slab; few vectors take several sums side by side, for one alone would wait for itself.
+// sum += entries begin .. end times a slab; few vectors take several sums side by side, for one alone would wait for itself.
 template <typename S, typename T>
-inline void add_row(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
+inline void add_entries(const uint16_t* column, const T* value, int64_t begin, int64_t end, const T* slab, T* sum) {
   using V = typename S::V;
   constexpr int VECTORS = divisor(S::N, AT_ONCE), SIDE_BY_SIDE = VECTORS == 1 ? 4 : VECTORS <= 3 ? 2 : 1;
-  const int64_t end = m.begin[row + 1];
   for (int first = 0; first < S::N; first += VECTORS) {
     const T* from = slab + first * S::LANES;
     T* to = sum + first * S::LANES;
@@ -35,16 +34,16 @@ inline void add_row(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
       acc[0][v] = load_lanes<V>(to + v * S::LANES);
       for (int u = 1; u < SIDE_BY_SIDE; ++u) acc[u][v] = V{};
     }
-    int64_t e = m.begin[row];
+    int64_t e = begin;
     for (; e + SIDE_BY_SIDE <= end; e += SIDE_BY_SIDE)
       for (int u = 0; u < SIDE_BY_SIDE; ++u) {
-        const T* lanes = from + int64_t{m.column[e + u]} * S::WIDTH;
-        const T w = m.value[e + u];
+        const T* lanes = from + int64_t{column[e + u]} * S::WIDTH;
+        const T w = value[e + u];
         for (int v = 0; v < VECTORS; ++v) acc[u][v] += w * load_lanes<V>(lanes + v * S::LANES);
       }
     for (; e < end; ++e) {
-      const T* lanes = from + int64_t{m.column[e]} * S::WIDTH;
-      const T w = m.value[e];
+      const T* lanes = from + int64_t{column[e]} * S::WIDTH;
+      const T w = value[e];
       for (int v = 0; v < VECTORS; ++v) acc[0][v] += w * load_lanes<V>(lanes + v * S::LANES);
     }
     for (int v = 0; v < VECTORS; ++v) {
@@ -54,16 +53,16 @@ inline void add_row(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
   }
 }
 
-// The same of a dense matrix, PANEL rows at once; sums lie `stride` apart.
+// The same of PANEL rows of a dense matrix; sum: as many rows of a slab.
 template <typename S, typename T>
-inline void add_panel(const Matrix<T>& m, int64_t row, const T* slab, T* sum, int64_t stride) {
+inline void add_panel(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
   using V = typename S::V;
   constexpr int VECTORS = divisor(S::N, AT_ONCE_OF_PANEL);
   for (int first = 0; first < S::N; first += VECTORS) {
     const T *from = slab + first * S::LANES, *w = m.value + row * m.columns;
     V acc[PANEL][VECTORS];
     for (int r = 0; r < PANEL; ++r)
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] = load_lanes<V>(sum + r * stride + (first + v) * S::LANES);
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = load_lanes<V>(sum + r * S::WIDTH + (first + v) * S::LANES);
     for (int64_t k = 0; k < m.columns; ++k, w += PANEL, from += S::WIDTH) {
       V lanes[VECTORS];
       for (int v = 0; v < VECTORS; ++v) lanes[v] = load_lanes<V>(from + v * S::LANES);
@@ -71,110 +70,109 @@ inline void add_panel(const Matrix<T>& m, int64_t row, const T* slab, T* sum, in
         for (int v = 0; v < VECTORS; ++v) acc[r][v] += w[r] * lanes[v];
     }
     for (int r = 0; r < PANEL; ++r)
-      for (int v = 0; v < VECTORS; ++v) store_lanes(sum + r * stride + (first + v) * S::LANES, acc[r][v]);
+      for (int v = 0; v < VECTORS; ++v) store_lanes(sum + r * S::WIDTH + (first + v) * S::LANES, acc[r][v]);
   }
 }
 
-// Up to PANEL rows; sums lie `stride` apart, and there are PANEL of them.
+// sum += the matrix times slab, rows begin .. end of slab `sum`.
 template <typename S, typename T>
-inline void add_rows(const Matrix<T>& m, int64_t row, int64_t count, const T* slab, T* sum, int64_t stride) {
-  if (m.begin)
-    for (int64_t r = 0; r < count; ++r) add_row<S>(m, row + r, slab, sum + r * stride);
+inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
+  if (!m.begin)
+    for (int64_t row = begin; row < end; row += PANEL) add_panel<S>(m, row, slab, sum + row * S::WIDTH);
   else
-    add_panel<S>(m, row, slab, sum, stride);
+    for (int64_t b = 0; b < m.blocks; ++b) {
+      const int64_t* first = m.begin + b * m.rows;
+      const T* share = slab + b * m.block_columns * S::WIDTH;
+      for (int64_t row = begin; row < end; ++row)
+        add_entries<S>(m.column, m.value, first[row], first[row + 1], share, sum + row * S::WIDTH);
+    }
 }
 
-// Sums of PANEL rows: room for whole packs.
-template <typename S, typename T>
-struct Sums {
-  static constexpr int STRIDE = (S::WIDTH + 15) / 16 * 16;
-  alignas(64) T at[PANEL * STRIDE];
-};
+// Rows that go through all parts of a step together: few, so that their sums stay at hand, but where each block of columns
+// is to serve all rows.
+template <typename T>
+inline int64_t rows_together(const Matrix<T>& m, int64_t rows) {
+  return m.begin && m.blocks > 1 ? rows : 8 * PANEL;
+}
 
 template <typename S, typename T>
-void forward_rows(const ForwardStep<T>& p, int64_t begin, int64_t end) {
-  constexpr int STRIDE = Sums<S, T>::STRIDE;
-  Sums<S, T> sums;
-  for (int64_t row = begin; row < end; row += PANEL) {
-    const int64_t count = end - row < PANEL ? end - row : PANEL;
-    for (int64_t r = 0; r < PANEL; ++r)
-      for (int l = 0; l < STRIDE; ++l) sums.at[r * STRIDE + l] = p.bias && r < count ? p.bias[row + r] : T(0);
-    add_rows<S>(p.input, row, count, p.x, sums.at, STRIDE);
-    add_rows<S>(p.hidden, row, count, p.h, sums.at, STRIDE);
-    activate(sums.at, count * STRIDE, p.nonlinearity);
-    for (int64_t r = 0; r < count; ++r) {
-      const T *s = sums.at + r * STRIDE, *h = p.h + (row + r) * S::WIDTH;
-      T* next = p.next + (row + r) * S::WIDTH;
-      if (p.activation) __builtin_memcpy(p.activation + (row + r) * S::WIDTH, s, S::WIDTH * sizeof(T));
-      for (int l = 0; l < S::WIDTH; ++l) {
-        const T moved = p.leak == 1 ? s[l] : (1 - p.leak) * h[l] + p.leak * s[l];
-        next[l] = p.active && p.active[l] == 0 ? h[l] : moved;
+void forward_rows(const ForwardStep<T>& p, int64_t all_begin, int64_t all_end) {
+  const int64_t rows = all_end - all_begin, a = rows_together(p.input, rows), b = rows_together(p.hidden, rows);
+  const int64_t together = a > b ? a : b;
+  for (int64_t begin = all_begin; begin < all_end; begin += together) {
+    const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH, to = end * S::WIDTH;
+    for (int64_t row = begin; row < end; ++row)
+      for (int l = 0; l < S::WIDTH; ++l) p.next[row * S::WIDTH + l] = p.bias ? p.bias[row] : T(0);
+    add_product<S>(p.input, begin, end, p.x, p.next);
+    add_product<S>(p.hidden, begin, end, p.h, p.next);
+    activate(p.next + from, to - from, p.nonlinearity);
+    if (p.activation) __builtin_memcpy(p.activation + from, p.next + from, (to - from) * sizeof(T));
+    if (p.leak != 1)
+      for (int64_t i = from; i < to; ++i) p.next[i] = (1 - p.leak) * p.h[i] + p.leak * p.next[i];
+    if (p.active)
+      for (int64_t i = from; i < to; ++i) p.next[i] = p.active[i % S::WIDTH] == 0 ? p.h[i] : p.next[i];
+  }
+}
+
+template <typename S, typename T>
+void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end) {
+  const int64_t together = rows_together(p.hidden_transposed, all_end - all_begin);
+  for (int64_t begin = all_begin; begin < all_end; begin += together) {
+    const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH, to = end * S::WIDTH;
+    for (int64_t i = from; i < to; ++i) p.stays[i] += p.grad_output[i];
+    if (p.da_after) add_product<S>(p.hidden_transposed, begin, end, p.da_after, p.stays);
+    for (int64_t i = from; i < to; ++i) {
+      const T d = p.stays[i];
+      p.da[i] = p.leak * slope_at(p.activation[i], p.nonlinearity) * d;
+      p.stays[i] = (1 - p.leak) * d;
+      if (p.active && p.active[i % S::WIDTH] == 0) {
+        p.da[i] = 0;
+        p.stays[i] = d;
       }
     }
   }
 }
 
+// grad[e] += the entry of each of `count` columns; column null: 0, 1, ...
 template <typename S, typename T>
-void backward_rows(const BackwardStep<T>& p, int64_t begin, int64_t end) {
-  constexpr int STRIDE = Sums<S, T>::STRIDE;
-  Sums<S, T> sums{};
-  for (int64_t row = begin; row < end; row += PANEL) {
-    const int64_t count = end - row < PANEL ? end - row : PANEL;
-    for (int64_t r = 0; r < count; ++r)
-      for (int l = 0; l < S::WIDTH; ++l) {
-        const int64_t at = (row + r) * S::WIDTH + l;
-        sums.at[r * STRIDE + l] = p.grad_output[at] + p.stays[at];
-      }
-    if (p.da_after) add_rows<S>(p.hidden_transposed, row, count, p.da_after, sums.at, STRIDE);
-    for (int64_t r = 0; r < count; ++r)
-      for (int l = 0; l < S::WIDTH; ++l) {
-        const int64_t at = (row + r) * S::WIDTH + l;
-        const T d = sums.at[r * STRIDE + l];
-        const bool active = !p.active || p.active[l] != 0;
-        p.da[at] = active ? p.leak * slope_at(p.activation[at], p.nonlinearity) * d : T(0);
-        p.stays[at] = active ? (1 - p.leak) * d : d;
-      }
-  }
-}
-
-template <typename S, typename T>
-void product_rows(const Product<T>& p, int64_t begin, int64_t end) {
-  constexpr int STRIDE = Sums<S, T>::STRIDE;
-  Sums<S, T> sums{};
-  for (int64_t row = begin; row < end; row += PANEL) {
-    const int64_t count = end - row < PANEL ? end - row : PANEL;
-    for (int64_t r = 0; r < count; ++r)
-      __builtin_memcpy(sums.at + r * STRIDE, p.to + (row + r) * S::WIDTH, S::WIDTH * sizeof(T));
-    add_rows<S>(p.matrix, row, count, p.from, sums.at, STRIDE);
-    for (int64_t r = 0; r < count; ++r)
-      __builtin_memcpy(p.to + (row + r) * S::WIDTH, sums.at + r * STRIDE, S::WIDTH * sizeof(T));
-  }
-}
-
-template <typename S, typename T>
-void sampled_row(const SampledRow<T>& p) {
+inline void sampled_row(const SampledProduct<T>& p, const T* da, const T* other, const uint16_t* column, int64_t count,
+                        T* grad) {
   using V = typename S::V;
   constexpr int GROUP = 8;
   int64_t e = 0;
-  for (; e + GROUP <= p.entries; e += GROUP) {
-    const T* other[GROUP];
+  for (; e + GROUP <= count; e += GROUP) {
+    const T *at[GROUP], *d_at = da;
     V acc[GROUP]{};
-    for (int g = 0; g < GROUP; ++g) other[g] = p.other + (p.column ? int64_t{p.column[e + g]} : e + g) * S::WIDTH;
-    const T* da = p.da;
-    for (int64_t k = 0; k < p.steps; ++k, da += p.da_step)
+    for (int g = 0; g < GROUP; ++g) at[g] = other + (column ? int64_t{column[e + g]} : e + g) * S::WIDTH;
+    for (int64_t k = 0; k < p.steps; ++k, d_at += p.da_step)
       for (int v = 0; v < S::N; ++v) {
-        const V d = load_lanes<V>(da + v * S::LANES);
-        for (int g = 0; g < GROUP; ++g) acc[g] += d * load_lanes<V>(other[g] + k * p.other_step + v * S::LANES);
+        const V d = load_lanes<V>(d_at + v * S::LANES);
+        for (int g = 0; g < GROUP; ++g) acc[g] += d * load_lanes<V>(at[g] + k * p.other_step + v * S::LANES);
       }
-    add_sums_of_eight(acc, p.grad + e);
+    add_sums_of_eight(acc, grad + e);
   }
-  for (; e < p.entries; ++e) {
-    const T *other = p.other + (p.column ? int64_t{p.column[e]} : e) * S::WIDTH, *da = p.da;
+  for (; e < count; ++e) {
+    const T *at = other + (column ? int64_t{column[e]} : e) * S::WIDTH, *d_at = da;
     V acc{};
-    for (int64_t k = 0; k < p.steps; ++k, da += p.da_step, other += p.other_step)
-      for (int v = 0; v < S::N; ++v) acc += load_lanes<V>(da + v * S::LANES) * load_lanes<V>(other + v * S::LANES);
-    p.grad[e] += sum_of_lanes<T>(acc);
+    for (int64_t k = 0; k < p.steps; ++k, d_at += p.da_step, at += p.other_step)
+      for (int v = 0; v < S::N; ++v) acc += load_lanes<V>(d_at + v * S::LANES) * load_lanes<V>(at + v * S::LANES);
+    grad[e] += sum_of_lanes<T>(acc);
   }
+}
+
+template <typename S, typename T>
+void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
+  const Matrix<T>& m = p.matrix;
+  if (!m.begin)
+    for (int64_t row = begin; row < end; ++row)
+      sampled_row<S>(p, p.da + row * S::WIDTH, p.other, nullptr, m.columns, p.grad + row * m.columns);
+  else
+    for (int64_t b = 0; b < m.blocks; ++b)
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t e = m.begin[b * m.rows + row], count = m.begin[b * m.rows + row + 1] - e;
+        const T* share = p.other + b * m.block_columns * S::WIDTH;
+        sampled_row<S>(p, p.da + row * S::WIDTH, share, m.column + e, count, p.grad + e);
+      }
 }
 
 // What `run` does with the type of the strip's width.
@@ -229,21 +227,8 @@ void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) p.lanes_first[lane * p.stride + row] = p.slab[row * p.width + lane];
 }
 
-inline int64_t count_kept(const uint8_t* mask, int64_t columns) {
-  int64_t kept = 0;
-  for (int64_t j = 0; j < columns; j += MASK_STEP) kept += __builtin_popcountll(kept_bits(mask + j, columns - j));
-  return kept;
-}
-
-template <typename T>
-void take_kept(const uint8_t* mask, const T* weight, int64_t columns, int32_t* column, T* value) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < columns; j += MASK_STEP)
-    for (uint64_t bits = kept_bits(mask + j, columns - j); bits; bits &= bits - 1, ++count) {
-      const int64_t at = j + __builtin_ctzll(bits);
-      column[count] = static_cast<int32_t>(at);
-      value[count] = weight[at];
-    }
+inline void find_kept(const uint8_t* mask, int64_t columns, uint64_t* bits) {
+  for (int64_t j = 0; j < columns; j += MASK_STEP) *bits++ = kept_bits(mask + j, columns - j);
 }
 
 template <typename T>
@@ -255,10 +240,12 @@ constexpr RnnLoops<T> LOOPS = {
       with_width<T>(p.width, [&](auto s) { backward_rows<decltype(s)>(p, begin, end); });
     },
     [](const Product<T>& p, int64_t begin, int64_t end) {
-      with_width<T>(p.width, [&](auto s) { product_rows<decltype(s)>(p, begin, end); });
+      with_width<T>(p.width, [&](auto s) { add_product<decltype(s)>(p.matrix, begin, end, p.from, p.to); });
     },
-    [](const SampledRow<T>& p) { with_width<T>(p.width, [&](auto s) { sampled_row<decltype(s)>(p); }); },
-    row_sum<T>, to_slab<T>, from_slab<T>, count_kept, take_kept<T>,
+    [](const SampledProduct<T>& p, int64_t begin, int64_t end) {
+      with_width<T>(p.width, [&](auto s) { sampled_rows<decltype(s)>(p, begin, end); });
+    },
+    row_sum<T>, to_slab<T>, from_slab<T>, find_kept,
 };
 
 }  // namespace

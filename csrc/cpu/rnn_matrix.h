@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "isa.h"
+#include "kept_bits.h"
 #include "rnn.h"
 #include "tasks.h"
 
@@ -54,40 +56,6 @@ struct Weight {
   const OptionalTensor &mask, &crow, &col;
 };
 
-// A matrix and the memory it lies in.
-template <typename T>
-struct OwnedMatrix {
-  Matrix<T> matrix{};
-
- protected:
-  std::unique_ptr<int64_t[]> begin;
-  std::unique_ptr<int32_t[]> column;
-  std::unique_ptr<T[]> value;
-
-  // With room for the entries that begin[1 ..] counts, one number a row, which become their places.
-  void allocate(int64_t rows, int64_t columns) {
-    begin[0] = 0;
-    for (int64_t i = 0; i < rows; ++i) begin[i + 1] += begin[i];
-    column.reset(new int32_t[std::max<int64_t>(1, begin[rows])]);
-    value.reset(new T[std::max<int64_t>(1, begin[rows])]);
-    matrix = {rows, columns, begin.get(), column.get(), value.get()};
-  }
-
-  // element(i, j) of a dense matrix
-  template <typename Element>
-  void fill_panels(int64_t rows, int64_t columns, Element element) {
-    const int64_t panels = (rows + PANEL - 1) / PANEL;
-    value.reset(new T[std::max<int64_t>(1, panels * columns * PANEL)]);
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t j = 0; j < columns; ++j)
-        for (int64_t r = 0; r < PANEL; ++r) {
-          const int64_t i = p * PANEL + r;
-          value[(p * columns + j) * PANEL + r] = i < rows ? element(i, j) : T(0);
-        }
-    matrix = {rows, columns, nullptr, nullptr, value.get()};
-  }
-};
-
 // Rows that a task goes through: enough of them to be worth handing out.
 constexpr int64_t ROWS_A_TASK = 64;
 inline int64_t row_tasks(int64_t rows) { return (rows + ROWS_A_TASK - 1) / ROWS_A_TASK; }
@@ -99,61 +67,155 @@ void each_row(int64_t rows, Run run) {
   });
 }
 
+// A matrix and the memory it lies in.
 template <typename T>
-struct StoredMatrix : OwnedMatrix<T> {
-  StoredMatrix(const Weight& w, int64_t rows, int64_t columns) {
+class OwnedMatrix {
+ public:
+  Matrix<T> matrix{};
+
+ protected:
+  // Blocks of columns such that a slab's share, `width` lanes, stays in the first-level cache, but rows have some entries
+  // in each; multiples of MASK_STEP columns.
+  void set_blocks(int64_t rows, int64_t columns, int64_t entries, int64_t width) {
+    constexpr int64_t CACHED_BYTES = 32 << 10, LEAST_ENTRIES = 8, MOST_COLUMNS = int64_t{1} << 16;
+    const int64_t wanted = columns * width * static_cast<int64_t>(sizeof(T)) / CACHED_BYTES;
+    const int64_t worth = entries / std::max<int64_t>(1, rows * LEAST_ENTRIES);
+    const int64_t least = (columns + MOST_COLUMNS - 1) / MOST_COLUMNS;
+    const int64_t blocks = std::max({int64_t{1}, least, std::min(wanted, worth)});
+    const int64_t steps = (columns + blocks * MASK_STEP - 1) / (blocks * MASK_STEP), wide = std::max<int64_t>(1, steps) * MASK_STEP;
+    matrix = {rows, columns, std::max<int64_t>(1, (columns + wide - 1) / wide), wide, nullptr, nullptr, nullptr};
+    begin_.reset(new int64_t[matrix.blocks * rows + 1]());
+  }
+  int64_t& count(int64_t block, int64_t row) { return begin_[block * matrix.rows + row + 1]; }
+
+  // Once count holds the entries of each block and row.
+  void allocate() {
+    const int64_t size = matrix.blocks * matrix.rows;
+    for (int64_t i = 0; i < size; ++i) begin_[i + 1] += begin_[i];
+    column_.reset(new uint16_t[std::max<int64_t>(1, begin_[size])]);
+    value_.reset(new T[std::max<int64_t>(1, begin_[size])]);
+    matrix.begin = begin_.get();
+    matrix.column = column_.get();
+    matrix.value = value_.get();
+  }
+  void put(int64_t at, int64_t column, T value) {
+    column_[at] = static_cast<uint16_t>(column);
+    value_[at] = value;
+  }
+
+  // element(i, j) of a dense matrix
+  template <typename Element>
+  void fill_panels(int64_t rows, int64_t columns, Element element) {
+    const int64_t panels = (rows + PANEL - 1) / PANEL;
+    value_.reset(new T[std::max<int64_t>(1, panels * columns * PANEL)]);
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t r = 0; r < PANEL; ++r) {
+          const int64_t i = p * PANEL + r;
+          value_[(p * columns + j) * PANEL + r] = i < rows ? element(i, j) : T(0);
+        }
+    matrix = {rows, columns, 1, columns, nullptr, nullptr, value_.get()};
+  }
+
+ private:
+  std::unique_ptr<int64_t[]> begin_;
+  std::unique_ptr<uint16_t[]> column_;
+  std::unique_ptr<T[]> value_;
+};
+
+// width: lanes of the widest strip.
+template <typename T>
+class StoredMatrix : public OwnedMatrix<T> {
+ public:
+  StoredMatrix(const Weight& w, int64_t rows, int64_t columns, int64_t width) {
     const T* weight = data<T>(w.weight);
-    if (w.crow) {
-      const auto crow = data<int64_t>(*w.crow), col = data<int64_t>(*w.col);
-      const int64_t entries = crow[rows];
-      this->column.reset(new int32_t[std::max<int64_t>(1, entries)]);
-      std::transform(col, col + entries, this->column.get(), [](int64_t j) { return static_cast<int32_t>(j); });
-      this->matrix = {rows, columns, crow, this->column.get(), weight};
-    } else if (w.mask) {
-      const auto mask = data<uint8_t>(*w.mask);
-      const RnnLoops<T>& loops = rnn_loops<T>();
-      this->begin.reset(new int64_t[rows + 1]);
-      each_row(rows, [&](int64_t i) { this->begin[i + 1] = loops.count_kept(mask + i * columns, columns); });
-      this->allocate(rows, columns);
-      each_row(rows, [&](int64_t i) {
-        const int64_t at = this->begin[i];
-        loops.take_kept(mask + i * columns, weight + i * columns, columns, &this->column[at], &this->value[at]);
-      });
-    } else {
+    if (w.crow)
+      from_compressed(data<int64_t>(*w.crow), data<int64_t>(*w.col), weight, rows, columns, width);
+    else if (w.mask)
+      from_mask(data<uint8_t>(*w.mask), weight, rows, columns, width);
+    else
       this->fill_panels(rows, columns, [&](int64_t i, int64_t j) { return weight[i * columns + j]; });
-    }
+  }
+
+ private:
+  void from_compressed(const int64_t* crow, const int64_t* col, const T* value, int64_t rows, int64_t columns, int64_t width) {
+    this->set_blocks(rows, columns, crow[rows], width);
+    const int64_t wide = this->matrix.block_columns;
+    each_row(rows, [&](int64_t i) {
+      for (int64_t e = crow[i]; e < crow[i + 1]; ++e) ++this->count(col[e] / wide, i);
+    });
+    this->allocate();
+    each_row(rows, [&](int64_t i) {
+      int64_t e = crow[i];
+      for (int64_t b = 0; b < this->matrix.blocks; ++b)
+        for (int64_t at = this->matrix.begin[b * rows + i]; at < this->matrix.begin[b * rows + i + 1]; ++at, ++e)
+          this->put(at, col[e] - b * wide, value[e]);
+    });
+  }
+
+  void from_mask(const uint8_t* mask, const T* weight, int64_t rows, int64_t columns, int64_t width) {
+    const int64_t words = (columns + MASK_STEP - 1) / MASK_STEP;
+    std::unique_ptr<uint64_t[]> bits(new uint64_t[std::max<int64_t>(1, rows * words)]);
+    std::atomic<int64_t> entries{0};
+    each_row(rows, [&](int64_t i) {
+      rnn_loops<T>().find_kept(mask + i * columns, columns, &bits[i * words]);
+      entries += kept(&bits[i * words], words);
+    });
+    this->set_blocks(rows, columns, entries, width);
+    const int64_t wide = this->matrix.block_columns / MASK_STEP;
+    const auto words_of = [&](int64_t b) { return std::min(wide, words - b * wide); };
+    each_row(rows, [&](int64_t i) {
+      for (int64_t b = 0; b < this->matrix.blocks; ++b) this->count(b, i) = kept(&bits[i * words + b * wide], words_of(b));
+    });
+    this->allocate();
+    each_row(rows, [&](int64_t i) {
+      for (int64_t b = 0; b < this->matrix.blocks; ++b) {
+        const T* from = weight + i * columns + b * this->matrix.block_columns;
+        int64_t at = this->matrix.begin[b * rows + i];
+        for (int64_t w = 0; w < words_of(b); ++w)
+          for (uint64_t left = bits[i * words + b * wide + w]; left; left &= left - 1, ++at) {
+            const int64_t j = w * MASK_STEP + __builtin_ctzll(left);
+            this->put(at, j, from[j]);
+          }
+      }
+    });
+  }
+
+  static int64_t kept(const uint64_t* bits, int64_t words) {
+    int64_t count = 0;
+    for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(bits[w]);
+    return count;
   }
 };
 
 template <typename T>
-struct TransposedMatrix : OwnedMatrix<T> {
-  explicit TransposedMatrix(const Matrix<T>& m) {
+class TransposedMatrix : public OwnedMatrix<T> {
+ public:
+  TransposedMatrix(const Matrix<T>& m, int64_t width) {
     if (!m.begin) {
       const auto element = [&](int64_t i, int64_t j) { return m.value[(j / PANEL * m.columns + i) * PANEL + j % PANEL]; };
       this->fill_panels(m.columns, m.rows, element);
       return;
     }
-    // Each task goes through all rows, for columns of its own.
-    const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), row_tasks(m.columns));
+    this->set_blocks(m.columns, m.rows, m.begin[m.blocks * m.rows], width);
+    const int64_t wide = this->matrix.block_columns;
+    // Each task has columns of its own, which become rows.
+    const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), row_tasks(m.block_columns));
     const auto each_entry = [&](auto use) {
       each_task(tasks, [&](int64_t task) {
-        const auto low = static_cast<int32_t>(m.columns * task / tasks);
-        const auto high = static_cast<int32_t>(m.columns * (task + 1) / tasks);
-        for (int64_t i = 0; i < m.rows; ++i) {
-          const int32_t* end = m.column + m.begin[i + 1];
-          for (const int32_t* c = std::lower_bound(m.column + m.begin[i], end, low); c < end && *c < high; ++c)
-            use(i, *c, m.value[c - m.column]);
-        }
+        const int64_t low = m.block_columns * task / tasks, high = m.block_columns * (task + 1) / tasks;
+        for (int64_t b = 0; b < m.blocks; ++b)
+          for (int64_t i = 0; i < m.rows; ++i) {
+            const uint16_t* end = m.column + m.begin[b * m.rows + i + 1];
+            const uint16_t* c = std::lower_bound(m.column + m.begin[b * m.rows + i], end, low);
+            for (; c < end && *c < high; ++c) use(i, b * m.block_columns + *c, m.value[c - m.column]);
+          }
       });
     };
-    this->begin.reset(new int64_t[m.columns + 1]());
-    each_entry([&](int64_t, int32_t j, T) { ++this->begin[j + 1]; });
-    this->allocate(m.columns, m.rows);
-    std::vector<int64_t> next(this->begin.get(), this->begin.get() + m.columns);
-    each_entry([&](int64_t i, int32_t j, T value) {
-      this->column[next[j]] = static_cast<int32_t>(i);
-      this->value[next[j]++] = value;
-    });
+    each_entry([&](int64_t i, int64_t j, T) { ++this->count(i / wide, j); });
+    this->allocate();
+    std::vector<int64_t> next(this->matrix.begin, this->matrix.begin + this->matrix.blocks * m.columns);
+    each_entry([&](int64_t i, int64_t j, T value) { this->put(next[i / wide * m.columns + j]++, i % wide, value); });
   }
 };
 

@@ -35,19 +35,18 @@ inline std::vector<Strip> strips_of(int64_t batch) {
 template <typename T>
 class Slabs {
  public:
-  Slabs(const std::vector<Strip>& strips, int64_t steps, int64_t rows) : rows_(rows) {
+  Slabs(const std::vector<Strip>& strips, int64_t steps, int64_t rows) : rows_((rows + PANEL - 1) / PANEL * PANEL) {
     int64_t size = 0;
     for (const Strip& strip : strips) {
       first_.push_back(size);
       width_.push_back(strip.width);
-      size += steps * rows * strip.width;
+      size += steps * rows_ * strip.width;
     }
     memory_.reset(new T[size + 64 / sizeof(T)]);
     aligned_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
   }
   T* at(int64_t strip, int64_t step) const { return aligned_ + first_[strip] + step * stride(strip); }
   int64_t stride(int64_t strip) const { return rows_ * width_[strip]; }
-  int64_t rows() const { return rows_; }
 
  private:
   int64_t rows_;
@@ -66,116 +65,174 @@ class Sequence {
     if (!lengths) return;
     const auto length = data<int64_t>(*lengths);
     active_ = make_slabs(d.steps, 1);
-    each_step_of_strips([&](int64_t s, int64_t k) {
+    each_step_of_strips(d_.steps, [&](int64_t s, int64_t k) {
       const Strip& strip = strips_[s];
       for (int64_t l = 0; l < strip.width; ++l)
         active_->at(s, k)[l] = l < strip.lanes && time(k) < length[strip.first + l] ? T(1) : T(0);
     });
   }
 
+  // Lanes of the widest strip.
+  int64_t width() const {
+    int64_t widest = 1;
+    for (const Strip& strip : strips_) widest = std::max(widest, strip.width);
+    return widest;
+  }
+
   void forward(const Matrix<T>& input, const Matrix<T>& hidden, const T* bias, const T* x, const T* h, T* output, T* h_n,
                T* activations) const {
-    const auto inputs_of = inputs(x);
-    const auto state = make_slabs(2, d_.hidden), kept = activations ? make_slabs(1, d_.hidden) : nullptr;
+    const int64_t at_once = chunk_steps(d_.input);
+    const auto inputs = make_slabs(at_once, d_.input), state = make_slabs(2, d_.hidden);
+    const auto kept = activations ? make_slabs(1, d_.hidden) : nullptr;
     for_strips([&](int64_t s) { read(h, d_.hidden, s, state->at(s, 0)); });
-    run_steps(hidden, [&](int64_t s, int64_t k, int64_t begin, int64_t end) {
-      const int64_t width = strips_[s].width;
-      T *next = state->at(s, (k + 1) % 2), *s_of_a = kept ? kept->at(s, 0) : nullptr;
-      loops_.forward({input, hidden, inputs_of->at(s, k), state->at(s, k % 2), bias, next, s_of_a, active(s, k), width,
-                      d_.nonlinearity, T(d_.leak)},
-                     begin, end);
-      write(next, s, step_of(output, k), d_.hidden, begin, end);
-      if (activations) write(s_of_a, s, step_of(activations, k), d_.hidden, begin, end);
-    });
+    for (int64_t first = 0; first < d_.steps; first += at_once) {
+      const int64_t steps = std::min(at_once, d_.steps - first);
+      read_inputs(x, first, steps, *inputs);
+      run_steps(hidden, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
+        const int64_t k = first + step, width = strips_[s].width;
+        T *next = state->at(s, (k + 1) % 2), *s_of_a = kept ? kept->at(s, 0) : nullptr;
+        loops_.forward({input, hidden, inputs->at(s, step), state->at(s, k % 2), bias, next, s_of_a, active(s, k), width,
+                        d_.nonlinearity, T(d_.leak)},
+                       begin, end);
+        write(next, s, step_of(output, k), d_.hidden, begin, end);
+        if (activations) write(s_of_a, s, step_of(activations, k), d_.hidden, begin, end);
+      });
+    }
     for_strips([&](int64_t s) { write(state->at(s, d_.steps % 2), s, h_n, d_.hidden, 0, d_.hidden); });
   }
 
-  // Slabs of x, in the order in which the steps are taken.
-  SlabsPointer<T> inputs(const T* x) const {
-    auto slabs = make_slabs(d_.steps, d_.input);
-    each_step_of_strips([&](int64_t s, int64_t k) { read(x + time(k) * d_.batch * d_.input, d_.input, s, slabs->at(s, k)); });
-    return slabs;
-  }
+  struct Grads {
+    T *x, *h, *w_ih, *w_hh, *bias;  // null: not needed
+  };
 
-  // Slabs of the state before each step, and after the last.
-  SlabsPointer<T> states(const T* h, const T* output) const {
-    auto slabs = make_slabs(d_.steps + 1, d_.hidden);
-    for_strips([&](int64_t s) { read(h, d_.hidden, s, slabs->at(s, 0)); });
-    each_step_of_strips([&](int64_t s, int64_t k) { read(step_of(output, k), d_.hidden, s, slabs->at(s, k + 1)); });
-    return slabs;
-  }
+  // activations null: they are the output. Goes back over chunks of steps, whose slabs are used for all gradients before
+  // the next ones take their place.
+  void backward(const Matrix<T>& input, const Matrix<T>& hidden, const T* grad_output, const T* grad_h_n, const T* x,
+                const T* h, const T* output, const T* activations, const Grads& grads) const {
+    const TransposedMatrix<T> hidden_transposed(hidden, width());
+    std::optional<TransposedMatrix<T>> input_transposed;
+    if (grads.x) input_transposed.emplace(input, width());
+    std::optional<WeightGrad> dw_ih, dw_hh;
+    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih);
+    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh);
+    if (grads.bias) std::fill_n(grads.bias, d_.hidden, T(0));
 
-  // Slabs of dL/da; activations null: they are the states after each step. dh null: not needed.
-  SlabsPointer<T> backward(const Matrix<T>& hidden_transposed, const T* grad_output, const T* grad_h_n, const Slabs<T>* states,
-                           const T* activations, T* dh) const {
-    auto da = make_slabs(d_.steps, d_.hidden);
-    const auto stays = make_slabs(1, d_.hidden), grads = make_slabs(1, d_.hidden);
+    const int64_t at_once = chunk_steps(d_.hidden + (grads.w_ih ? d_.input : 0));
+    const auto states = make_slabs(at_once + 1, d_.hidden), da = make_slabs(at_once + 1, d_.hidden);
+    const auto inputs = make_slabs(grads.w_ih ? at_once : 0, d_.input);
+    const auto stays = make_slabs(1, d_.hidden), grad = make_slabs(1, d_.hidden);
     const auto kept = activations ? make_slabs(1, d_.hidden) : nullptr;
     for_strips([&](int64_t s) { read(grad_h_n, d_.hidden, s, stays->at(s, 0)); });
-    run_steps(hidden_transposed, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
-      const int64_t k = d_.steps - 1 - step, width = strips_[s].width;
-      read(step_of(grad_output, k), d_.hidden, s, grads->at(s, 0), begin, end);
-      if (activations) read(step_of(activations, k), d_.hidden, s, kept->at(s, 0), begin, end);
-      loops_.backward({hidden_transposed, step ? da->at(s, k + 1) : nullptr, grads->at(s, 0),
-                       activations ? kept->at(s, 0) : states->at(s, k + 1), da->at(s, k), stays->at(s, 0), active(s, k), width,
-                       d_.nonlinearity, T(d_.leak)},
-                      begin, end);
-    });
-    if (dh)
-      for_strips([&](int64_t s) {
-        if (d_.steps) loops_.product({hidden_transposed, da->at(s, 0), stays->at(s, 0), strips_[s].width}, 0, d_.hidden);
-        write(stays->at(s, 0), s, dh, d_.hidden, 0, d_.hidden);
+    for (int64_t last = d_.steps; last > 0; last -= at_once) {
+      const int64_t first = std::max<int64_t>(0, last - at_once), steps = last - first;
+      read_states(h, output, first, steps, *states);
+      // da of the step after this chunk, its first one the last time, goes behind its own
+      if (last < d_.steps)
+        for_strips([&](int64_t s) { std::copy_n(da->at(s, 0), da->stride(s), da->at(s, steps)); });
+      run_steps(hidden_transposed.matrix, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
+        const int64_t j = steps - 1 - step, k = first + j, width = strips_[s].width;
+        read(step_of(grad_output, k), d_.hidden, s, grad->at(s, 0), begin, end);
+        if (activations) read(step_of(activations, k), d_.hidden, s, kept->at(s, 0), begin, end);
+        loops_.backward({hidden_transposed.matrix, k + 1 < d_.steps ? da->at(s, j + 1) : nullptr, grad->at(s, 0),
+                         activations ? kept->at(s, 0) : states->at(s, j + 1), da->at(s, j), stays->at(s, 0), active(s, k),
+                         width, d_.nonlinearity, T(d_.leak)},
+                        begin, end);
       });
-    return da;
-  }
-
-  void input_grad(const Matrix<T>& input_transposed, const Slabs<T>* da, T* dx) const {
-    each_step_of_strips([&](int64_t s, int64_t k) {
-      const int64_t width = strips_[s].width;
-      Slabs<T> slab({strips_[s]}, 1, d_.input);
-      std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
-      loops_.product({input_transposed, da->at(s, k), slab.at(0, 0), width}, 0, d_.input);
-      write(slab.at(0, 0), s, dx + time(k) * d_.batch * d_.input, d_.input, 0, d_.input);
-    });
-  }
-
-  // grad (hidden, columns) = sum over steps and lanes of da other^T where the matrix has entries, else 0.
-  void weight_grad(const Matrix<T>& matrix, const Slabs<T>* da, const Slabs<T>* other, T* grad) const {
-    const int64_t columns = matrix.columns;
-    each_chunk_of_rows(matrix, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
-      std::fill(grad + begin * columns, grad + end * columns, T(0));
-      const int64_t first = matrix.begin ? matrix.begin[begin] : 0;
-      std::vector<T> sums(matrix.begin ? matrix.begin[end] - first : 0);
-      for (int64_t s = 0; s < strips(); ++s) {
-        const int64_t width = strips_[s].width, at_once = steps_at_once(columns * width);
-        for (int64_t k = 0; k < d_.steps; k += at_once)
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t at = matrix.begin ? matrix.begin[i] : 0;
-            loops_.sampled_row({da->at(s, k) + i * width, other->at(s, k), da->stride(s), other->stride(s),
-                                std::min(at_once, d_.steps - k), width, matrix.begin ? matrix.column + at : nullptr,
-                                matrix.begin ? matrix.begin[i + 1] - at : columns,
-                                matrix.begin ? sums.data() + (at - first) : grad + i * columns});
-          }
+      if (grads.x) input_grad(input_transposed->matrix, *da, first, steps, grads.x);
+      if (dw_hh) add_weight_grad(*dw_hh, *da, *states, steps);
+      if (dw_ih) {
+        read_inputs(x, first, steps, *inputs);
+        add_weight_grad(*dw_ih, *da, *inputs, steps);
       }
-      for (int64_t i = begin; matrix.begin && i < end; ++i)
-        for (int64_t e = matrix.begin[i]; e < matrix.begin[i + 1]; ++e) grad[i * columns + matrix.column[e]] = sums[e - first];
-    });
-  }
-
-  void bias_grad(const Slabs<T>* da, T* grad) const {
-    each_row(d_.hidden, [&](int64_t i) {
-      grad[i] = 0;
-      for (int64_t s = 0; s < strips(); ++s) {
-        const int64_t width = strips_[s].width;
-        grad[i] += loops_.row_sum(da->at(s, 0) + i * width, da->stride(s), d_.steps, width);
-      }
-    });
+      if (grads.bias) add_bias_grad(*da, steps, grads.bias);
+    }
+    if (dw_ih) dw_ih->finish();
+    if (dw_hh) dw_hh->finish();
+    if (grads.h)
+      for_strips([&](int64_t s) {
+        if (d_.steps) loops_.product({hidden_transposed.matrix, da->at(s, 0), stays->at(s, 0), strips_[s].width}, 0, d_.hidden);
+        write(stays->at(s, 0), s, grads.h, d_.hidden, 0, d_.hidden);
+      });
   }
 
  private:
-  // Bytes of slabs that are gone through together: they should stay in the second-level cache.
-  static constexpr int64_t CACHED_BYTES = int64_t{1} << 19;
-  static int64_t steps_at_once(int64_t slab) { return std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, slab * sizeof(T))); }
+  // Bytes of slabs that are gone through together: of all strips, which should stay in the last-level cache, and of one
+  // strip and block of columns, in the second-level cache.
+  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 24, CACHED_BYTES = int64_t{1} << 18;
+  int64_t chunk_steps(int64_t rows) const {
+    int64_t lanes = 0;
+    for (const Strip& strip : strips_) lanes += strip.width;
+    const int64_t step = std::max<int64_t>(1, lanes * rows * static_cast<int64_t>(sizeof(T)));
+    return std::max<int64_t>(1, std::min(d_.steps, std::max<int64_t>(4, CHUNK_BYTES / step)));
+  }
+
+  // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone.
+  struct WeightGrad {
+    WeightGrad(const Matrix<T>& m, T* whole) : matrix(m), whole(whole) {
+      each_row(m.rows, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
+      if (m.begin) entries.resize(m.begin[m.blocks * m.rows]);
+    }
+    void finish() {
+      if (!matrix.begin) return;
+      each_row(matrix.rows, [&](int64_t i) {
+        for (int64_t b = 0; b < matrix.blocks; ++b) {
+          T* to = whole + i * matrix.columns + b * matrix.block_columns;
+          const int64_t at = b * matrix.rows + i;
+          for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e) to[matrix.column[e]] = entries[e];
+        }
+      });
+    }
+    const Matrix<T>& matrix;
+    T* whole;
+    std::vector<T> entries;
+  };
+
+  void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
+    const Matrix<T>& m = grad.matrix;
+    each_chunk_of_rows(m, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
+      for (int64_t s = 0; s < strips(); ++s) {
+        const int64_t width = strips_[s].width, share = m.block_columns * width * static_cast<int64_t>(sizeof(T));
+        const int64_t at_once = std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, share));
+        for (int64_t k = 0; k < steps; k += at_once)
+          loops_.sampled({m, da.at(s, k), other.at(s, k), da.stride(s), other.stride(s), std::min(at_once, steps - k), width,
+                          m.begin ? grad.entries.data() : grad.whole},
+                         begin, end);
+      }
+    });
+  }
+
+  void add_bias_grad(const Slabs<T>& da, int64_t steps, T* grad) const {
+    each_row(d_.hidden, [&](int64_t i) {
+      for (int64_t s = 0; s < strips(); ++s) {
+        const int64_t width = strips_[s].width;
+        grad[i] += loops_.row_sum(da.at(s, 0) + i * width, da.stride(s), steps, width);
+      }
+    });
+  }
+
+  void input_grad(const Matrix<T>& input_transposed, const Slabs<T>& da, int64_t first, int64_t steps, T* dx) const {
+    each_step_of_strips(steps, [&](int64_t s, int64_t j) {
+      const Slabs<T> slab({strips_[s]}, 1, d_.input);
+      std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
+      loops_.product({input_transposed, da.at(s, j), slab.at(0, 0), strips_[s].width}, 0, d_.input);
+      write(slab.at(0, 0), s, dx + time(first + j) * d_.batch * d_.input, d_.input, 0, d_.input);
+    });
+  }
+
+  // Slabs of x at `steps` steps from `first` on, in the order in which they are taken.
+  void read_inputs(const T* x, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
+    each_step_of_strips(steps, [&](int64_t s, int64_t j) {
+      read(x + time(first + j) * d_.batch * d_.input, d_.input, s, slabs.at(s, j));
+    });
+  }
+
+  // Slabs of the state before each of these steps, and after the last.
+  void read_states(const T* h, const T* output, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
+    each_step_of_strips(steps + 1, [&](int64_t s, int64_t j) {
+      const int64_t k = first + j;
+      read(k ? step_of(output, k - 1) : h, d_.hidden, s, slabs.at(s, j));
+    });
+  }
 
   int64_t strips() const { return static_cast<int64_t>(strips_.size()); }
   int64_t time(int64_t k) const { return d_.reverse ? d_.steps - 1 - k : k; }
@@ -199,40 +256,40 @@ class Sequence {
     for (int64_t s = 0; s < strips(); ++s) run(s);
   }
   template <typename Run>
-  void each_step_of_strips(Run run) const {
-    each_task(strips() * d_.steps, [&](int64_t task) { run(task / d_.steps, task % d_.steps); });
+  void each_step_of_strips(int64_t steps, Run run) const {
+    each_task(strips() * steps, [&](int64_t task) { run(task / steps, task % steps); });
   }
 
-  // run(begin, end) for chunks of rows with about as many entries each.
+  // run(begin, end) for chunks of rows.
   template <typename Run>
   static void each_chunk_of_rows(const Matrix<T>& m, int64_t chunks, Run run) {
-    chunks = std::max<int64_t>(1, std::min(chunks, m.rows / SQUARE_ROWS));
-    each_task(chunks, [&](int64_t c) { run(chunk_begin(m, c, chunks), chunk_begin(m, c + 1, chunks)); });
+    chunks = std::max<int64_t>(1, std::min(chunks, m.rows / SQUARE));
+    each_task(chunks, [&](int64_t c) { run(chunk_begin(m.rows, c, chunks), chunk_begin(m.rows, c + 1, chunks)); });
   }
-  static constexpr int64_t SQUARE_ROWS = 16;  // whole squares are transposed fastest
-  static int64_t chunk_begin(const Matrix<T>& m, int64_t c, int64_t chunks) {
-    if (c == chunks) return m.rows;
-    int64_t row = m.rows * c / chunks;
-    if (m.begin) row = std::lower_bound(m.begin, m.begin + m.rows, m.begin[m.rows] * c / chunks) - m.begin;
-    return row / SQUARE_ROWS * SQUARE_ROWS;
+  static constexpr int64_t SQUARE = 16;  // whole squares are transposed fastest
+  static int64_t chunk_begin(int64_t rows, int64_t c, int64_t chunks) {
+    return c == chunks ? rows : rows * c / chunks / SQUARE * SQUARE;
   }
 
-  // step(strip, k, first row, end) for all steps in order. Strips go on by themselves; where there are fewer of them than
-  // threads, the rows of a step are shared out, and all wait for each other after it.
+  // step(strip, k, first row, end) for k = 0 .. steps. Either strips go on by themselves, or the rows of each step are
+  // shared out too, and all wait for each other after it, which takes some microseconds.
   template <typename Step>
-  void run_steps(const Matrix<T>& m, Step step) const {
-    const int64_t threads = torch::stable::get_num_threads();
-    if (strips() >= threads || m.rows < 2 * SQUARE_ROWS) {
+  void run_steps(const Matrix<T>& m, int64_t steps, Step step) const {
+    constexpr int64_t WORTH_WAITING = int64_t{1} << 20;  // products of an entry and a lane
+    const int64_t threads = torch::stable::get_num_threads(), rows = m.rows;
+    const int64_t entries = m.begin ? m.begin[m.blocks * rows] : rows * m.columns;
+    const bool share_rows = threads > 1 && rows >= 2 * SQUARE && entries * d_.batch >= WORTH_WAITING;
+    if (!share_rows) {
       each_task(strips(), [&](int64_t s) {
-        for (int64_t k = 0; k < d_.steps; ++k) step(s, k, 0, m.rows);
+        for (int64_t k = 0; k < steps; ++k) step(s, k, 0, rows);
       });
       return;
     }
-    const int64_t chunks = std::max<int64_t>(1, std::min((threads + strips() - 1) / std::max<int64_t>(1, strips()), m.rows / SQUARE_ROWS));
-    for (int64_t k = 0; k < d_.steps; ++k)
+    const int64_t chunks = std::min((threads + strips() - 1) / std::max<int64_t>(1, strips()) * 2, rows / SQUARE);
+    for (int64_t k = 0; k < steps; ++k)
       each_task(strips() * chunks, [&](int64_t task) {
         const int64_t c = task % chunks;
-        step(task / chunks, k, chunk_begin(m, c, chunks), chunk_begin(m, c + 1, chunks));
+        step(task / chunks, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
       });
   }
 
