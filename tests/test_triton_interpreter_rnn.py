@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
 
 
-@pytest.mark.parametrize("name", ["triton_interpreter_rnn.py"])
+@pytest.mark.parametrize("name", ["triton_interpreter_rnn.py", "triton_interpreter_blocks.py"])
 def test_in_the_interpreter(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)],

@@ -14,10 +14,9 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
 if _library.triton_installed:
-    import triton_machine_code as code
     import triton_machine_code_rnn as rnn
 
-    from moduli_kernels.triton import launch_rnn
+    from moduli_kernels.triton import launch_steps
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # what one trains with: rows, batch, -> the way its steps go on an H100
@@ -44,6 +43,31 @@ def test_hot_kernels(size, way, architecture):
         assert not together or launch.grid[0] * launch.grid[1] <= rnn.DEVICES[architecture].multiprocessors
     for launch in (inputs, steps, back, *products):
         check(rnn.compiled(launch, architecture), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("batch", "side", "share", "density"), [(20, 32, 0.0, 0.02), (200, 32, 0.1, 0.0005)], ids=str)
+def test_kept_entries(batch, side, share, density, architecture):
+    """Unstructured at a small batch; blocks and a few strays at a large one. States move in vectors of 16 bytes."""
+    launches = rnn.record(lambda: rnn.train_blocked(4096, batch, side, share, density, steps=3), architecture)
+    names = [launch.kernel.__name__ for launch in launches]
+    steps = [launch for launch in launches if launch.arguments.get("WAY") == "kept"]
+    assert len(steps) == 2 and names.count("sampled_blocks_kernel") == names.count("sampled_strays_kernel") == (share > 0)
+    for launch in launches:
+        found = rnn.compiled(launch, architecture)
+        check(found, architecture)
+        if launch in steps:
+            assert launch.grid[0] * launch.grid[1] <= rnn.DEVICES[architecture].multiprocessors
+            text = rnn.instructions(found.cubin)
+            assert any(("LDGSTS" if share else "LDG.E") in line and ".128" in line for line in text)
+
+
+@pytest.mark.parametrize(("n", "side", "dtype"), [(650, 16, "bfloat16"), (650, 32, "float16"), (4096, 64, "float32"),
+                                                  (1000, 64, "bfloat16"), (100, 32, "float32")])
+def test_other_blocks(n, side, dtype):
+    launches = rnn.record(lambda: rnn.train_blocked(n, 33, side, 0.2, 0.001, 3, 5, getattr(torch, dtype), 0.5), 90)
+    for launch in launches:
+        check(rnn.compiled(launch, 90), 90)
 
 
 OTHERS = {
@@ -106,4 +130,4 @@ def test_nothing_is_read_back_from_the_device():
             rnn.train(650, 20, leak=0.5, lengths=True)
 
     assert len(rnn.record(train, 90)) == 6
-    assert launch_rnn.on_gpu(torch.empty(0)) is False and code.N  # what was patched is back
+    assert launch_steps.on_gpu(torch.empty(0)) is False  # what was patched is back

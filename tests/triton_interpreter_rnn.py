@@ -13,7 +13,7 @@ from torch import Tensor
 import moduli_kernels as mk
 from moduli_kernels import _library, reference_rnn
 from moduli_kernels.reference_rnn import Step
-from moduli_kernels.triton import launch_rnn, rnn_table
+from moduli_kernels.triton import launch_steps, rnn_table
 from moduli_kernels.triton.rnn_table import Shares
 
 # NumPy, of what is right here: e^2x of large x, and inf - inf of poisoned weights
@@ -151,10 +151,10 @@ def test_dtypes(n, dtype):
 
 
 def test_tf32_is_switched_as_for_cudnn(monkeypatch):
-    precision = lambda: launch_rnn.numbers_for(torch.empty(1)).PRECISION  # noqa: E731
+    precision = lambda: launch_steps.numbers_for(torch.empty(1)).PRECISION  # noqa: E731
     assert precision() == "tf32"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert precision() == "tf32x3" and launch_rnn.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
+    assert precision() == "tf32x3" and launch_steps.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
     Layer(130, 5, 2).check()
 
 
@@ -228,7 +228,7 @@ def test_the_other_backends_are_served_as_before():
 
 # --- how it is shared out --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device", [launch_rnn.INTERPRETED, launch_rnn.Device(84, 99 * 1024), launch_rnn.Device(20, 64 * 1024)],
+@pytest.mark.parametrize("device", [launch_steps.INTERPRETED, launch_steps.Device(84, 99 * 1024), launch_steps.Device(20, 64 * 1024)],
                          ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -9,16 +9,15 @@ import triton
 import triton.language as tl
 
 from .rnn_parts import arrive, load_states, offset, slope, wait
-from .rnn_recurrent import held_product, hold, streamed_product
+from .rnn_recurrent import hold, product
 
 
 @triton.jit
-def finish_backward(total, grad_output, grad_h_n, lengths, output, da, passed, dh, step, strip, tile, k, t, n, batch,
-                    steps, stride_row, stride_batch, leak, stays, RELU: tl.constexpr, ROWS: tl.constexpr,
-                    BATCH: tl.constexpr):
-    """A tile of step k from total = W^T da of the step after it in time; returns its da. passed: what else goes from
+def finish_backward(total, grad_output, grad_h_n, lengths, output, da, passed, dh, step, row, b, k, t, n, batch, steps,
+                    stride_row, stride_batch, leak, stays, RELU: tl.constexpr):
+    """A tile of step k, of `row` and `b`, from total = W^T da of the step after it in time; returns its da. passed: what else goes from
     step to step, (n, batch) float32, None where nothing does; written and read by this program alone."""
-    row, b = (strip * ROWS + tl.arange(0, ROWS))[:, None], (tile * BATCH + tl.arange(0, BATCH))[None, :]
+    row, b = row[:, None], b[None, :]
     at = row.to(tl.int64) * stride_row + b.to(tl.int64) * stride_batch
     inside = (row < n) & (b < batch)
     d = total
@@ -47,25 +46,26 @@ def finish_backward(total, grad_output, grad_h_n, lengths, output, da, passed, d
 
 @triton.jit
 def backward_kernel(
-    grad_output, grad_h_n, weight, mask, lengths, activations, da, passed, dh, counters, n, batch, tiles, size,
+    grad_output, grad_h_n, weight, mask, kept, lengths, activations, da, passed, dh, counters, n, batch, tiles, size,
     stride_row, stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr,
     REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
+    ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
 ):
     """Steps [t_begin, t_end) of 0 ... `steps`; grad_output, activations, da (steps, n, batch), grad_h_n, dh one step of
-    these; the others as in forward_kernel."""
+    these; kept: of W^T; the others as in forward_kernel."""
     first, part = tl.program_id(0), tl.program_id(1)
-    if WAY == "streamed":
-        begin, end, by = first, tl.cdiv(n, ROWS) * tiles, tl.num_programs(0)
-    else:
+    if VECTOR > 1:
+        batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
+    begin, end, by = first, tl.cdiv(n, ROWS) * tiles, tl.num_programs(0)
+    if WAY == "held" or WAY == "alone":
         begin, end, by = part * tiles, tl.minimum(part * tiles + tiles, tl.cdiv(batch, BATCH)), 1
         held = hold(weight, mask, first, n, True, ROWS, DEPTH, SPLIT, DOT)
     if WAY == "alone":
         own = tl.zeros([ROWS, BATCH], DOT)
+        row, b = tl.arange(0, ROWS), part * BATCH + tl.arange(0, BATCH)
         if t_begin > 0:
             before = da + offset(t_begin - 1 if REVERSE else steps - t_begin, size)
-            b = part * BATCH + tl.arange(0, BATCH)
-            own = load_states(before, tl.arange(0, ROWS)[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
+            own = load_states(before, row[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
 
     k = first * 0 + t_begin
     while k < t_end:  # no `for`: Triton must not overlap steps
@@ -73,31 +73,22 @@ def backward_kernel(
         step = offset(t, size)
         if WAY == "alone":
             total = tl.dot(held, own, input_precision=PRECISION)
-            own = finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, 0, part, k,
-                                  t, n, batch, steps, stride_row, stride_batch, leak, stays, RELU, ROWS, BATCH).to(DOT)
+            own = finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k, t, n,
+                                  batch, steps, stride_row, stride_batch, leak, stays, RELU).to(DOT)
         else:
             before = da + offset(t - 1 if REVERSE else t + 1, size)
+            if k == 0:
+                before = grad_h_n  # what is made of it is not used, but it can be read
             if BARRIER:
                 if k > t_begin:
                     wait(counters + part, (k - t_begin) * tl.num_programs(0))
             work = begin
             while work < end:
-                if WAY == "streamed":
-                    strip, tile = work // tiles, part * tiles + work % tiles
-                else:
-                    strip, tile = first, work
-                b = tile * BATCH + tl.arange(0, BATCH)
-                total = tl.zeros([ROWS, BATCH], tl.float32)
-                if k > 0:
-                    if WAY == "streamed":
-                        row = strip * ROWS + tl.arange(0, ROWS)
-                        total = streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_batch, True,
-                                                 ROWS, BATCH, DEPTH, PRECISION, DOT)
-                    else:
-                        total = held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH, SPLIT,
-                                             PRECISION, DOT)
-                finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, strip, tile, k,
-                                t, n, batch, steps, stride_row, stride_batch, leak, stays, RELU, ROWS, BATCH)
+                total, row, b = product(weight, mask, kept, held if WAY == "held" else None, before, work, first, part,
+                                        tiles, n, batch, stride_row, stride_batch, WAY, True, ROWS, BATCH, DEPTH, SPLIT,
+                                        ENTRIES, PRECISION, DOT)
+                finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k, t, n,
+                                batch, steps, stride_row, stride_batch, leak, stays, RELU)
                 work += by
             if BARRIER:
                 if k + 1 < t_end:

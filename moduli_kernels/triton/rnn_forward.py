@@ -9,16 +9,15 @@ import triton
 import triton.language as tl
 
 from .rnn_parts import arrive, load_states, nonlinear, offset, wait
-from .rnn_recurrent import held_product, hold, streamed_product
+from .rnn_recurrent import hold, product
 
 
 @triton.jit
-def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, activations, step, strip, tile, t, n, batch,
-                   stride_row, stride_batch, leak, stays, RELU: tl.constexpr, LEAKY: tl.constexpr, ROWS: tl.constexpr,
-                   BATCH: tl.constexpr):
-    """Input, biases, nonlinearity, leak and lengths of a tile; its states are stored, and returned. old: its states
-    before, None to read them. step: where step t begins."""
-    row, b = (strip * ROWS + tl.arange(0, ROWS))[:, None], (tile * BATCH + tl.arange(0, BATCH))[None, :]
+def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t, n, batch,
+                   stride_row, stride_batch, leak, stays, RELU: tl.constexpr, LEAKY: tl.constexpr):
+    """Input, biases, nonlinearity, leak and lengths of a tile of `row` and `b`; its states are stored, and returned. old:
+    its states before, None to read them. step: where step t begins."""
+    row, b = row[:, None], b[None, :]
     at = row.to(tl.int64) * stride_row + b.to(tl.int64) * stride_batch
     inside = (row < n) & (b < batch)
     a = total + tl.load(inputs + step + at, mask=inside, other=0.0).to(tl.float32)
@@ -43,26 +42,28 @@ def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, acti
 
 @triton.jit
 def forward_kernel(
-    inputs, h, b_ih, b_hh, weight, mask, lengths, states, activations, counters, n, batch, tiles, size, stride_row,
+    inputs, h, b_ih, b_hh, weight, mask, kept, lengths, states, activations, counters, n, batch, tiles, size, stride_row,
     stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr, LEAKY: tl.constexpr,
     REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
+    ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
 ):
     """inputs, states, activations (or None): (steps, n, batch) by their strides, a step of `size` numbers; h one step of
-    these; weight (n, n); mask bytes or None; lengths (batch) int64 or None. stays: 1 - leak. tiles: of BATCH elements, in
-    a part of the batch; grid: (strips or fewer, parts). counters: 0 at the start, one a part; None without BARRIER."""
+    these; weight (n, n); mask bytes or None; kept instead of both: rnn_kept.Kept; lengths (batch) int64 or None. batch,
+    size and stride_row are multiples of VECTOR, in units of it. stays: 1 - leak. tiles: of BATCH elements, in a part of the
+    batch; grid: (strips or fewer, parts). counters: 0 at the start, one a part; None without BARRIER."""
     first, part = tl.program_id(0), tl.program_id(1)
-    if WAY == "streamed":
-        begin, end, by = first, tl.cdiv(n, ROWS) * tiles, tl.num_programs(0)
-    else:
+    if VECTOR > 1:
+        batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
+    begin, end, by = first, tl.cdiv(n, ROWS) * tiles, tl.num_programs(0)
+    if WAY == "held" or WAY == "alone":
         begin, end, by = part * tiles, tl.minimum(part * tiles + tiles, tl.cdiv(batch, BATCH)), 1
         held = hold(weight, mask, first, n, False, ROWS, DEPTH, SPLIT, DOT)
     if WAY == "alone":
         before = h
         if t_begin > 0:
             before = states + offset(steps - t_begin if REVERSE else t_begin - 1, size)
-        b = part * BATCH + tl.arange(0, BATCH)
-        own = load_states(before, tl.arange(0, ROWS)[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
+        row, b = tl.arange(0, ROWS), part * BATCH + tl.arange(0, BATCH)
+        own = load_states(before, row[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
 
     k = first * 0 + t_begin
     while k < t_end:  # no `for`: Triton must not overlap steps
@@ -70,8 +71,8 @@ def forward_kernel(
         step = offset(t, size)
         if WAY == "alone":
             total = tl.dot(held, own, input_precision=PRECISION)
-            own = finish_forward(total, own, inputs, b_ih, b_hh, lengths, None, states, activations, step, 0, part, t, n,
-                                 batch, stride_row, stride_batch, leak, stays, RELU, LEAKY, ROWS, BATCH).to(DOT)
+            own = finish_forward(total, own, inputs, b_ih, b_hh, lengths, None, states, activations, step, row, b, t, n,
+                                 batch, stride_row, stride_batch, leak, stays, RELU, LEAKY).to(DOT)
         else:
             before = h
             if k > 0:
@@ -81,18 +82,11 @@ def forward_kernel(
                     wait(counters + part, (k - t_begin) * tl.num_programs(0))
             work = begin
             while work < end:
-                if WAY == "streamed":
-                    strip, tile = work // tiles, part * tiles + work % tiles
-                    row, b = strip * ROWS + tl.arange(0, ROWS), tile * BATCH + tl.arange(0, BATCH)
-                    total = streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_batch, False,
-                                             ROWS, BATCH, DEPTH, PRECISION, DOT)
-                else:
-                    strip, tile = first, work
-                    b = tile * BATCH + tl.arange(0, BATCH)
-                    total = held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH, SPLIT, PRECISION,
-                                         DOT)
-                finish_forward(total, None, inputs, b_ih, b_hh, lengths, before, states, activations, step, strip, tile,
-                               t, n, batch, stride_row, stride_batch, leak, stays, RELU, LEAKY, ROWS, BATCH)
+                total, row, b = product(weight, mask, kept, held if WAY == "held" else None, before, work, first, part,
+                                        tiles, n, batch, stride_row, stride_batch, WAY, False, ROWS, BATCH, DEPTH, SPLIT,
+                                        ENTRIES, PRECISION, DOT)
+                finish_forward(total, None, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t, n,
+                               batch, stride_row, stride_batch, leak, stays, RELU, LEAKY)
                 work += by
             if BARRIER:
                 if k + 1 < t_end:

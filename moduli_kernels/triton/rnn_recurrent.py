@@ -3,6 +3,7 @@
     "alone"     one program has all rows: W and the states stay on its chip over all steps, nothing is waited for
     "held"      W's strip stays there; the states of the step before are read, those of all strips
     "streamed"  W's strip is read anew in every step, from the second-level cache where it fits in
+    "kept"      so are the blocks and the strays that a mask keeps (rnn_kept.py)
 
 TRANSPOSED: W^T instead, for backward. Products of 4-byte numbers run on tensor cores as PRECISION says.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rnn_kept import kept_product, strip_rows
 from .rnn_parts import load_states, load_weight
 
 
@@ -62,3 +64,26 @@ def streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_
         states = load_states(before, k[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
         total = tl.dot(w, states, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def product(weight, mask, kept, held, before, work, first, part, tiles, n, batch, stride_row, stride_batch,
+            WAY: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
+            SPLIT: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr):
+    """What program (first, part) has to do as its `work` in a step: the product, and its rows and elements of the batch."""
+    if WAY == "held":
+        strip, tile = first, work
+    else:
+        strip, tile = work // tiles, part * tiles + work % tiles
+    b = tile * BATCH + tl.arange(0, BATCH)
+    if WAY == "kept":
+        row = strip_rows(kept, strip, n, ROWS)
+        return kept_product(kept, strip, row, before, b, n, batch, stride_row, TRANSPOSED, ROWS, BATCH, ENTRIES, PRECISION,
+                            DOT), row, b
+    else:
+        row = strip * ROWS + tl.arange(0, ROWS)
+        if WAY == "held":
+            return held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH, SPLIT, PRECISION, DOT), row, b
+        else:
+            return streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_batch, TRANSPOSED, ROWS,
+                                    BATCH, DEPTH, PRECISION, DOT), row, b

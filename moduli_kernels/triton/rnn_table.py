@@ -17,6 +17,8 @@ STATES = 16  # of a tile that a thread loads at a time, at most, lest it spill; 
 SLACK_BYTES = 2048  # of shared memory, beside W and a tile of states
 REGISTERS = 65536  # of a multiprocessor
 STREAMED_BATCH = 128
+# of kept entries: numbers of a tile, elements of its batch at least, entries of a row at a time at most
+KEPT_TILE, KEPT_BATCH, KEPT_ENTRIES, KEPT_BUFFERS = 8192, 16, 16, 3
 STREAMED_DEPTH = {2: 64, 4: 32}
 
 
@@ -32,6 +34,8 @@ class Shares(NamedTuple):
     strips: int  # programs along the rows
     parts: int  # ... and along the batch
     tiles: int
+    entries: int = 1
+    stages: int = 3
 
 
 def power_of_2(n: int) -> int:
@@ -74,6 +78,26 @@ def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: 
         rows *= 2
     strips = max(1, min(cdiv(n, rows), multiprocessors // parts))
     return Shares("streamed", rows, tile, STREAMED_DEPTH[itemsize], 1, WARPS, strips, cdiv(cdiv(batch, tile), tiles), tiles)
+
+
+def kept_shares(n: int, pitch: int, side: int | None, strays: int, itemsize: int, multiprocessors: int,
+                chip: int) -> Shares:
+    """Of kept entries in blocks of `side` (None: there are none) and so many strays, for states (n, pitch)."""
+    rows = side or 16
+    while side is None and rows < 64 and cdiv(n, rows) > multiprocessors:
+        rows *= 2
+    strips = cdiv(n, rows)
+    tile = min(power_of_2(pitch), KEPT_TILE // rows)
+    while tile > KEPT_BATCH and strips * cdiv(pitch, tile // 2) <= multiprocessors:
+        tile //= 2
+    parts = min(cdiv(pitch, tile), multiprocessors)
+    tiles = cdiv(cdiv(pitch, tile), parts)
+    entries = max(1, min(power_of_2(cdiv(strays, n)), KEPT_ENTRIES, 2 * KEPT_TILE // (rows * tile)))
+    # a block waits in one of these buffers; its column is read a stage ahead, so Triton takes two stages for each
+    buffers = max(1, min(KEPT_BUFFERS, chip // (rows * (rows + tile) * itemsize) - 1))
+    return Shares("kept", rows, tile, rows, 1, MANY_WARPS if rows * tile * entries > KEPT_TILE else WARPS,
+                  max(1, min(strips, multiprocessors // parts)), cdiv(cdiv(pitch, tile), tiles), tiles, entries,
+                  2 * buffers + 1)
 
 
 class ProductTile(NamedTuple):

@@ -1,0 +1,127 @@
+"""What the launchers of the masked RNN share: numbers and devices, products over a sequence, its steps in one launch.
+
+Nothing is copied to or read from the device; CUDA graphs can capture it. The numbers of float32 are multiplied as
+torch.backends.cudnn.rnn.fp32_precision says, which is what governs torch.nn.RNN: "tf32" by default, else in three tf32
+products, about as exact as float32.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from .. import _library
+from . import rnn_table
+from .launch import on_device
+from .rnn_product import product_kernel
+
+if _library.triton_interpreted:
+    from . import interpreted  # noqa: F401 - mends the interpreter
+
+
+class Device(NamedTuple):
+    """Known to torch without asking the GPU. shared: bytes of shared memory that a program may have."""
+
+    multiprocessors: int
+    shared: int
+
+
+INTERPRETED = Device(132, 227 * 1024)  # what Triton's interpreter, on the CPU, takes the place of
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Numbers(NamedTuple):
+    """Of what the products are made: constants of the kernels."""
+
+    DOT: tl.dtype
+    PRECISION: str
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Else in the interpreter."""
+    return x.is_cuda
+
+
+def numbers_for(x: Tensor) -> Numbers:
+    exact = x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32"
+    # the interpreter multiplies the bits of 16-bit numbers
+    return Numbers(TYPES[x.dtype] if on_gpu(x) else tl.float32, "tf32x3" if exact else "tf32")
+
+
+def device_of(x: Tensor) -> Device:
+    if not x.is_cuda:
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(x.device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def bytes_of(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+# --- products --------------------------------------------------------------------------------------------------
+
+class Factor(NamedTuple):
+    """Of a product: a matrix by its strides, and what to add to it along the depth, if anything."""
+
+    matrix: Tensor
+    more: Tensor | None = None
+
+
+def product(left: Factor, right: Factor, mask: Tensor | None = None, out_mask: Tensor | None = None) -> Tensor:
+    """left right, where mask lets right, and out_mask the result, through. All of `left` have the same strides, and so
+    has `right`; the mask of a transposed matrix is transposed like it."""
+    (a, more_a), (b, more_b) = left, right
+    rows, depth, columns = *a.shape, b.shape[1]
+    out = a.new_empty(rows, columns)
+    if out.numel() == 0:
+        return out
+    numbers = numbers_for(a)
+    aligned = all(stride == 1 or stride % rnn_table.ALIGNED == 0 for stride in (*a.stride(), *b.stride()))
+    tile = rnn_table.product_tile(rows, columns, a.element_size(), aligned, device_of(a).multiprocessors)
+    with on_device(a):
+        product_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+            a, b, bytes_of(mask), more_a, more_b, out, bytes_of(out_mask), rows, columns, depth,
+            0 if more_a is None else more_a.shape[1], a.stride(0), a.stride(1), b.stride(0), b.stride(1), **numbers._asdict(),
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps, num_stages=3,
+            enable_fp_fusion=True)
+    return out
+
+
+# --- steps -----------------------------------------------------------------------------------------------------
+
+class Layout(NamedTuple):
+    """Of the states of a step: (n, batch) by strides, in `size` numbers. vector: divides batch, size and stride_row."""
+
+    n: int
+    batch: int
+    stride_row: int
+    stride_batch: int
+    vector: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.n * self.batch
+
+
+def launch_steps(kernel, arguments: tuple, x: Tensor, shares: rnn_table.Shares, layout: Layout, steps: int, last: int,
+                 leak: float, **settings) -> None:
+    """All steps [0, last) at once, or in the interpreter, where programs cannot wait for each other, one by one.
+    arguments: the tensors."""
+    at_once = last if on_gpu(x) else 1
+    barrier = on_gpu(x) and shares.way != "alone"
+    vector = layout.vector
+    with on_device(x):
+        counters = torch.zeros(shares.parts, dtype=torch.int32, device=x.device) if barrier else None
+        for begin in range(0, last, at_once):
+            kernel[(shares.strips, shares.parts)](
+                *arguments, counters, layout.n, layout.batch // vector, shares.tiles, layout.size // vector,
+                layout.stride_row // vector, layout.stride_batch, begin, begin + at_once, steps, leak, 1 - leak,
+                WAY=shares.way, ROWS=shares.rows, BATCH=shares.batch, DEPTH=shares.depth, SPLIT=shares.split,
+                ENTRIES=shares.entries, VECTOR=vector, BARRIER=barrier, **numbers_for(x)._asdict(), **settings,
+                num_warps=shares.warps, num_stages=shares.stages, launch_cooperative_grid=barrier,
+                maxnreg=rnn_table.registers_for(shares.warps), enable_fp_fusion=True)
