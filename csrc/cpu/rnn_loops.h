@@ -133,30 +133,33 @@ void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end)
   }
 }
 
-// grad[e] += the entry of each of `count` columns; column null: 0, 1, ...
+// grad[e] += the entry of each of `count` columns; column null: 0, 1, ... Eight at a time, for their sums over lanes are made
+// together; the last ones are filled up with the last.
 template <typename S, typename T>
 inline void sampled_row(const SampledProduct<T>& p, const T* da, const T* other, const uint16_t* column, int64_t count,
                         T* grad) {
   using V = typename S::V;
   constexpr int GROUP = 8;
-  int64_t e = 0;
-  for (; e + GROUP <= count; e += GROUP) {
+  for (int64_t e = 0; e < count; e += GROUP) {
+    const int64_t left = count - e;
     const T *at[GROUP], *d_at = da;
     V acc[GROUP]{};
-    for (int g = 0; g < GROUP; ++g) at[g] = other + (column ? int64_t{column[e + g]} : e + g) * S::WIDTH;
+    for (int g = 0; g < GROUP; ++g) {
+      const int64_t entry = g < left ? e + g : count - 1;
+      at[g] = other + (column ? int64_t{column[entry]} : entry) * S::WIDTH;
+    }
     for (int64_t k = 0; k < p.steps; ++k, d_at += p.da_step)
       for (int v = 0; v < S::N; ++v) {
         const V d = load_lanes<V>(d_at + v * S::LANES);
         for (int g = 0; g < GROUP; ++g) acc[g] += d * load_lanes<V>(at[g] + k * p.other_step + v * S::LANES);
       }
-    add_sums_of_eight(acc, grad + e);
-  }
-  for (; e < count; ++e) {
-    const T *at = other + (column ? int64_t{column[e]} : e) * S::WIDTH, *d_at = da;
-    V acc{};
-    for (int64_t k = 0; k < p.steps; ++k, d_at += p.da_step, at += p.other_step)
-      for (int v = 0; v < S::N; ++v) acc += load_lanes<V>(d_at + v * S::LANES) * load_lanes<V>(at + v * S::LANES);
-    grad[e] += sum_of_lanes<T>(acc);
+    if (left >= GROUP) {
+      add_sums_of_eight(acc, grad + e);
+    } else {
+      T sums[GROUP] = {};
+      add_sums_of_eight(acc, sums);
+      for (int64_t g = 0; g < left; ++g) grad[e + g] += sums[g];
+    }
   }
 }
 
@@ -192,39 +195,75 @@ inline void with_width(int64_t width, Run run) {
 
 template <typename T>
 T row_sum(const T* da, int64_t da_step, int64_t steps, int64_t width) {
-  T sum = 0;
-  for (int64_t k = 0; k < steps; ++k)
-    for (int64_t l = 0; l < width; ++l) sum += da[k * da_step + l];
+  constexpr int SIDE_BY_SIDE = 8;  // widths from 8 on are multiples of it
+  T sums[SIDE_BY_SIDE] = {}, sum = 0;
+  for (int64_t k = 0; k < steps; ++k, da += da_step)
+    if (width % SIDE_BY_SIDE == 0)
+      for (int64_t l = 0; l < width; l += SIDE_BY_SIDE)
+        for (int i = 0; i < SIDE_BY_SIDE; ++i) sums[i] += da[l + i];
+    else
+      for (int64_t l = 0; l < width; ++l) sum += da[l];
+  for (const T each : sums) sum += each;
   return sum;
+}
+
+// A square of `lanes` x `rows` elements, at most SQUARE each way, through a buffer: those that are missing count as 0, and
+// are not written but for `filled` lanes.
+template <typename T>
+inline void small_square_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
+  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
+  for (int64_t l = 0; l < lanes; ++l)
+    __builtin_memcpy(from + l * SQUARE, p.lanes_first + (lane + l) * p.stride + row, rows * sizeof(T));
+  transpose_square<false>(from, SQUARE, to, SQUARE);
+  T* slab = p.slab + row * p.width + lane;
+  if (filled == SQUARE / 2)  // a size known beforehand takes one move
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(slab + r * p.width, to + r * SQUARE, SQUARE / 2 * sizeof(T));
+  else
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(slab + r * p.width, to + r * SQUARE, filled * sizeof(T));
+}
+template <typename T>
+inline void small_square_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
+  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
+  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+  const T* slab = p.slab + row * p.width + lane;
+  if (filled == SQUARE / 2)
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(from + r * SQUARE, slab + r * p.width, SQUARE / 2 * sizeof(T));
+  else
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(from + r * SQUARE, slab + r * p.width, filled * sizeof(T));
+  transpose_square<false>(from, SQUARE, to, SQUARE);
+  for (int64_t l = 0; l < lanes; ++l)
+    __builtin_memcpy(p.lanes_first + (lane + l) * p.stride + row, to + l * SQUARE, rows * sizeof(T));
 }
 
 template <typename T>
 void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
-  int64_t lane = 0;
-  for (; lane + SQUARE <= p.lanes; lane += SQUARE) {
-    int64_t row = begin;
-    for (; row + SQUARE <= end; row += SQUARE)
-      transpose_square<false>(p.lanes_first + lane * p.stride + row, p.stride, p.slab + row * p.width + lane, p.width);
-    for (; row < end; ++row)
-      for (int64_t l = lane; l < lane + SQUARE; ++l) p.slab[row * p.width + l] = p.lanes_first[l * p.stride + row];
+  if (p.width == 1) {
+    __builtin_memcpy(p.slab + begin, p.lanes_first + begin, (end - begin) * sizeof(T));
+    return;
   }
-  for (; lane < p.width; ++lane)
-    for (int64_t row = begin; row < end; ++row)
-      p.slab[row * p.width + lane] = lane < p.lanes ? p.lanes_first[lane * p.stride + row] : T(0);
+  for (int64_t lane = 0; lane < p.width; lane += SQUARE)
+    for (int64_t row = begin; row < end; row += SQUARE)
+      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
+        transpose_square<false>(p.lanes_first + lane * p.stride + row, p.stride, p.slab + row * p.width + lane, p.width);
+      else
+        small_square_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 
 template <typename T>
 void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
-  int64_t lane = 0;
-  for (; lane + SQUARE <= p.lanes; lane += SQUARE) {
-    int64_t row = begin;
-    for (; row + SQUARE <= end; row += SQUARE)
-      transpose_square<false>(p.slab + row * p.width + lane, p.width, p.lanes_first + lane * p.stride + row, p.stride);
-    for (; row < end; ++row)
-      for (int64_t l = lane; l < lane + SQUARE; ++l) p.lanes_first[l * p.stride + row] = p.slab[row * p.width + l];
+  if (p.width == 1) {
+    __builtin_memcpy(p.lanes_first + begin, p.slab + begin, (end - begin) * sizeof(T));
+    return;
   }
-  for (; lane < p.lanes; ++lane)
-    for (int64_t row = begin; row < end; ++row) p.lanes_first[lane * p.stride + row] = p.slab[row * p.width + lane];
+  for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
+    for (int64_t row = begin; row < end; row += SQUARE)
+      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
+        transpose_square<false>(p.slab + row * p.width + lane, p.width, p.lanes_first + lane * p.stride + row, p.stride);
+      else
+        small_square_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 
 inline void find_kept(const uint8_t* mask, int64_t columns, uint64_t* bits) {

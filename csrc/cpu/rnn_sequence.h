@@ -158,7 +158,7 @@ class Sequence {
  private:
   // Bytes of slabs that are gone through together: of all strips, which should stay in the last-level cache, and of one
   // strip and block of columns, in the second-level cache.
-  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 24, CACHED_BYTES = int64_t{1} << 18;
+  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 21, CACHED_BYTES = int64_t{1} << 19;
   int64_t chunk_steps(int64_t rows) const {
     int64_t lanes = 0;
     for (const Strip& strip : strips_) lanes += strip.width;
@@ -275,7 +275,7 @@ class Sequence {
   // shared out too, and all wait for each other after it, which takes some microseconds.
   template <typename Step>
   void run_steps(const Matrix<T>& m, int64_t steps, Step step) const {
-    constexpr int64_t WORTH_WAITING = int64_t{1} << 20;  // products of an entry and a lane
+    constexpr int64_t WORTH_WAITING = int64_t{1} << 18;  // products of an entry and a lane
     const int64_t threads = torch::stable::get_num_threads(), rows = m.rows;
     const int64_t entries = m.begin ? m.begin[m.blocks * rows] : rows * m.columns;
     const bool share_rows = threads > 1 && rows >= 2 * SQUARE && entries * d_.batch >= WORTH_WAITING;
