@@ -56,7 +56,7 @@ def driver() -> str | None:
 def append(path: pathlib.Path, header: dict[str, Any], list_name: str, entry: dict[str, Any]) -> None:
     """Adds an entry to a list of the run's file, which is never seen half written."""
     run = json.loads(path.read_text()) if path.exists() else header | {"penalty": [], "memory": []}
-    run[list_name].append(entry)
+    run.setdefault(list_name, []).append(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(run, indent=1) + "\n")

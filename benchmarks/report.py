@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import records, report_gpu
+from . import records, report_gpu, report_rnn
 from .cases import ACCURACY_GOALS, GOALS, MEMORY_GOAL, Goal
 from .picture import draw
 
@@ -98,12 +98,13 @@ def report(run: Record) -> list[str]:
     lines += ["", "## Every contestant", "", *contestants(run["penalty"])]
     lines += ["", "## Accuracy: relative error against the float64 reference", "", *accuracy(run["penalty"])]
     lines += ["", "## Memory beyond W and its gradients", "", *memory(run["memory"], run["quick"])]
-    return lines
+    return lines + report_rnn.report(run.get("rnn", []), run["quick"])
 
 
 def _quiet(run: Record) -> list[str]:
     """How much of the machine others used during the timing."""
-    shares = [(one["others_cpu"], one["case"]) for one in run["penalty"] if one.get("others_cpu") is not None]
+    measured = run["penalty"] + run.get("rnn", [])
+    shares = [(one["others_cpu"], one["case"]) for one in measured if one.get("others_cpu") is not None]
     if not shares:
         return []
     share, case = max(shares)

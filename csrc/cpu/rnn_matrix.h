@@ -60,8 +60,8 @@ struct Weight {
 constexpr int64_t ROWS_A_TASK = 64;
 inline int64_t row_tasks(int64_t rows) { return (rows + ROWS_A_TASK - 1) / ROWS_A_TASK; }
 template <typename Run>
-void each_row(int64_t rows, Run run) {
-  each_task(row_tasks(rows), [&](int64_t task) {
+void each_row(int64_t rows, int64_t columns, Run run) {
+  each_task(row_tasks(rows), rows * columns, [&](int64_t task) {
     const int64_t end = std::min(rows, (task + 1) * ROWS_A_TASK);
     for (int64_t i = task * ROWS_A_TASK; i < end; ++i) run(i);
   });
@@ -141,11 +141,11 @@ class StoredMatrix : public OwnedMatrix<T> {
   void from_compressed(const int64_t* crow, const int64_t* col, const T* value, int64_t rows, int64_t columns, int64_t width) {
     this->set_blocks(rows, columns, crow[rows], width);
     const int64_t wide = this->matrix.block_columns;
-    each_row(rows, [&](int64_t i) {
+    each_row(rows, columns, [&](int64_t i) {
       for (int64_t e = crow[i]; e < crow[i + 1]; ++e) ++this->count(col[e] / wide, i);
     });
     this->allocate();
-    each_row(rows, [&](int64_t i) {
+    each_row(rows, columns, [&](int64_t i) {
       int64_t e = crow[i];
       for (int64_t b = 0; b < this->matrix.blocks; ++b)
         for (int64_t at = this->matrix.begin[b * rows + i]; at < this->matrix.begin[b * rows + i + 1]; ++at, ++e)
@@ -157,18 +157,18 @@ class StoredMatrix : public OwnedMatrix<T> {
     const int64_t words = (columns + MASK_STEP - 1) / MASK_STEP;
     std::unique_ptr<uint64_t[]> bits(new uint64_t[std::max<int64_t>(1, rows * words)]);
     std::atomic<int64_t> entries{0};
-    each_row(rows, [&](int64_t i) {
+    each_row(rows, columns, [&](int64_t i) {
       rnn_loops<T>().find_kept(mask + i * columns, columns, &bits[i * words]);
       entries += kept(&bits[i * words], words);
     });
     this->set_blocks(rows, columns, entries, width);
     const int64_t wide = this->matrix.block_columns / MASK_STEP;
     const auto words_of = [&](int64_t b) { return std::min(wide, words - b * wide); };
-    each_row(rows, [&](int64_t i) {
+    each_row(rows, columns, [&](int64_t i) {
       for (int64_t b = 0; b < this->matrix.blocks; ++b) this->count(b, i) = kept(&bits[i * words + b * wide], words_of(b));
     });
     this->allocate();
-    each_row(rows, [&](int64_t i) {
+    each_row(rows, columns, [&](int64_t i) {
       for (int64_t b = 0; b < this->matrix.blocks; ++b) {
         const T* from = weight + i * columns + b * this->matrix.block_columns;
         int64_t at = this->matrix.begin[b * rows + i];
@@ -197,12 +197,13 @@ class TransposedMatrix : public OwnedMatrix<T> {
       this->fill_panels(m.columns, m.rows, element);
       return;
     }
-    this->set_blocks(m.columns, m.rows, m.begin[m.blocks * m.rows], width);
+    const int64_t entries = m.begin[m.blocks * m.rows];
+    this->set_blocks(m.columns, m.rows, entries, width);
     const int64_t wide = this->matrix.block_columns;
     // Each task has columns of its own, which become rows.
     const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), row_tasks(m.block_columns));
     const auto each_entry = [&](auto use) {
-      each_task(tasks, [&](int64_t task) {
+      each_task(tasks, 4 * entries, [&](int64_t task) {
         const int64_t low = m.block_columns * task / tasks, high = m.block_columns * (task + 1) / tasks;
         for (int64_t b = 0; b < m.blocks; ++b)
           for (int64_t i = 0; i < m.rows; ++i) {

@@ -65,7 +65,7 @@ class Sequence {
     if (!lengths) return;
     const auto length = data<int64_t>(*lengths);
     active_ = make_slabs(d.steps, 1);
-    each_step_of_strips(d_.steps, [&](int64_t s, int64_t k) {
+    each_step_of_strips(d_.steps, 1, [&](int64_t s, int64_t k) {
       const Strip& strip = strips_[s];
       for (int64_t l = 0; l < strip.width; ++l)
         active_->at(s, k)[l] = l < strip.lanes && time(k) < length[strip.first + l] ? T(1) : T(0);
@@ -160,21 +160,19 @@ class Sequence {
   // strip and block of columns, in the second-level cache.
   static constexpr int64_t CHUNK_BYTES = int64_t{1} << 21, CACHED_BYTES = int64_t{1} << 19;
   int64_t chunk_steps(int64_t rows) const {
-    int64_t lanes = 0;
-    for (const Strip& strip : strips_) lanes += strip.width;
-    const int64_t step = std::max<int64_t>(1, lanes * rows * static_cast<int64_t>(sizeof(T)));
+    const int64_t step = std::max<int64_t>(1, lanes() * rows * static_cast<int64_t>(sizeof(T)));
     return std::max<int64_t>(1, std::min(d_.steps, std::max<int64_t>(4, CHUNK_BYTES / step)));
   }
 
   // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone.
   struct WeightGrad {
     WeightGrad(const Matrix<T>& m, T* whole) : matrix(m), whole(whole) {
-      each_row(m.rows, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
+      each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
       if (m.begin) entries.resize(m.begin[m.blocks * m.rows]);
     }
     void finish() {
       if (!matrix.begin) return;
-      each_row(matrix.rows, [&](int64_t i) {
+      each_row(matrix.rows, matrix.columns, [&](int64_t i) {
         for (int64_t b = 0; b < matrix.blocks; ++b) {
           T* to = whole + i * matrix.columns + b * matrix.block_columns;
           const int64_t at = b * matrix.rows + i;
@@ -189,7 +187,7 @@ class Sequence {
 
   void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
-    each_chunk_of_rows(m, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
+    each_chunk_of_rows(m, torch::stable::get_num_threads(), entries(m) * lanes() * steps, [&](int64_t begin, int64_t end) {
       for (int64_t s = 0; s < strips(); ++s) {
         const int64_t width = strips_[s].width, share = m.block_columns * width * static_cast<int64_t>(sizeof(T));
         const int64_t at_once = std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, share));
@@ -202,7 +200,7 @@ class Sequence {
   }
 
   void add_bias_grad(const Slabs<T>& da, int64_t steps, T* grad) const {
-    each_row(d_.hidden, [&](int64_t i) {
+    each_row(d_.hidden, steps * lanes(), [&](int64_t i) {
       for (int64_t s = 0; s < strips(); ++s) {
         const int64_t width = strips_[s].width;
         grad[i] += loops_.row_sum(da.at(s, 0) + i * width, da.stride(s), steps, width);
@@ -211,7 +209,7 @@ class Sequence {
   }
 
   void input_grad(const Matrix<T>& input_transposed, const Slabs<T>& da, int64_t first, int64_t steps, T* dx) const {
-    each_step_of_strips(steps, [&](int64_t s, int64_t j) {
+    each_step_of_strips(steps, entries(input_transposed), [&](int64_t s, int64_t j) {
       const Slabs<T> slab({strips_[s]}, 1, d_.input);
       std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
       loops_.product({input_transposed, da.at(s, j), slab.at(0, 0), strips_[s].width}, 0, d_.input);
@@ -221,19 +219,26 @@ class Sequence {
 
   // Slabs of x at `steps` steps from `first` on, in the order in which they are taken.
   void read_inputs(const T* x, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
-    each_step_of_strips(steps, [&](int64_t s, int64_t j) {
+    each_step_of_strips(steps, d_.input, [&](int64_t s, int64_t j) {
       read(x + time(first + j) * d_.batch * d_.input, d_.input, s, slabs.at(s, j));
     });
   }
 
   // Slabs of the state before each of these steps, and after the last.
   void read_states(const T* h, const T* output, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
-    each_step_of_strips(steps + 1, [&](int64_t s, int64_t j) {
+    each_step_of_strips(steps + 1, d_.hidden, [&](int64_t s, int64_t j) {
       const int64_t k = first + j;
       read(k ? step_of(output, k - 1) : h, d_.hidden, s, slabs.at(s, j));
     });
   }
 
+  static int64_t entries(const Matrix<T>& m) { return m.begin ? m.begin[m.blocks * m.rows] : m.rows * m.columns; }
+  // Of all strips, with those that are filled up.
+  int64_t lanes() const {
+    int64_t lanes = 0;
+    for (const Strip& strip : strips_) lanes += strip.width;
+    return lanes;
+  }
   int64_t strips() const { return static_cast<int64_t>(strips_.size()); }
   int64_t time(int64_t k) const { return d_.reverse ? d_.steps - 1 - k : k; }
   template <typename U>
@@ -256,15 +261,15 @@ class Sequence {
     for (int64_t s = 0; s < strips(); ++s) run(s);
   }
   template <typename Run>
-  void each_step_of_strips(int64_t steps, Run run) const {
-    each_task(strips() * steps, [&](int64_t task) { run(task / steps, task % steps); });
+  void each_step_of_strips(int64_t steps, int64_t work_a_lane, Run run) const {
+    each_task(strips() * steps, steps * work_a_lane * lanes(), [&](int64_t task) { run(task / steps, task % steps); });
   }
 
   // run(begin, end) for chunks of rows.
   template <typename Run>
-  static void each_chunk_of_rows(const Matrix<T>& m, int64_t chunks, Run run) {
+  static void each_chunk_of_rows(const Matrix<T>& m, int64_t chunks, int64_t work, Run run) {
     chunks = std::max<int64_t>(1, std::min(chunks, m.rows / SQUARE));
-    each_task(chunks, [&](int64_t c) { run(chunk_begin(m.rows, c, chunks), chunk_begin(m.rows, c + 1, chunks)); });
+    each_task(chunks, work, [&](int64_t c) { run(chunk_begin(m.rows, c, chunks), chunk_begin(m.rows, c + 1, chunks)); });
   }
   static constexpr int64_t SQUARE = 16;  // whole squares are transposed fastest
   static int64_t chunk_begin(int64_t rows, int64_t c, int64_t chunks) {
@@ -277,17 +282,17 @@ class Sequence {
   void run_steps(const Matrix<T>& m, int64_t steps, Step step) const {
     constexpr int64_t WORTH_WAITING = int64_t{1} << 18;  // products of an entry and a lane
     const int64_t threads = torch::stable::get_num_threads(), rows = m.rows;
-    const int64_t entries = m.begin ? m.begin[m.blocks * rows] : rows * m.columns;
-    const bool share_rows = threads > 1 && rows >= 2 * SQUARE && entries * d_.batch >= WORTH_WAITING;
+    const int64_t work = (entries(m) + rows) * lanes();  // of a step
+    const bool share_rows = threads > 1 && rows >= 2 * SQUARE && work >= WORTH_WAITING;
     if (!share_rows) {
-      each_task(strips(), [&](int64_t s) {
+      each_task(strips(), steps * work, [&](int64_t s) {
         for (int64_t k = 0; k < steps; ++k) step(s, k, 0, rows);
       });
       return;
     }
     const int64_t chunks = std::min((threads + strips() - 1) / std::max<int64_t>(1, strips()) * 2, rows / SQUARE);
     for (int64_t k = 0; k < steps; ++k)
-      each_task(strips() * chunks, [&](int64_t task) {
+      each_task(strips() * chunks, work, [&](int64_t task) {
         const int64_t c = task % chunks;
         step(task / chunks, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
       });

@@ -9,11 +9,13 @@
 namespace moduli {
 namespace {
 
-// run(task) for tasks 0 .. count, each handed out as a thread comes free: one that is held up takes fewer.
+// run(task) for tasks 0 .. count, each handed out as a thread comes free: one that is held up takes fewer. work: about how
+// many numbers they go through in all; few are not worth waking other threads for, which takes some microseconds.
 template <typename Run>
-void each_task(int64_t count, Run run) {
+void each_task(int64_t count, int64_t work, Run run) {
+  constexpr int64_t WORTH_SHARING = int64_t{1} << 15;
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, count, work < WORTH_SHARING ? count : 1, [&](int64_t, int64_t) {
     for (int64_t task = next++; task < count; task = next++) run(task);
   });
 }
