@@ -1,12 +1,13 @@
-"""The ops of the masked RNN whose hidden weight is walked by a layout of its mask (block_layout.py). As in _library_rnn.py.
+"""The ops of the masked RNN whose hidden weight is walked by a layout of its mask (block_layout.py). As in
+_library_rnn.py.
 
-    blocked_rnn        output (T, B, H), last state (B, H); for backward, or without elements where not kept: all states and,
-                       where the leak is not 1, all s(a), both (T, H, pitch) with pitch = B up to a multiple of 8, and zeros
-                       or numbers of no meaning beyond B
+    blocked_rnn        output (T, B, H), last state (B, H); for backward, or without elements where not kept: all states
+                       and, where the leak is not 1, all s(a), both (T, H, pitch) with pitch = B up to a multiple of 8,
+                       and zeros or numbers of no meaning beyond B
     blocked_rnn_grads  of x, h, w_ih, w_hh and of both biases (one tensor); those not needed come back with no elements
 
-Arguments are those of masked_rnn, without compressed weights; layout: `flat` of that of mask_hh, in any order of its rows
-and columns; side: of its blocks. The reference does without the layout.
+Arguments are those of masked_rnn, without compressed weights; layout: `flat` of that of mask_hh, in any order of its
+rows and columns; side: of its blocks. The reference does without the layout.
 """
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ from .block_layout import BlockLayout, Lists
 PITCH = 8  # elements of the batch, of which there are a whole number in a row of states
 MASKS = "Tensor? mask_ih, Tensor mask_hh, Tensor[] layout, int side"
 SCHEMAS = {
-    "blocked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? lengths, {STEP}, bool keep) "
-                   "-> (Tensor, Tensor, Tensor, Tensor)",
-    "blocked_rnn_grads": f"(Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, Tensor? lengths, "
-                         f"Tensor states, Tensor activations, {STEP}, {NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "blocked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? lengths, {STEP}, "
+                   "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "blocked_rnn_grads": f"(Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
+                         f"Tensor? lengths, Tensor states, Tensor activations, {STEP}, {NEEDS}) "
+                         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -47,7 +49,8 @@ def along_the_batch(states: Tensor) -> Tensor:
 
 # --- the reference as the implementation for every device that has no kernel ------------------------------------
 
-def _blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse, keep):
+def _blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse,
+                 keep):
     output, h_n, activations = reference_rnn.masked_rnn(
         x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, lengths, reference_rnn.Step(nonlinearity, leak, reverse))
     none = x.new_empty(0)
@@ -96,8 +99,8 @@ def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, *_):
     grad_h_n = torch.zeros_like(h) if grad_h_n is None else grad_h_n
     needs = (*need[:4], need[4] or need[5])
     grads = torch.ops.moduli_kernels.blocked_rnn_grads(
-        grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, ctx.side, lengths, states, activations, *ctx.step,
-        *needs)
+        grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, ctx.side, lengths, states, activations,
+        *ctx.step, *needs)
     *four, bias = (grad if needed else None for grad, needed in zip(grads, needs))
     b_ih, b_hh = bias if need[4] else None, bias if need[5] else None
     # not one tensor twice: either may become a .grad

@@ -1,7 +1,7 @@
 """Where the kept entries of a weight lie when rows and columns are brought into an order: in blocks, and astray.
 
-In manifold order (ordering.py) a mask that is local on the manifold fills few blocks: those with enough kept entries are
-multiplied whole, the entries outside of them one by one. A mask without such blocks is all strays: compressed rows.
+In manifold order (ordering.py) a mask that is local on the manifold fills few blocks: those with enough kept entries
+are multiplied whole, the entries outside of them one by one. A mask without such blocks is all strays: compressed rows.
 """
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Lists(NamedTuple):
     starts (block rows + 1): blocks of block row i are numbers starts[i] ... starts[i + 1] - 1 of this list.
     places (blocks): where such a block lies among the layout's blocks. partners (blocks * side): rows or columns of the
     weight along the other side of each, in order; the number of these where the block reaches beyond the weight.
-    stray_starts (rows + 1), stray_places, stray_partners (strays): the same of single entries, by row of the weight as it
-    is, without an order.
+    stray_starts (rows + 1), stray_places, stray_partners (strays): the same of single entries, by row of the weight as
+    it is, without an order.
     """
 
     starts: Tensor
@@ -33,11 +33,12 @@ class Lists(NamedTuple):
 
 
 class BlockLayout(NamedTuple):
-    """Of a mask (R, C). side: rows and columns of a block. row_order, column_order: those of the weight, in the order, and R
-    or C beyond them, up to a whole number of blocks; int32. block_rows, block_columns (blocks): numbers of blocks in the
-    order, int32. kept (blocks, side, side): the mask in the blocks. rows, columns: the lists of W and of W^T. strays
-    (strays): where these entries lie in W, row by row, int64. groups (groups, 3): first block, the one after the last, and
-    block row of up to GROUP / side blocks of a block row, int32: what is multiplied together for the weight's gradient."""
+    """Of a mask (R, C). side: rows and columns of a block. row_order, column_order: those of the weight, in the order,
+    and R or C beyond them, up to a whole number of blocks; int32. block_rows, block_columns (blocks): numbers of blocks
+    in the order, int32. kept (blocks, side, side): the mask in the blocks. rows, columns: the lists of W and of W^T.
+    strays (strays): where these entries lie in W, row by row, int64. groups (groups, 3): first block, the one after the
+    last, and block row of up to GROUP / side blocks of a block row, int32: what is multiplied together for the weight's
+    gradient."""
 
     side: int
     row_order: Tensor
@@ -53,12 +54,12 @@ class BlockLayout(NamedTuple):
 
 def block_layout(mask: Tensor, row_order: Tensor | None = None, column_order: Tensor | None = None, *, side: int = 32,
                  threshold: int | None = None) -> BlockLayout:
-    """Of a mask (R, C), bool, on its device; waits for it. row_order (R,), column_order (C,): permutations, None as it is.
-    threshold: kept entries that a block needs to be multiplied whole, an eighth of it if None; side * side + 1 or more:
-    no block is.
+    """Of a mask (R, C), bool, on its device; waits for it. row_order (R,), column_order (C,): permutations, None as it
+    is. threshold: kept entries that a block needs to be multiplied whole, an eighth of it if None; side * side + 1 or
+    more: no block is.
 
-    Raises TypeError for a mask that is not bool, ValueError for one that is no matrix, another side than 16, 32 or 64, a
-    threshold below 1 or orders that do not fit.
+    Raises TypeError for a mask that is not bool, ValueError for one that is no matrix, another side than 16, 32 or 64,
+    a threshold below 1 or orders that do not fit.
     """
     _check(mask, row_order, column_order, side, threshold)
     threshold = side * side // 8 if threshold is None else threshold
@@ -66,7 +67,8 @@ def block_layout(mask: Tensor, row_order: Tensor | None = None, column_order: Te
     orders = [_padded(order, n, side, device) for order, n in ((row_order, n_rows), (column_order, n_columns))]
     ordered = mask.new_zeros(len(orders[0]), len(orders[1]))
     ordered[:n_rows, :n_columns] = mask[orders[0][:n_rows]][:, orders[1][:n_columns]]
-    blocks = ordered.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)  # (block rows, columns, side, side)
+    blocks = ordered.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)
+    # (block rows, block columns, side, side)
     dense = blocks.sum((2, 3)) >= threshold
     block_rows, block_columns = dense.nonzero(as_tuple=True)
     kept = blocks[block_rows, block_columns]
@@ -80,8 +82,8 @@ def block_layout(mask: Tensor, row_order: Tensor | None = None, column_order: Te
                    *_list(stray_rows, stray_columns, n_rows))
     by_column = Lists(*_list(block_columns, sides[0][block_rows], len(sides[1])),
                       *_list(stray_columns, stray_rows, n_columns))
-    return BlockLayout(side, *(order.int() for order in orders), block_rows.int(), block_columns.int(), kept.contiguous(),
-                       by_row, by_column, stray_rows * n_columns + stray_columns,
+    return BlockLayout(side, *(order.int() for order in orders), block_rows.int(), block_columns.int(),
+                       kept.contiguous(), by_row, by_column, stray_rows * n_columns + stray_columns,
                        _groups(by_row.starts.long(), GROUP // side))
 
 
@@ -123,8 +125,9 @@ def _check(mask, row_order, column_order, side, threshold) -> None:
     if side not in SIDES:
         raise ValueError(f"side must be one of {', '.join(map(str, SIDES))}, got {side}; pick one of them.")
     if threshold is not None and threshold < 1:
-        raise ValueError(f"threshold must be at least 1, got {threshold}; a block without kept entries is left out anyway.")
+        raise ValueError(f"threshold must be at least 1, got {threshold}; a block without kept entries is left out "
+                         "anyway.")
     for name, order, n in (("row_order", row_order, mask.shape[0]), ("column_order", column_order, mask.shape[1])):
-        if order is not None and not torch.equal(order.sort().values.to(mask.device), torch.arange(n, device=mask.device)):
-            raise ValueError(f"{name} must be a permutation of 0 ... {n - 1}, got shape {tuple(order.shape)} with other "
-                             "entries; manifold_order(points, manifold) gives one.")
+        if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(n)):
+            raise ValueError(f"{name} must be a permutation of 0 ... {n - 1}, got shape {tuple(order.shape)} with "
+                             "other entries; manifold_order(points, manifold) gives one.")

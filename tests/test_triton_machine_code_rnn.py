@@ -1,5 +1,5 @@
-"""The Triton kernels of the masked RNN as machine code, without a GPU: registers, stack, shared memory; what the barrier
-between steps is made of; that nothing is read from the device."""
+"""The Triton kernels of the masked RNN as machine code, without a GPU: registers, stack, shared memory; what the
+barrier between steps is made of; that nothing is read from the device."""
 from __future__ import annotations
 
 import os
@@ -52,7 +52,8 @@ def test_kept_entries(batch, side, share, density, architecture):
     launches = rnn.record(lambda: rnn.train_blocked(4096, batch, side, share, density, steps=3), architecture)
     names = [launch.kernel.__name__ for launch in launches]
     steps = [launch for launch in launches if launch.arguments.get("WAY") == "kept"]
-    assert len(steps) == 2 and names.count("sampled_blocks_kernel") == names.count("sampled_strays_kernel") == (share > 0)
+    assert len(steps) == 2
+    assert names.count("sampled_blocks_kernel") == names.count("sampled_strays_kernel") == (share > 0)
     for launch in launches:
         found = rnn.compiled(launch, architecture)
         check(found, architecture)
@@ -105,7 +106,8 @@ def test_the_barrier(size, architecture):
         places = {name: [i for i, line in enumerate(text) if name in line]
                   for name in ("MEMBAR", "RED", "LD.E.STRONG.GPU", "LDG.E.STRONG.GPU", "CCTL.IVALL", "BAR.SYNC")}
         fences = [i for i in places["MEMBAR"] if ".GPU" in text[i]]
-        adds = [i for i, line in enumerate(text) if ("REDG" in line or "RED.E" in line or "ATOMG" in line) and ".ADD" in line]
+        adds = [i for i, line in enumerate(text) if ("REDG" in line or "RED.E" in line or "ATOMG" in line)
+                and ".ADD" in line]
         asked = places["LD.E.STRONG.GPU"] + places["LDG.E.STRONG.GPU"]
         assert len(adds) == 1 and len(asked) == 1 and ".STRONG.GPU" in text[adds[0]]
         assert any(b < f < adds[0] for b in places["BAR.SYNC"] for f in fences if adds[0] - f < 12)

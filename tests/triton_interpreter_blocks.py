@@ -20,8 +20,8 @@ ALL, NONE = 1, 99999  # thresholds: whatever has a kept entry is a block; nothin
 class Blocked(Layer):
     """The same layer through the other ops; the mask keeps more in some rows and columns than in others."""
 
-    def __init__(self, n: int, batch: int = 5, steps: int = 3, side: int = 16, threshold: int = 60, density: float = 0.25,
-                 ordered: bool = True, same_order: bool = True, **settings):
+    def __init__(self, n: int, batch: int = 5, steps: int = 3, side: int = 16, threshold: int = 60,
+                 density: float = 0.25, ordered: bool = True, same_order: bool = True, **settings):
         super().__init__(n, batch, steps, density=density, **settings)
         generator = torch.Generator().manual_seed(n)
         uneven = torch.rand(n, 1, generator=generator) * torch.rand(1, n, generator=generator) * 4
@@ -37,8 +37,8 @@ class Blocked(Layer):
         layout, side = _library_blocks.flat(self.layout), self.layout.side
         masks = self.mask_ih, self.mask_hh, layout, side
         output, h_n, *kept = ops.blocked_rnn(self.x, self.h, *self.weights()[:4], *masks, self.lengths, *step, True)
-        grads = ops.blocked_rnn_grads(*self.grads, self.x, self.h, self.w_ih, self.w_hh, *masks, self.lengths, *kept, *step,
-                                      *needs)
+        grads = ops.blocked_rnn_grads(*self.grads, self.x, self.h, self.w_ih, self.w_hh, *masks, self.lengths, *kept,
+                                      *step, *needs)
         return dict(zip(("output", "h_n", "dx", "dh", "dw_ih", "dw_hh", "bias"), (output, h_n, *grads)))
 
 
@@ -58,8 +58,8 @@ def test_every_step(step, threshold, monkeypatch):
     layer.check(step)
 
 
-@pytest.mark.parametrize(("n", "batch", "steps", "side"), [(1, 1, 1, 16), (17, 33, 2, 16), (63, 5, 2, 32), (70, 9, 1, 64)],
-                         ids=str)
+@pytest.mark.parametrize(("n", "batch", "steps", "side"), [(1, 1, 1, 16), (17, 33, 2, 16), (63, 5, 2, 32),
+                                                          (70, 9, 1, 64)], ids=str)
 def test_sizes(n, batch, steps, side, gradient):
     Blocked(n, batch, steps, side, threshold=side * side // 6).check()
 
@@ -111,8 +111,8 @@ def test_compressed_hidden_weight(density, lengths):
     layer = Layer(37, density=density, lengths=lengths)
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), layer.mask_hh.sum(1).cumsum(0)])
     output, h_n, _ = ops.masked_rnn(
-        layer.x, layer.h, layer.w_ih, layer.w_hh[layer.mask_hh], layer.b_ih, layer.b_hh, layer.mask_ih, None, None, None,
-        crow, layer.mask_hh.nonzero()[:, 1], layer.lengths, "tanh", 0.5, True, False)
+        layer.x, layer.h, layer.w_ih, layer.w_hh[layer.mask_hh], layer.b_ih, layer.b_hh, layer.mask_ih, None, None,
+        None, crow, layer.mask_hh.nonzero()[:, 1], layer.lengths, "tanh", 0.5, True, False)
     want = layer.expected(Step("tanh", 0.5, True))
     for name, got in (("output", output), ("h_n", h_n)):
         assert (got.double() - want[name]).norm() <= 2e-6 * want[name].norm()

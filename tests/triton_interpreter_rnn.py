@@ -89,7 +89,8 @@ class Layer:
         double = [t.double() if t is not None and t.is_floating_point() else t
                   for t in (self.x, self.h, *self.weights(), self.lengths, *self.grads)]
         x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, lengths, *grads = double
-        output, h_n, activations = reference_rnn.masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, lengths, step)
+        output, h_n, activations = reference_rnn.masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, lengths,
+                                                            step)
         found = reference_rnn.masked_rnn_grads(*grads, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations,
                                                step, True, True, True, True, True)
         return dict(zip(("output", "h_n", "dx", "dh", "dw_ih", "dw_hh", "bias"), (output, h_n, *found)))
@@ -118,8 +119,8 @@ def test_every_step_in_every_way(monkeypatch, way, step, lengths):
     Layer(17, 20, density=0.4, lengths=lengths, poison=True).check(step)
 
 
-@pytest.mark.parametrize(("n", "batch", "steps"), [(1, 1, 1), (1, 5, 2), (17, 1, 7), (63, 33, 2), (130, 1, 1), (64, 5, 2),
-                                                  (130, 20, 2)], ids=str)
+@pytest.mark.parametrize(("n", "batch", "steps"), [(1, 1, 1), (1, 5, 2), (17, 1, 7), (63, 33, 2), (130, 1, 1),
+                                                  (64, 5, 2), (130, 20, 2)], ids=str)
 def test_sizes(n, batch, steps, taken):
     Layer(n, batch, steps).check()
     assert {way for way, _ in taken} == {"alone" if n <= 128 else "held"}
@@ -154,7 +155,8 @@ def test_tf32_is_switched_as_for_cudnn(monkeypatch):
     precision = lambda: launch_steps.numbers_for(torch.empty(1)).PRECISION  # noqa: E731
     assert precision() == "tf32"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert precision() == "tf32x3" and launch_steps.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
+    assert precision() == "tf32x3"
+    assert launch_steps.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
     Layer(130, 5, 2).check()
 
 
@@ -165,8 +167,8 @@ def test_tanh(monkeypatch):
     force(monkeypatch, "alone", 1, 10_000, tile=1024)
     a = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000), torch.tensor([0.0, float("inf")])])
     a = torch.cat([a, -a])[None, :, None]
-    output, *_ = ops.masked_rnn(a, torch.zeros(a.shape[1], 1), torch.ones(1, 1), torch.zeros(1, 1), None, None, None, None,
-                                None, None, None, None, None, "tanh", 1.0, False, False)
+    output, *_ = ops.masked_rnn(a, torch.zeros(a.shape[1], 1), torch.ones(1, 1), torch.zeros(1, 1), None, None, None,
+                                None, None, None, None, None, None, "tanh", 1.0, False, False)
     want = a.double().tanh()
     assert ((output.double() - want).abs() <= 2.1e-7 * want.abs()).all()
 
@@ -220,16 +222,16 @@ def test_runs_are_alike():
 def test_the_other_backends_are_served_as_before():
     layer = Layer(20)
     with mk.backend("reference"):
-        output, *_ = ops.masked_rnn(layer.x, layer.h, *layer.weights(), None, None, None, None, None, "tanh", 1.0, False,
-                                    False)
+        output, *_ = ops.masked_rnn(layer.x, layer.h, *layer.weights(), None, None, None, None, None, "tanh", 1.0,
+                                    False, False)
     want = layer.expected(Step("tanh", 1.0, False))["output"]
     assert (output.double() - want).norm() <= 1e-6 * want.norm()
 
 
 # --- how it is shared out --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device", [launch_steps.INTERPRETED, launch_steps.Device(84, 99 * 1024), launch_steps.Device(20, 64 * 1024)],
-                         ids=str)
+@pytest.mark.parametrize("device", [launch_steps.INTERPRETED, launch_steps.Device(84, 99 * 1024),
+                                    launch_steps.Device(20, 64 * 1024)], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_all_programs_fit_at_once_and_everything_is_done(itemsize, exact, device):

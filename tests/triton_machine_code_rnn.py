@@ -79,7 +79,8 @@ def train_blocked(n: int, batch: int, side: int, share: float, density: float, s
     w_ih, w_hh, bias = (torch.empty(size, dtype=dtype) for size in ((n, inputs), (n, n), (n,)))
     step = ("tanh", leak, False)
     *_, states, s = launch_blocks.blocked_rnn(x, h, w_ih, w_hh, bias, bias, None, mask, layout, side, None, *step, True)
-    launch_blocks.blocked_rnn_grads(output, h, x, h, w_ih, w_hh, None, mask, layout, side, None, states, s, *step, *[True] * 5)
+    launch_blocks.blocked_rnn_grads(output, h, x, h, w_ih, w_hh, None, mask, layout, side, None, states, s, *step,
+                                    *[True] * 5)
 
 
 def instructions(cubin: bytes) -> list[str]:

@@ -1,5 +1,5 @@
-"""Triton's interpreter, mended: its scalars are arrays of one number, which NumPy from 2.4 on does not take for an integer,
-so a loop could not run to an argument. Imported where TRITON_INTERPRET=1 only."""
+"""Triton's interpreter, mended: its scalars are arrays of one number, which NumPy from 2.4 on does not take for an
+integer, so a loop could not run to an argument. Imported where TRITON_INTERPRET=1 only."""
 from __future__ import annotations
 
 from triton.runtime import interpreter

@@ -1,5 +1,5 @@
-"""The ops of the masked RNN whose hidden weight is walked by a layout of its mask, on CUDA tensors. Schemas and contracts:
-moduli_kernels/_library_blocks.py. As launch_rnn.py, with states along the batch: (T, n, pitch)."""
+"""The ops of the masked RNN whose hidden weight is walked by a layout of its mask, on CUDA tensors. Schemas and
+contracts: moduli_kernels/_library_blocks.py. As launch_rnn.py, with states along the batch: (T, n, pitch)."""
 from __future__ import annotations
 
 import torch
@@ -45,7 +45,8 @@ def inputs_of(x: Tensor, w_ih: Tensor, mask_ih: Tensor | None) -> Tensor:
     return along_the_batch(flat.view(*x.shape[:2], -1))
 
 
-def blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse, keep):
+def blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse,
+                keep):
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
@@ -69,8 +70,8 @@ def compressed_rnn(x, h, w_ih, values, b_ih, b_hh, mask_ih, crow, col, lengths, 
     given = inputs_of(x, w_ih, mask_ih)
     states = torch.empty_like(given)
     kept = Kept(*[None] * 5, values, crow, None, col) if len(values) else Kept(*[None] * 9)
-    steps_of(forward_kernel, (given, along_the_batch(h), b_ih, b_hh), kept, (lengths, states, None), x, n, states.shape[2], 0,
-             x.shape[0], leak, RELU=nonlinearity == "relu", LEAKY=leak != 1, REVERSE=reverse)
+    steps_of(forward_kernel, (given, along_the_batch(h), b_ih, b_hh), kept, (lengths, states, None), x, n,
+             states.shape[2], 0, x.shape[0], leak, RELU=nonlinearity == "relu", LEAKY=leak != 1, REVERSE=reverse)
     output = states[..., :batch].mT.contiguous()
     return output, output[0 if reverse else -1].clone(), x.new_empty(0)
 
@@ -87,8 +88,8 @@ def sampled(da: Tensor, states: Tensor, h: Tensor, mask: Tensor, where: BlockLay
         if len(where.groups):
             sampled_blocks_kernel[(len(where.groups),)](
                 ends, before, first, h, bytes_of(mask), dw, where.row_order, where.rows.partners, where.groups, *sizes,
-                VECTOR=vector, SIDE=where.side, WIDTH=GROUP, DEPTH=BLOCK_DEPTH, **numbers._asdict(), num_warps=8 if where.side == 64 else 4,
-                num_stages=3, enable_fp_fusion=True)
+                VECTOR=vector, SIDE=where.side, WIDTH=GROUP, DEPTH=BLOCK_DEPTH, **numbers._asdict(),
+                num_warps=8 if where.side == 64 else 4, num_stages=3, enable_fp_fusion=True)
         if len(where.strays):
             sampled_strays_kernel[(triton.cdiv(len(where.strays), STRAY_ENTRIES),)](
                 ends, before, first, h, dw, where.strays, len(where.strays), *sizes, VECTOR=vector,
@@ -96,14 +97,15 @@ def sampled(da: Tensor, states: Tensor, h: Tensor, mask: Tensor, where: BlockLay
     return dw
 
 
-def blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side, lengths, states, activations,
-                      nonlinearity, leak, reverse, need_x, need_h, need_w_ih, need_w_hh, need_bias):
+def blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side, lengths, states,
+                      activations, nonlinearity, leak, reverse, need_x, need_h, need_w_ih, need_w_hh, need_bias):
     needs = (need_x, need_h, need_w_ih, need_w_hh, need_bias)
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_blocks._blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side,
-                                                  lengths, states, activations, nonlinearity, leak, reverse, *needs)
+        return _library_blocks._blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout,
+                                                  side, lengths, states, activations, nonlinearity, leak, reverse,
+                                                  *needs)
     where, pitch = unflat(layout, side), states.shape[2]
     da = torch.empty_like(states)
     dh = x.new_empty(n, pitch) if need_h else None

@@ -1,7 +1,8 @@
-"""The ops of the masked RNN on CUDA tensors: allocates and launches. Schemas and contracts: moduli_kernels/_library_rnn.py.
+"""The ops of the masked RNN on CUDA tensors: allocates and launches. Schemas and contracts:
+moduli_kernels/_library_rnn.py.
 
-Forward: the product of the inputs, then one launch for all steps. Backward: one launch for all steps, which leaves dL/da,
-and a product for each gradient. float64 is left to the reference. See launch_steps.py.
+Forward: the product of the inputs, then one launch for all steps. Backward: one launch for all steps, which leaves
+dL/da, and a product for each gradient. float64 is left to the reference. See launch_steps.py.
 """
 from __future__ import annotations
 
@@ -33,16 +34,18 @@ def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, 
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_rnn._masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh,
-                                        lengths, nonlinearity, leak, reverse, keep)
+        return _library_rnn._masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh,
+                                        col_hh, lengths, nonlinearity, leak, reverse, keep)
     w_ih = dense(w_ih, crow_ih, col_ih, n, inputs)
     if crow_hh is not None:
-        return compressed_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, crow_hh, col_hh, lengths, nonlinearity, leak, reverse)
+        return compressed_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, crow_hh, col_hh, lengths, nonlinearity, leak,
+                              reverse)
     given = product(Factor(x.view(steps * batch, inputs)), Factor(w_ih.t()), None if mask_ih is None else mask_ih.t())
     output = x.new_empty(steps, batch, n)
     activations = torch.empty_like(output) if keep and leak != 1 else None
     launch_steps(forward_kernel, (given, h, b_ih, b_hh, w_hh, bytes_of(mask_hh), None, lengths, output, activations), x,
-                 dense_shares(x, n), Layout(n, batch, 1, n), steps, steps, leak, RELU=nonlinearity == "relu", LEAKY=leak != 1, REVERSE=reverse)
+                 dense_shares(x, n), Layout(n, batch, 1, n), steps, steps, leak, RELU=nonlinearity == "relu",
+                 LEAKY=leak != 1, REVERSE=reverse)
     return output, output[0 if reverse else -1].clone(), x.new_empty(0) if activations is None else activations
 
 
@@ -52,8 +55,8 @@ def masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, 
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_rnn._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output,
-                                              activations, nonlinearity, leak, reverse, *needs)
+        return _library_rnn._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths,
+                                              output, activations, nonlinearity, leak, reverse, *needs)
     da = torch.empty_like(output)
     dh = torch.empty_like(h) if need_h else None
     passed = None if leak == 1 and lengths is None else torch.empty_like(h, dtype=torch.float32)

@@ -86,9 +86,9 @@ def product(left: Factor, right: Factor, mask: Tensor | None = None, out_mask: T
     with on_device(a):
         product_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
             a, b, bytes_of(mask), more_a, more_b, out, bytes_of(out_mask), rows, columns, depth,
-            0 if more_a is None else more_a.shape[1], a.stride(0), a.stride(1), b.stride(0), b.stride(1), **numbers._asdict(),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps, num_stages=3,
-            enable_fp_fusion=True)
+            0 if more_a is None else more_a.shape[1], a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+            **numbers._asdict(), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps,
+            num_stages=3, enable_fp_fusion=True)
     return out
 
 

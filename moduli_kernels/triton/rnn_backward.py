@@ -1,7 +1,7 @@
 """The backward steps of the masked RNN, in the manner of rnn_forward.py: dL/da of every step, and dL/dh.
 
-Step k is that of k-th last state: with d its gradient, da = leak s'(a) d, and the step before gets W^T da + (1 - leak) d.
-The last one, number `steps`, has no step of its own: what it gets is the gradient of h.
+Step k is that of k-th last state: with d its gradient, da = leak s'(a) d, and the step before gets W^T da + (1 - leak)
+d. The last one, number `steps`, has no step of its own: what it gets is the gradient of h.
 """
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .rnn_recurrent import hold, product
 @triton.jit
 def finish_backward(total, grad_output, grad_h_n, lengths, output, da, passed, dh, step, row, b, k, t, n, batch, steps,
                     stride_row, stride_batch, leak, stays, RELU: tl.constexpr):
-    """A tile of step k, of `row` and `b`, from total = W^T da of the step after it in time; returns its da. passed: what else goes from
-    step to step, (n, batch) float32, None where nothing does; written and read by this program alone."""
+    """A tile of step k, of `row` and `b`, from total = W^T da of the step after it in time; returns its da. passed:
+    what else goes from step to step, (n, batch) float32, None where nothing does; written and read by this program
+    alone."""
     row, b = row[:, None], b[None, :]
     at = row.to(tl.int64) * stride_row + b.to(tl.int64) * stride_batch
     inside = (row < n) & (b < batch)
@@ -73,8 +74,8 @@ def backward_kernel(
         step = offset(t, size)
         if WAY == "alone":
             total = tl.dot(held, own, input_precision=PRECISION)
-            own = finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k, t, n,
-                                  batch, steps, stride_row, stride_batch, leak, stays, RELU).to(DOT)
+            own = finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k,
+                                  t, n, batch, steps, stride_row, stride_batch, leak, stays, RELU).to(DOT)
         else:
             before = da + offset(t - 1 if REVERSE else t + 1, size)
             if k == 0:
@@ -87,8 +88,8 @@ def backward_kernel(
                 total, row, b = product(weight, mask, kept, held if WAY == "held" else None, before, work, first, part,
                                         tiles, n, batch, stride_row, stride_batch, WAY, True, ROWS, BATCH, DEPTH, SPLIT,
                                         ENTRIES, PRECISION, DOT)
-                finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k, t, n,
-                                batch, steps, stride_row, stride_batch, leak, stays, RELU)
+                finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k,
+                                t, n, batch, steps, stride_row, stride_batch, leak, stays, RELU)
                 work += by
             if BARRIER:
                 if k + 1 < t_end:

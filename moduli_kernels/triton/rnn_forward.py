@@ -15,8 +15,8 @@ from .rnn_recurrent import hold, product
 @triton.jit
 def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t, n, batch,
                    stride_row, stride_batch, leak, stays, RELU: tl.constexpr, LEAKY: tl.constexpr):
-    """Input, biases, nonlinearity, leak and lengths of a tile of `row` and `b`; its states are stored, and returned. old:
-    its states before, None to read them. step: where step t begins."""
+    """Input, biases, nonlinearity, leak and lengths of a tile of `row` and `b`; its states are stored, and returned.
+    old: its states before, None to read them. step: where step t begins."""
     row, b = row[:, None], b[None, :]
     at = row.to(tl.int64) * stride_row + b.to(tl.int64) * stride_batch
     inside = (row < n) & (b < batch)
@@ -42,15 +42,16 @@ def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, acti
 
 @triton.jit
 def forward_kernel(
-    inputs, h, b_ih, b_hh, weight, mask, kept, lengths, states, activations, counters, n, batch, tiles, size, stride_row,
-    stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr, LEAKY: tl.constexpr,
-    REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
+    inputs, h, b_ih, b_hh, weight, mask, kept, lengths, states, activations, counters, n, batch, tiles, size,
+    stride_row, stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr,
+    LEAKY: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
+    SPLIT: tl.constexpr, ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
 ):
-    """inputs, states, activations (or None): (steps, n, batch) by their strides, a step of `size` numbers; h one step of
-    these; weight (n, n); mask bytes or None; kept instead of both: rnn_kept.Kept; lengths (batch) int64 or None. batch,
-    size and stride_row are multiples of VECTOR, in units of it. stays: 1 - leak. tiles: of BATCH elements, in a part of the
-    batch; grid: (strips or fewer, parts). counters: 0 at the start, one a part; None without BARRIER."""
+    """inputs, states, activations (or None): (steps, n, batch) by their strides, a step of `size` numbers; h one step
+    of these; weight (n, n); mask bytes or None; kept instead of both: rnn_kept.Kept; lengths (batch) int64 or None.
+    batch, size and stride_row are multiples of VECTOR, in units of it. stays: 1 - leak. tiles: of BATCH elements, in a
+    part of the batch; grid: (strips or fewer, parts). counters: 0 at the start, one a part; None without BARRIER."""
     first, part = tl.program_id(0), tl.program_id(1)
     if VECTOR > 1:
         batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
@@ -83,10 +84,10 @@ def forward_kernel(
             work = begin
             while work < end:
                 total, row, b = product(weight, mask, kept, held if WAY == "held" else None, before, work, first, part,
-                                        tiles, n, batch, stride_row, stride_batch, WAY, False, ROWS, BATCH, DEPTH, SPLIT,
-                                        ENTRIES, PRECISION, DOT)
-                finish_forward(total, None, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t, n,
-                               batch, stride_row, stride_batch, leak, stays, RELU, LEAKY)
+                                        tiles, n, batch, stride_row, stride_batch, WAY, False, ROWS, BATCH, DEPTH,
+                                        SPLIT, ENTRIES, PRECISION, DOT)
+                finish_forward(total, None, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t,
+                               n, batch, stride_row, stride_batch, leak, stays, RELU, LEAKY)
                 work += by
             if BARRIER:
                 if k + 1 < t_end:

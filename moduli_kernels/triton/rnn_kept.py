@@ -1,4 +1,5 @@
-"""W h of one step for a mask that keeps few entries: blocks on tensor cores, then strays one by one, of a strip of rows.
+"""W h of one step for a mask that keeps few entries: blocks on tensor cores, then strays one by one, of a strip of
+rows.
 
 States are (n, pitch): a block reads whole rows of them, an entry one, each contiguous along the batch. Lists: see
 block_layout.py. W's blocks and strays hold 0 where it is masked.

@@ -42,7 +42,8 @@ def offset(t, size):
 
 @triton.jit
 def load_weight(weight, mask, at, inside, DOT: tl.constexpr):
-    """Entries of a weight, 0 where it is masked (whatever stands there) and outside. mask: bytes like weight, or None."""
+    """Entries of a weight, 0 where it is masked (whatever stands there) and outside. mask: bytes like weight, or
+    None."""
     if mask is not None:
         inside = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     return tl.load(weight + at, mask=inside, other=0.0).to(DOT)

@@ -35,8 +35,8 @@ def product_kernel(
     total = add_product(total, a, b, b_mask, row, column, rows, columns, depth, a_row, a_depth, b_depth, b_column,
                         DEPTH, PRECISION, DOT)
     if more_a is not None:
-        total = add_product(total, more_a, more_b, None, row, column, rows, columns, more_depth, a_row, a_depth, b_depth,
-                            b_column, DEPTH, PRECISION, DOT)
+        total = add_product(total, more_a, more_b, None, row, column, rows, columns, more_depth, a_row, a_depth,
+                            b_depth, b_column, DEPTH, PRECISION, DOT)
     at = row[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if out_mask is not None:

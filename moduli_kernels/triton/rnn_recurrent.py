@@ -41,7 +41,8 @@ def hold(weight, mask, strip, n, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, D
 @triton.jit
 def held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
                  PRECISION: tl.constexpr, DOT: tl.constexpr):
-    """(ROWS, BATCH) for what `hold` gave and the elements b of the batch: each warp its part of the depth, then added."""
+    """(ROWS, BATCH) for what `hold` gave and the elements b of the batch: each warp its part of the depth, then
+    added."""
     if SPLIT == 1:
         k = tl.arange(0, DEPTH)[:, None]
         states = load_states(before, k, b[None, :], n, batch, stride_row, stride_batch, DOT)
@@ -70,7 +71,8 @@ def streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_
 def product(weight, mask, kept, held, before, work, first, part, tiles, n, batch, stride_row, stride_batch,
             WAY: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
             SPLIT: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr):
-    """What program (first, part) has to do as its `work` in a step: the product, and its rows and elements of the batch."""
+    """What program (first, part) has to do as its `work` in a step: the product, and its rows and elements of the
+    batch."""
     if WAY == "held":
         strip, tile = first, work
     else:
@@ -78,12 +80,13 @@ def product(weight, mask, kept, held, before, work, first, part, tiles, n, batch
     b = tile * BATCH + tl.arange(0, BATCH)
     if WAY == "kept":
         row = strip_rows(kept, strip, n, ROWS)
-        return kept_product(kept, strip, row, before, b, n, batch, stride_row, TRANSPOSED, ROWS, BATCH, ENTRIES, PRECISION,
-                            DOT), row, b
+        return kept_product(kept, strip, row, before, b, n, batch, stride_row, TRANSPOSED, ROWS, BATCH, ENTRIES,
+                            PRECISION, DOT), row, b
     else:
         row = strip * ROWS + tl.arange(0, ROWS)
         if WAY == "held":
-            return held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH, SPLIT, PRECISION, DOT), row, b
+            return held_product(held, before, b, n, batch, stride_row, stride_batch, DEPTH, SPLIT, PRECISION,
+                                DOT), row, b
         else:
             return streamed_product(weight, mask, row, before, b, n, batch, stride_row, stride_batch, TRANSPOSED, ROWS,
                                     BATCH, DEPTH, PRECISION, DOT), row, b

@@ -1,4 +1,5 @@
-"""The gradient of the hidden weight where a mask keeps few entries: da h^T over all steps, of the listed blocks and strays."""
+"""The gradient of the hidden weight where a mask keeps few entries: da h^T over all steps, of the listed blocks and
+strays."""
 from __future__ import annotations
 
 import triton
@@ -26,8 +27,9 @@ def sampled_blocks_kernel(
     da, before, first_da, h, mask, dw, order, partners, groups, n, pitch, size, steps, VECTOR: tl.constexpr,
     SIDE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dw (n, n), 0 so far, at the kept entries of one of `groups` of blocks (block_layout.py). da, before: `steps` steps
-    (n, pitch), each with the states it began with; first_da (n, pitch) with h. pitch, size: in units of VECTOR."""
+    """dw (n, n), 0 so far, at the kept entries of one of `groups` of blocks (block_layout.py). da, before: `steps`
+    steps (n, pitch), each with the states it began with; first_da (n, pitch) with h. pitch, size: in units of
+    VECTOR."""
     pitch, size = pitch * VECTOR, size * VECTOR
     group = groups + 3 * tl.program_id(0)
     begin, end, strip = tl.load(group), tl.load(group + 1), tl.load(group + 2)

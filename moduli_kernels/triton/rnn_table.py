@@ -1,4 +1,5 @@
-"""How the steps of the masked RNN are shared out over a GPU's multiprocessors: plain arithmetic, no tuning at first use.
+"""How the steps of the masked RNN are shared out over a GPU's multiprocessors: plain arithmetic, no tuning at first
+use.
 
 What is added in which order follows from the shapes and the way alone, not from the number of multiprocessors.
 """
@@ -61,8 +62,8 @@ def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: 
     warps = MANY_WARPS if depth >= 32 * MANY_WARPS else WARPS
     tile = SMALLEST_BATCH
     held = depth * itemsize * (HELD_ROWS + tile) + SLACK_BYTES
-    fits = held <= chip and (n % ALIGNED == 0 or tile * depth <= STATES * 32 * warps) and not (exact and depth > EXACT_HELD)
-    if strips <= multiprocessors and fits:
+    fits = held <= chip and (n % ALIGNED == 0 or tile * depth <= STATES * 32 * warps)
+    if strips <= multiprocessors and fits and not (exact and depth > EXACT_HELD):
         parts = min(cdiv(batch, tile), multiprocessors // strips)
         share = cdiv(batch, parts)
         while tile < share and 2 * tile * depth <= STATES * 32 * warps and held + tile * depth * itemsize <= chip:
@@ -77,7 +78,8 @@ def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: 
     while rows < 64 and cdiv(n, rows) * parts > multiprocessors:
         rows *= 2
     strips = max(1, min(cdiv(n, rows), multiprocessors // parts))
-    return Shares("streamed", rows, tile, STREAMED_DEPTH[itemsize], 1, WARPS, strips, cdiv(cdiv(batch, tile), tiles), tiles)
+    return Shares("streamed", rows, tile, STREAMED_DEPTH[itemsize], 1, WARPS, strips, cdiv(cdiv(batch, tile), tiles),
+                  tiles)
 
 
 def kept_shares(n: int, pitch: int, side: int | None, strays: int, itemsize: int, multiprocessors: int,
@@ -108,8 +110,8 @@ class ProductTile(NamedTuple):
 
 
 def product_tile(rows: int, columns: int, itemsize: int, aligned: bool, multiprocessors: int) -> ProductTile:
-    """The largest tile of which there are as many as multiprocessors; narrow where the product is. Operands that are not
-    aligned are read number by number, each with an address of its own: large tiles would spill."""
+    """The largest tile of which there are as many as multiprocessors; narrow where the product is. Operands that are
+    not aligned are read number by number, each with an address of its own: large tiles would spill."""
     wide, depth = max(16, power_of_2(columns)), 128 // itemsize
     for side in (128, 64) if aligned else (64,):
         if cdiv(rows, side) * cdiv(columns, side) >= multiprocessors:
