@@ -1,7 +1,8 @@
 """Every user-facing error of the recurrent nets (sparse_rnn.py, sparse_rnn_cell.py, compressed_rnn.py).
 
-Bad input to SparseRNN and SparseRNNCell is refused in the words of torch.nn.RNN and torch.nn.RNNCell. All other messages
-name the argument, what was expected, what came and what to do. Nothing here synchronizes with a GPU.
+Bad input to SparseRNN and SparseRNNCell is refused in the words of torch.nn.RNN and torch.nn.RNNCell. All other
+messages name the argument, what was expected, what came and what to do. Nothing here synchronizes with a GPU, but for
+what is loaded.
 """
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ PATHS = ("auto", "dense", "sparse")
 
 def leak(value: Any) -> float:
     """The share of the new state, in (0, 1], as float."""
+    how = "pass a float such as 0.1, or 1.0 for none."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"leak must be a number in (0, 1], got {_kind(value)}; pass a float such as 0.1, or 1.0 for none.")
+        raise TypeError(f"leak must be a number in (0, 1], got {_kind(value)}; {how}")
     if not 0 < value <= 1:
-        raise ValueError(f"leak must be a number in (0, 1], got {value!r}; pass a float such as 0.1, or 1.0 for none.")
+        raise ValueError(f"leak must be a number in (0, 1], got {value!r}; {how}")
     return float(value)
 
 
@@ -56,7 +58,8 @@ def maskable(module: nn.Module, name: Any, names: list[str]) -> None:
 def new_mask(name: str, mask: Any, weight: Tensor) -> None:
     """A mask for the weight `name`."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor (True = kept) or None, got {_kind(mask)}; pass weight != 0, or None.")
+        raise TypeError(
+            f"mask must be a bool tensor (True = kept) or None, got {_kind(mask)}; pass weight != 0, or None.")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor (True = kept), got {mask.dtype}; convert it with .bool().")
     if mask.shape != weight.shape:
@@ -70,8 +73,8 @@ def saved_mask_problem(key: str, mask: Any, weight: Tensor) -> str | None:
     """Why a mask in a state_dict does not fit, or None."""
     if is_mask(mask, weight):
         return None
-    return (f"{key} must be a torch.bool mask {tuple(weight.shape)}, got {described(mask)}; save the state_dict of a net "
-            "with the same sizes, pruned by MagnitudePruner or set_mask.")
+    return (f"{key} must be a torch.bool mask {tuple(weight.shape)}, got {described(mask)}; save the state_dict of a "
+            "net with the same sizes, pruned by MagnitudePruner or set_mask.")
 
 
 def found_mask(module: nn.Module, name: str, mask: Tensor, weight: Tensor) -> None:
@@ -109,8 +112,8 @@ def sequence_tensors(data: Tensor, hx: Tensor, weight: Tensor, steps: int, autoc
         meets = autocast and data.dtype in FLOATING and (data.dtype == torch.float64) == (tensor.dtype == torch.float64)
         if tensor.dtype != data.dtype and not meets:
             raise RuntimeError(
-                f"Input and {name} tensors are not the same dtype, found input tensor with {data.dtype} and {name} tensor "
-                f"with {tensor.dtype}"
+                f"Input and {name} tensors are not the same dtype, found input tensor with {data.dtype} and {name} "
+                f"tensor with {tensor.dtype}"
             )
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -145,7 +148,8 @@ def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any],
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}; pass torch.as_tensor(...).")
     if w_hh.dim() != 2 or w_hh.shape[0] != w_hh.shape[1]:
-        raise ValueError(f"w_hh must be square (hidden, hidden), got shape {tuple(w_hh.shape)}; pass one layer's weight.")
+        raise ValueError(
+            f"w_hh must be square (hidden, hidden), got shape {tuple(w_hh.shape)}; pass one layer's weight.")
     hidden = len(w_hh)
     if w_ih.dim() != 2 or len(w_ih) != hidden:
         raise ValueError(
@@ -166,8 +170,8 @@ def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any],
             raise TypeError(f"{name} must be a bool tensor (True = kept), got {got}; convert it with .bool().")
         if mask.shape != weight.shape:
             raise ValueError(
-                f"{name} must have the shape {tuple(weight.shape)} of its weight, got {tuple(mask.shape)}; build it with "
-                "torch.ones_like(weight, dtype=torch.bool)."
+                f"{name} must have the shape {tuple(weight.shape)} of its weight, got {tuple(mask.shape)}; build it "
+                "with torch.ones_like(weight, dtype=torch.bool)."
             )
         tensors[name] = mask
     for name, tensor in tensors.items():
@@ -180,7 +184,8 @@ def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any],
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it with .float().")
         if tensor.dtype != w_hh.dtype and not (autocast and torch.float64 not in (tensor.dtype, w_hh.dtype)):
             raise TypeError(
-                f"{name} must have the dtype of w_hh, {w_hh.dtype}, got {tensor.dtype}; convert it with .to({w_hh.dtype})."
+                f"{name} must have the dtype of w_hh, {w_hh.dtype}, got {tensor.dtype}; convert it with "
+                f".to({w_hh.dtype})."
             )
 
 
@@ -188,14 +193,15 @@ def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any],
 
 def second_derivative() -> None:
     raise NotImplementedError(
-        "the masked RNN is differentiable once, got a second derivative (double backward); use path='dense' (needs leak=1 "
-        "and no cuDNN), or leave it out of what you differentiate twice."
+        "the masked RNN is differentiable once, got a second derivative (double backward); use path='dense' (needs "
+        "leak=1 and no cuDNN), or leave it out of what you differentiate twice."
     )
 
 
 def forward_mode() -> None:
     raise NotImplementedError(
-        "the masked RNN has no forward-mode derivative, got a dual tensor; use backward(), or path='dense' (needs leak=1)."
+        "the masked RNN has no forward-mode derivative, got a dual tensor; use backward(), or path='dense' (needs "
+        "leak=1)."
     )
 
 
@@ -215,25 +221,28 @@ def rnn_module(rnn: Any) -> None:
 
 def leakless(its_leak: float) -> None:
     if its_leak != 1:
-        raise ValueError(f"leak must be 1 for to_rnn() (torch.nn.RNN knows no leak), got {its_leak!r}; keep the SparseRNN.")
+        raise ValueError(
+            f"leak must be 1 for to_rnn() (torch.nn.RNN knows no leak), got {its_leak!r}; keep the SparseRNN.")
 
 
 def no_gradient(name: str) -> None:
     raise NotImplementedError(
-        f"{name} must not require a gradient in a CompressedRNN (it is for inference), got one that does; call it under "
-        "torch.no_grad(), or train the SparseRNN it came from (to_sparse_rnn())."
+        f"{name} must not require a gradient in a CompressedRNN (it is for inference), got one that does; call it "
+        "under torch.no_grad(), or train the SparseRNN it came from (to_sparse_rnn())."
     )
 
 
 def compressed_problem(name: str, values: Tensor, columns: Tensor, rows: Tensor, shape: tuple[int, int]) -> str | None:
     """Why what was saved as the kept entries of a weight is no torch.sparse_csr matrix of this shape, or None."""
-    try:
-        indices = [index.to(torch.int64) for index in (rows, columns)]
-        torch._validate_sparse_csr_tensor_args(*indices, values, shape)
-    except RuntimeError as error:
-        return (f"{name}_rows, _columns and _values must be a torch.sparse_csr matrix {shape}, got none ({error}); load the "
-                "state_dict of a CompressedRNN of the same sizes.")
-    return None
+    what = ""
+    if {columns.dtype, rows.dtype} <= {torch.int16, torch.int32, torch.int64}:
+        try:
+            torch._validate_sparse_csr_tensor_args(rows.to(torch.int64), columns.to(torch.int64), values, shape)
+            return None
+        except RuntimeError as error:
+            what = f" ({error})"
+    return (f"{name}_rows, _columns and _values must be a torch.sparse_csr matrix {shape}, got none{what}; load the "
+            "state_dict of a CompressedRNN of the same sizes.")
 
 
 def compressed_file(path: Any, what: str) -> None:
@@ -241,4 +250,5 @@ def compressed_file(path: Any, what: str) -> None:
 
 
 def no_safetensors() -> None:
-    raise ImportError("CompressedRNN.save and load need safetensors, which is not installed; run pip install safetensors.")
+    raise ImportError(
+        "CompressedRNN.save and load need safetensors, which is not installed; run pip install safetensors.")

@@ -43,7 +43,8 @@ class Facts:
             return None
         if capturing(mask):  # a CUDA graph is being recorded, which may not wait: what is known
             return self._known.get(("density", name), (None, 1.0))[1]
-        return self._remembered(("density", name), (mask,), lambda: int(torch.count_nonzero(mask)) / max(1, mask.numel()))
+        return self._remembered(
+            ("density", name), (mask,), lambda: int(torch.count_nonzero(mask)) / max(1, mask.numel()))
 
     def zero_where_masked(self, name: str, weight: Tensor, mask: Tensor) -> bool:
         """Whether the weight is 0 wherever it is masked. Does not see writes through weight.data."""
@@ -80,8 +81,8 @@ class MaskedModule(nn.Module):
         """Sets the mask of the weight `name` ("weight_hh_l0", "weight_ih_l1_reverse", ...), and masked weights to 0.
 
         Args:
-            name: a weight's or a bias's name. mask: bool, of its shape, True = kept; copied to the weight's device. None
-                takes the mask away; masked weights stay 0 until they are trained.
+            name: a weight's or a bias's name. mask: bool, of its shape, True = kept; copied to the weight's device.
+                None takes the mask away; masked weights stay 0 until they are trained.
 
         The mask is the bool buffer `<name>_mask`, as MagnitudePruner keeps it; one that is there is written in place.
         An optimizer that has gathered momentum before goes on moving masked weights, without effect on outputs and
@@ -104,7 +105,8 @@ class MaskedModule(nn.Module):
             self._buffers[buffer].copy_(mask)
         _mask_hooks.zero(weight, self._buffers[buffer])
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        error_msgs = rest[-1]
         for name in self._weight_names():
             key, weight = f"{prefix}{name}_mask", self._parameters.get(name)
             if key not in state_dict or weight is None or self._buffers.get(f"{name}_mask") is not None:
@@ -114,8 +116,7 @@ class MaskedModule(nn.Module):
                 self.register_buffer(f"{name}_mask", torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
             else:
                 error_msgs.append(problem)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self):
         # weak references neither pickle nor belong to a copy

@@ -66,8 +66,9 @@ class Weights(NamedTuple):
 def has_kernel(device_type: str) -> bool:
     """Whether anything but the reference serves this type of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and _backend.active(device_type) != "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "moduli_kernels::masked_rnn", key)
+    if key is None or _backend.active(device_type) == "reference":
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("moduli_kernels::masked_rnn", key)
 
 
 def autocast_dtype(device_type: str, weight: Tensor) -> torch.dtype | None:
@@ -84,7 +85,8 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
     and on a forward-mode derivative.
     """
     dtype = compute_dtype(weights.w_hh)
-    floating = [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous() for t in (x, h, *weights[:4])]
+    floating = [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous()
+                for t in (x, h, *weights[:4])]
     masks = [None if mask is None else mask.contiguous() for mask in weights[4:6]]
     compressed = [None if index is None else index.to(torch.int64) for index in weights[6:]]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)

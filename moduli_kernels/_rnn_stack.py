@@ -1,8 +1,8 @@
 """All layers and directions of a recurrent net over a sequence, as torch.nn.RNN arranges them: what SparseRNN and
 CompressedRNN share.
 
-A net here is a module with nn.RNN's attributes (num_layers, bidirectional, batch_first, dropout, nonlinearity, ...), its
-check_forward_args, and leak. Its weights come layer by layer, in a layer the forward direction before the reverse one.
+A net here is a module with nn.RNN's attributes (num_layers, bidirectional, batch_first, dropout, nonlinearity, ...),
+its check_forward_args, and leak. Its weights come layer by layer, in a layer the forward direction before the reverse.
 """
 from __future__ import annotations
 
@@ -131,8 +131,9 @@ def _dense_traced(net, batch, flat_weights, run):
     count = len(flat_weights) // net.num_layers
     x, states = batch.data.transpose(0, 1) if net.batch_first else batch.data, []
     for layer in range(net.num_layers):
-        x, state = run(x, batch.hx[layer * directions:(layer + 1) * directions],
-                       flat_weights[layer * count:(layer + 1) * count], net.bias, 1, 0.0, False, net.bidirectional, False)
+        x, state = run(
+            x, batch.hx[layer * directions:(layer + 1) * directions], flat_weights[layer * count:(layer + 1) * count],
+            net.bias, 1, 0.0, net.training, net.bidirectional, False)
         states.append(state)
         if layer < net.num_layers - 1 and net.training and net.dropout:
             x = nn.functional.dropout(x, net.dropout)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -23,10 +24,10 @@ class CompressedRNN(nn.Module):
     matrix on the way. `save` and `load` take a safetensors file that knows the settings, too.
 
     Each weight that a mask cuts is held as torch.sparse_csr holds it: `<weight>_values` (entries,) in the net's dtype,
-    `<weight>_columns` (entries,) int16 where they fit, else int32, and `<weight>_rows` (hidden_size + 1,) int32, the entries
-    before each row. In float32 that is 6 bytes an entry, 1/13 of the dense matrix at 95 % cut. A weight without a mask is
-    held as it is, and so are biases. All are buffers, so state_dict, device and dtype moves work as ever; the indices
-    are widened to int64 for the length of a call.
+    `<weight>_columns` (entries,) int16 where they fit, else int32, and `<weight>_rows` (hidden_size + 1,) int32, the
+    entries before each row. In float32 that is 6 bytes an entry, 1/13 of the dense matrix at 95 % cut. A weight
+    without a mask is held as it is, and so are biases. All are buffers, so state_dict, device and dtype moves work as
+    ever; the indices are widened to int64 for the length of a call.
 
     It stays in eval mode: there is no dropout between its layers. `to_sparse_rnn()` goes back.
 
@@ -43,8 +44,9 @@ class CompressedRNN(nn.Module):
                  leak: float = 1.0, device=None, dtype=None):
         super().__init__()
         self.settings = {
-            "input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "nonlinearity": nonlinearity,
-            "bias": bias, "batch_first": batch_first, "dropout": dropout, "bidirectional": bidirectional}
+            "input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers,
+            "nonlinearity": nonlinearity, "bias": bias, "batch_first": batch_first, "dropout": dropout,
+            "bidirectional": bidirectional}
         plain = nn.RNN(**self.settings, device="meta", dtype=dtype)  # its checks, names and shapes
         for name in self.settings:
             setattr(self, name, getattr(plain, name))
@@ -126,8 +128,8 @@ class CompressedRNN(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        held = {name: self._held(name)[0] for name, shape in self._shapes.items() if len(shape) == 2}
-        told = ", ".join(f"{name}: {values.numel()} of {torch.Size(self._shapes[name]).numel()}" for name, values in held.items())
+        told = ", ".join(f"{name}: {self._held(name)[0].numel()} of {math.prod(shape)}"
+                         for name, shape in self._shapes.items() if len(shape) == 2)
         return f"{self.input_size}, {self.hidden_size}, kept {told}"
 
     def to_sparse_rnn(self):
@@ -153,7 +155,8 @@ class CompressedRNN(nn.Module):
     # -- files --
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file: the state_dict, and the settings as metadata. Raises ImportError without safetensors."""
+        """Writes a safetensors file: the state_dict, and the settings as metadata. Raises ImportError without
+        safetensors."""
         _safetensors()
         from safetensors.torch import save_file
 
@@ -175,13 +178,15 @@ class CompressedRNN(nn.Module):
         new.load_state_dict(tensors, assign=True)
         return new
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Makes room for as many entries as were saved, after looking at them: indices out of bounds would be read."""
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        """Makes room for as many entries as were saved, after looking at them: indices out of bounds would be read.
+        What does not fit is kept away from the buffers, also from those of its shape."""
+        state_dict, refused = dict(state_dict), set()
         for name, shape in self._shapes.items():
             if len(shape) == 1:
                 continue
-            keys = [f"{prefix}{name}", *(f"{prefix}{name}_{part}" for part in PARTS)]
-            whole, *parts = map(state_dict.get, keys)
+            keys = [f"{prefix}{name}_{part}" for part in PARTS]
+            whole, parts = state_dict.get(f"{prefix}{name}"), [state_dict.get(key) for key in keys]
             own = self._held(name)[0]
             if whole is not None and whole.shape == shape:
                 self._hold(name, own.new_empty(shape))
@@ -190,10 +195,13 @@ class CompressedRNN(nn.Module):
                 if problem is None:
                     self._hold(name, own.new_empty(len(parts[0])),
                                *(torch.empty_like(part, device=own.device) for part in parts[1:]))
-                else:
-                    error_msgs.append(problem)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+                    continue
+                rest[-1].append(problem)
+                refused.update(keys)
+            for key in keys:
+                state_dict.pop(key, None)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        missing_keys[:] = [key for key in missing_keys if key not in refused]
 
 
 def _index_dtype(largest: int) -> torch.dtype:

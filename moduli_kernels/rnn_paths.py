@@ -1,14 +1,14 @@
 """Which path a recurrent net takes: the masked op ("sparse") or the vendor's RNN over masked weights ("dense").
 
 `choose` reads rnn_crossovers.json, so a net's results do not depend on timings of the moment. The table holds ratios
-"time of the dense path over time of the sparse path", measured in alternation by benchmarks/tune_rnn.py for a layer whose
-W_ih and W_hh are both hidden x hidden and masked to the same density, on a full grid of
+"time of the dense path over time of the sparse path", measured in alternation by benchmarks/tune_rnn.py for a layer
+whose W_ih and W_hh are both hidden x hidden and masked to the same density, on a full grid of
 
     hidden, batch, steps, density, and training (forward and backward) or not,
 
-and beside it `unmasked`, the same for a layer that has no mask at all. Rule: the ratio at a point is interpolated linearly
-in the logarithms of ratio and coordinates, which are first moved onto the grid's nearest edge where they lie beyond it;
-sparse where it is above 1. What counts as density is the kept share of the entries of both weights together.
+and beside it `unmasked`, the same for a layer that has no mask at all. Rule: the ratio at a point is interpolated
+linearly in the logarithms of ratio and coordinates, which are first moved onto the grid's nearest edge where they lie
+beyond it; sparse where it is above 1. What counts as density is the kept share of the entries of both weights together.
 
 A float64 net takes the table of float32 where it has none of its own. No table for a device or dtype: dense.
 """
@@ -39,7 +39,8 @@ class Table(NamedTuple):
 
 def parsed(written: dict[str, Any]) -> Table:
     """A table as the file holds it. Raises KeyError where a point of the grid is missing."""
-    rows = {(*(row[axis] for axis in AXES), row["training"]): (*row["ratios"], row["unmasked"]) for row in written["rows"]}
+    rows = {(*(row[axis] for axis in AXES), row["training"]): (*row["ratios"], row["unmasked"])
+            for row in written["rows"]}
     grid = tuple(tuple(sorted({key[i] for key in rows})) for i in range(len(AXES)))
     return Table(grid, tuple(written["densities"]),
                  {key: rows[key] for key in itertools.product(*grid, (False, True))}, written["source"])
@@ -79,8 +80,8 @@ def predicted(device_type: str, dtype: torch.dtype, hidden: int, batch: int, den
     if density_ih is None and density_hh is None:
         columns = [(-1, 1.0)]
     else:
-        places = _between(table.densities, joint_density(density_ih, density_hh, hidden if inputs is None else inputs, hidden))
-        columns = [(table.densities.index(density), share) for density, share in places]
+        density = joint_density(density_ih, density_hh, hidden if inputs is None else inputs, hidden)
+        columns = [(table.densities.index(near), share) for near, share in _between(table.densities, density)]
     logarithm = 0.0
     for *key, (column, share) in itertools.product(*corners, columns):
         weight = share * math.prod(its_share for _, its_share in key)

@@ -29,8 +29,8 @@ class SparseRNN(MaskedModule, nn.RNN):
 
     in each layer and direction, s: tanh or ReLU. Every argument, parameter name, shape, output and error is that of
     torch.nn.RNN: layers, both directions, dropout between layers (the same random numbers on the CPU), batch_first, no
-    batch dimension, PackedSequence. It is an nn.RNN, loads an nn.RNN's state_dict strictly, and saves keys of masks only
-    where there are any.
+    batch dimension, PackedSequence. It is an nn.RNN, loads an nn.RNN's state_dict strictly, and saves keys of masks
+    only where there are any.
 
     Args:
         *args, **kwargs: as torch.nn.RNN.
@@ -44,15 +44,16 @@ class SparseRNN(MaskedModule, nn.RNN):
     them away first (`set_mask(name, None)`), or load with strict=False to keep them.
 
     Autocast: output dtypes of torch.nn.RNN; the sparse path computes in float32 (float64 for float64 weights) and
-    rounds at the end, also for 16-bit weights. "auto" decides from the share of weights that the masks keep, counted once
-    per version of a mask. On the dense path, without gradients, masked weights that have been found to be 0 are not
-    looked at again until weight or mask change; writes through `weight.data` do not count as change.
+    rounds at the end, also for 16-bit weights. "auto" decides from the share of weights that the masks keep, counted
+    once per version of a mask. On the dense path, without gradients, masked weights that have been found to be 0 are
+    not looked at again until weight or mask change; writes through `weight.data` do not count as change.
 
-    torch.compile: with torch._dynamo.config.allow_rnn = True, as for every nn.RNN, it becomes part of one graph; without
-    it runs as it is, outside the graph. The path is then chosen at compile time; masks that change in place take effect.
+    torch.compile: with torch._dynamo.config.allow_rnn = True, as for every nn.RNN, it becomes part of one graph;
+    without, it runs as it is, outside the graph. In a graph the path is chosen at compile time; masks that change in
+    place take effect.
 
-    The sparse path is differentiable once (NotImplementedError on a second or forward-mode derivative); torch.func and
-    PackedSequence under torch.compile(fullgraph=True) are not supported.
+    Not supported: on the sparse path a second or a forward-mode derivative and torch.func (NotImplementedError);
+    PackedSequence under torch.compile(fullgraph=True); torch.jit.script (that takes `to_rnn()`).
 
     Raises:
         ValueError, TypeError: as torch.nn.RNN; leak outside (0, 1]; an unknown path, or "dense" with a leak.
@@ -86,10 +87,10 @@ class SparseRNN(MaskedModule, nn.RNN):
         self._path = _checks_rnn.path(value, self._leak)
 
     def extra_repr(self) -> str:
+        defaults = {"nonlinearity": "tanh", "leak": 1, "path": "auto"}
+        told = [f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default]
         masked = [name for name in self._weight_names() if f"{name}_mask" in self._buffers]
-        return super().extra_repr() + (f", nonlinearity={self.nonlinearity}" if self.nonlinearity != "tanh" else "") + (
-            f", leak={self.leak}" if self.leak != 1 else "") + (f", path={self.path}" if self.path != "auto" else "") + (
-            f", masks of {', '.join(masked)}" if masked else "")
+        return ", ".join([super().extra_repr(), *told, *([f"masks of {', '.join(masked)}"] if masked else [])])
 
     # -- forward --
 
@@ -107,7 +108,10 @@ class SparseRNN(MaskedModule, nn.RNN):
             batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self.parameters()))
         dtype = autocast_dtype(weight.device.type, weight) or weight.dtype
         if torch.compiler.is_compiling():
-            path = self._path_at_compile_time(weight.device.type, dtype, batch.size, batch.steps, training)
+            from torch.fx.experimental.symbolic_shapes import has_static_value
+
+            sizes = [size if has_static_value(size) else None for size in (batch.size, batch.steps)]
+            path = self._path_at_compile_time(weight.device.type, dtype, *sizes, training)
         else:
             self._seen = (batch.size, batch.steps)
             path = self._choice(weight.device.type, dtype, batch.size, batch.steps, training)[0]
@@ -167,7 +171,9 @@ class SparseRNN(MaskedModule, nn.RNN):
 
     @constant_at_compile_time
     def _path_at_compile_time(self, device, dtype, batch, steps, training) -> str:
-        return self._choice(device, dtype, batch, steps, training)[0]
+        """batch, steps: None where they vary, then those that were seen before."""
+        self._seen = (self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps)
+        return self._choice(device, dtype, *self._seen, training)[0]
 
     def _density(self, name: str) -> float | None:
         return self._facts.density(name, self._buffers.get(f"{name}_mask"))
@@ -193,18 +199,22 @@ class SparseRNN(MaskedModule, nn.RNN):
 
         batch, steps: of the input it would be for; None: those of the last one (before any: 32 and 50).
         """
-        batch, steps = batch or self._seen[0], steps or self._seen[1]
+        batch, steps = self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps
         weight = self.weight_hh_l0
         device, dtype = weight.device.type, autocast_dtype(weight.device.type, weight) or weight.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         path, why = self._choice(device, dtype, batch, steps, training)
-        by = "torch's own RNN over the whole stack" if path == "dense" else (
-            f"the masked kernel ({_backend.active(device)})" if has_kernel(device) else "the reference in plain PyTorch")
+        by = "the reference in plain PyTorch"
+        if path == "dense":
+            by = "torch's own RNN over the whole stack"
+        elif has_kernel(device):
+            by = f"the masked kernel ({_backend.active(device)})"
         lines = [f"{path}: {by}, for {steps} steps of a batch of {batch}, {dtype} on {device}, "
                  f"{'forward and backward' if training else 'forward'}; {why}."]
         for names in self._all_weights:
-            shares = [(name, self._density(name)) for name in names if name.startswith("weight")]
-            told = ", ".join(f"{name} {'without a mask' if s is None else f'{100 * s:.3g} % kept'}" for name, s in shares)
+            shares = {name: self._density(name) for name in names[:2]}
+            told = ", ".join(f"{name} without a mask" if share is None else f"{name} {100 * share:.3g} % kept"
+                             for name, share in shares.items())
             lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {told}")
         return "\n".join(lines)
 
@@ -213,7 +223,7 @@ class SparseRNN(MaskedModule, nn.RNN):
 
         Forward and backward in training mode (where a parameter requires a gradient), else forward alone; the median of
         7 runs of each, in alternation. Remembered on this module, also through copies and pickles but not in the
-        state_dict, for inputs of its device, dtype, mode, batch size and densities (within a factor of about 1.4).
+        state_dict, for inputs of its device, dtype, mode, batch size and densities (the nearest powers of 2).
         Leaves gradients and random numbers as they were. With a leak there is the sparse path alone.
         """
         weight = self.weight_hh_l0
@@ -244,7 +254,7 @@ class SparseRNN(MaskedModule, nn.RNN):
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, *, path: str = "auto") -> SparseRNN:
         """A SparseRNN that computes what rnn does, with copies of its weights and masks (MagnitudePruner's or
-        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak is kept. Raises TypeError for anything but an nn.RNN."""
+        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak is kept. Raises TypeError for what is no nn.RNN."""
         _checks_rnn.rnn_module(rnn)
         new = cls(**_settings(rnn), leak=getattr(rnn, "leak", 1.0), path=path, device="meta")
         _copy_weights(rnn, new)
@@ -255,8 +265,8 @@ class SparseRNN(MaskedModule, nn.RNN):
         return new
 
     def to_rnn(self) -> nn.RNN:
-        """A plain torch.nn.RNN with copies of the weights, 0 where they are masked, for ONNX, torch.export and the like.
-        Raises ValueError where leak is not 1."""
+        """A plain torch.nn.RNN with copies of the weights, 0 where they are masked, for ONNX, torch.export and the
+        like. Raises ValueError where leak is not 1."""
         _checks_rnn.leakless(self.leak)
         new = nn.RNN(**_settings(self), device="meta")
         _copy_weights(self, new)
@@ -268,7 +278,8 @@ class SparseRNN(MaskedModule, nn.RNN):
 
 
 def _settings(rnn: nn.RNN) -> dict:
-    names = ("input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout", "bidirectional")
+    names = ("input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout",
+             "bidirectional")
     return {name: getattr(rnn, name) for name in names} | {"dtype": rnn.weight_hh_l0.dtype}
 
 
@@ -285,7 +296,7 @@ def _copy_weights(source: nn.RNN, to: nn.RNN) -> None:
 
 
 def _tuning_key(device: str, dtype: torch.dtype, batch: int, training: bool, densities: tuple) -> tuple:
-    """What counts as the same case: batch sizes and densities within a factor of about 1.4."""
+    """What counts as the same case: batch sizes and densities with the same nearest power of 2."""
     def near(value):
-        return None if value is None else round(2 * math.log2(max(value, 1e-6)))
+        return None if value is None else round(math.log2(max(value, 1e-6)))
     return device, _backend.active(device), dtype, training, near(batch), *map(near, densities)

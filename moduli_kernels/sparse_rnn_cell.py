@@ -1,4 +1,4 @@
-"""One step of the masked RNN: as a function and as torch.nn.RNNCell's place-taker, for loops that step by themselves."""
+"""One step of the masked RNN, as a function and in torch.nn.RNNCell's place: for loops that step by themselves."""
 from __future__ import annotations
 
 import torch

@@ -29,7 +29,8 @@ def draw_mask(*shape: int, density: float, seed: int = 0) -> Tensor:
     return drawn.to(torch.get_default_device())
 
 
-def net_of(*sizes: int, densities: tuple[float | None, float | None] = (None, 0.3), seed: int = 0, **settings) -> mk.SparseRNN:
+def net_of(*sizes: int, densities: tuple[float | None, float | None] = (None, 0.3), seed: int = 0,
+           **settings) -> mk.SparseRNN:
     """A SparseRNN with random masks on all input weights and on all hidden weights; None: no mask."""
     torch.manual_seed(seed)
     net = mk.SparseRNN(*sizes, **{"path": "sparse", **settings})
@@ -57,7 +58,7 @@ def plain_rnn(net: mk.SparseRNN, dtype: torch.dtype | None = None) -> nn.RNN:
 
 
 class Run(NamedTuple):
-    """output (the data of a packed one), h_n, gradients of input, hx and of each parameter; None where not asked for."""
+    """output (the data of a packed one), h_n, gradients of input, hx and each parameter; None where not asked for."""
 
     output: Tensor
     h_n: Tensor

@@ -1,4 +1,4 @@
-"""Masks of SparseRNN: setting, saving and loading them, torch.nn.utils.prune, to and from nn.RNN, what is counted when."""
+"""Masks of SparseRNN: setting, saving, loading, torch.nn.utils.prune, to and from nn.RNN, and what is counted when."""
 from __future__ import annotations
 
 import math
@@ -76,8 +76,8 @@ def test_a_buffer_of_another_shape():
     net.register_buffer("weight_hh_l0_mask", torch.ones(6, 1, dtype=torch.bool))
     with pytest.raises(ValueError) as error:
         net(draw(5, 3, 4))
-    assert str(error.value) == ("weight_hh_l0_mask of SparseRNN must have the shape (6, 6) of weight_hh_l0, got (6, 1); set it "
-                                "with set_mask('weight_hh_l0', mask).")
+    assert str(error.value) == ("weight_hh_l0_mask of SparseRNN must have the shape (6, 6) of weight_hh_l0, got "
+                                "(6, 1); set it with set_mask('weight_hh_l0', mask).")
 
 
 # --- state_dict ---------------------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ def test_a_buffer_of_another_shape():
 def test_state_dicts_with_and_without_masks(assign):
     net = net_of(4, 6, 2, densities=(None, 0.3), bidirectional=True)
     state, x = net.state_dict(), draw(5, 3, 4)
-    assert {key for key in state if key.endswith("_mask")} == {f"{name}_mask" for name in weight_names(net) if "hh" in name}
+    masks = {f"{name}_mask" for name in weight_names(net) if "hh" in name}
+    assert {key for key in state if key.endswith("_mask")} == masks
     other = mk.SparseRNN(4, 6, 2, bidirectional=True, path="sparse")
     outer = nn.Sequential(other)
     outer.load_state_dict({f"0.{key}": value.clone() for key, value in state.items()}, assign=assign)
@@ -104,11 +105,12 @@ def test_state_dicts_with_and_without_masks(assign):
 
 
 @pytest.mark.parametrize(("mask", "came"), [
-    (torch.ones(6, 5, dtype=torch.bool), "torch.bool (6, 5)"), (torch.ones(6, 6), "torch.float32 (6, 6)"), (3, "a int")])
+    (torch.ones(6, 5, dtype=torch.bool), "torch.bool (6, 5)"), (torch.ones(6, 6), "torch.float32 (6, 6)"),
+    (3, "a int")])
 def test_saved_masks_that_do_not_fit(mask, came):
     net = mk.SparseRNN(4, 6)
-    message = (f"weight_hh_l0_mask must be a torch.bool mask (6, 6), got {came}; save the state_dict of a net with the same "
-               "sizes, pruned by MagnitudePruner or set_mask.")
+    message = (f"weight_hh_l0_mask must be a torch.bool mask (6, 6), got {came}; save the state_dict of a net with the "
+               "same sizes, pruned by MagnitudePruner or set_mask.")
     with pytest.raises(RuntimeError, match=re.escape(message)):
         net.load_state_dict(net.state_dict() | {"weight_hh_l0_mask": mask})
     assert not list(net.buffers())
@@ -144,8 +146,8 @@ def test_nets_pruned_by_torch_work(path):
     with pytest.raises(ValueError) as error:
         net.set_mask("weight_hh_l0", mask)
     assert str(error.value) == (
-        "name must be a plain parameter, got weight_hh_l0 of SparseRNN pruned by torch.nn.utils.prune, whose mask decides; "
-        "take it over with MagnitudePruner.from_torch_prune(module) first.")
+        "name must be a plain parameter, got weight_hh_l0 of SparseRNN pruned by torch.nn.utils.prune, whose mask "
+        "decides; take it over with MagnitudePruner.from_torch_prune(module) first.")
     net(x)
     taken = mk.SparseRNN.from_rnn(net, path=path)
     assert torch.equal(taken.weight_hh_l0_mask, mask) and torch.allclose(taken(x)[0], net(x)[0], atol=1e-6)
@@ -157,8 +159,8 @@ def test_nets_pruned_by_torch_work(path):
 # --- to and from nn.RNN -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [
-    {}, {"num_layers": 2, "nonlinearity": "relu", "bias": False, "batch_first": True, "bidirectional": True, "dropout": 0.3},
-    {"dtype": torch.float64}])
+    {}, {"dtype": torch.float64}, {"num_layers": 2, "nonlinearity": "relu", "bias": False, "batch_first": True,
+                                   "bidirectional": True, "dropout": 0.3}])
 def test_from_rnn_and_back(settings):
     plain = nn.RNN(4, 6, **settings).eval()
     pruner = mk.MagnitudePruner([(plain, "weight_hh_l0"), (plain, "weight_ih_l0")])
@@ -169,7 +171,8 @@ def test_from_rnn_and_back(settings):
     assert torch.equal(state, torch.get_rng_state())
     x = draw(5, 3, 4, dtype=plain.weight_hh_l0.dtype)
     assert torch.allclose(net(x)[0], plain(x)[0], atol=1e-6)
-    assert not net.training and [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in plain.parameters()]
+    assert not net.training
+    assert [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in plain.parameters()]
     for name, tensor in plain.state_dict().items():
         assert torch.equal(net.state_dict()[name], tensor) and net.state_dict()[name].data_ptr() != tensor.data_ptr()
     with torch.no_grad():
@@ -185,7 +188,7 @@ def test_a_leak_goes_along_but_not_into_nn_rnn():
     assert twin.leak == 0.25 and torch.equal(twin(draw(5, 3, 4))[0], net(draw(5, 3, 4))[0])
     with pytest.raises(ValueError) as error:
         net.to_rnn()
-    assert str(error.value) == ("leak must be 1 for to_rnn() (torch.nn.RNN knows no leak), got 0.25; keep the SparseRNN.")
+    assert str(error.value) == "leak must be 1 for to_rnn() (torch.nn.RNN knows no leak), got 0.25; keep the SparseRNN."
 
 
 @pytest.mark.parametrize("module", [nn.LSTM(3, 3), nn.Linear(3, 3), "rnn"])
@@ -224,10 +227,11 @@ def test_densities_are_counted_once_a_version(monkeypatch):
 
 def test_the_dense_path_sees_every_change_of_weights_and_masks():
     net, x = net_of(4, 6, path="dense"), draw(5, 3, 4)
+    other = {key: v + 1 if v.is_floating_point() else ~v for key, v in net.state_dict().items()}
     with torch.no_grad():
         for change in (lambda: net.weight_hh_l0.add_(1), lambda: net.weight_hh_l0_mask.logical_not_(),
                        lambda: setattr(net.weight_hh_l0, "data", torch.ones(6, 6)),
-                       lambda: net.load_state_dict({k: v + 1 if v.is_floating_point() else ~v for k, v in net.state_dict().items()}),
+                       lambda: net.load_state_dict(other),
                        lambda: net.weight_hh_l0.masked_fill_(~net.weight_hh_l0_mask, math.nan)):
             for _ in range(2):
                 assert torch.allclose(net(x)[0], plain_rnn(net)(x)[0], atol=1e-6)
