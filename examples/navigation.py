@@ -4,6 +4,7 @@ The paper's navigation task (architecture of Cueva & Wei and of Sorscher et al.)
 the net sees its displacement at every step and the landmark activation of its first position only, and must
 give the landmark activation of every later position. Lengths are metres, times seconds, angles radians,
 errors cm. Tensors are time-major, (steps, batch, ...), as `torch.nn.RNN` likes them best.
+The net is an `mk.SparseRNN`: as it is pruned, its steps get cheaper.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import moduli_kernels as mk
 
 BOX = 2.2  # side of the arena, m
 DT = 0.02  # s
@@ -91,7 +94,7 @@ class PathIntegrator(nn.Module):
     def __init__(self, landmarks: int, hidden: int) -> None:
         super().__init__()
         self.encoder = nn.Linear(landmarks, hidden, bias=False)
-        self.rnn = nn.RNN(2, hidden, nonlinearity="relu", bias=False)
+        self.rnn = mk.SparseRNN(2, hidden, nonlinearity="relu", bias=False)
         self.decoder = nn.Linear(hidden, landmarks, bias=False)
 
     def forward(self, start: Tensor, moves: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class NavigationTask:
         return [*linear, (rnn, "weight_hh_l0"), (rnn, "weight_ih_l0")]
 
     def targets(self) -> None:
-        """None: `mk.regularize` finds the recurrent weight of an nn.RNN by itself."""
+        """None: `mk.regularize` finds the recurrent weight of a SparseRNN by itself."""
 
     def recurrent(self) -> tuple[Tensor, Tensor]:
         """W_hh (n, n) and its mask (True = kept), for density and plots; read after the pruner was made."""

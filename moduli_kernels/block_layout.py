@@ -128,6 +128,6 @@ def _check(mask, row_order, column_order, side, threshold) -> None:
         raise ValueError(f"threshold must be at least 1, got {threshold}; a block without kept entries is left out "
                          "anyway.")
     for name, order, n in (("row_order", row_order, mask.shape[0]), ("column_order", column_order, mask.shape[1])):
-        if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(n)):
+        if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(n, device="cpu")):
             raise ValueError(f"{name} must be a permutation of 0 ... {n - 1}, got shape {tuple(order.shape)} with "
                              "other entries; manifold_order(points, manifold) gives one.")

@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: every kernel of the penalty once or more, small, held against the CPU's reference.
+"""What compute-sanitizer watches: every kernel once or more, small, held against the CPU's reference.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/gpu_workload.py
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gpu_workload_rnn
 import torch
 from torch import Tensor
 
@@ -93,5 +94,7 @@ if __name__ == "__main__":
     for rows, columns, settings in CASES:
         run(rows, columns, **settings)
     compressed()
+    for case in gpu_workload_rnn.cases():
+        check(*case, TOLERANCE[torch.float32])
     torch.cuda.synchronize()
-    print(f"workload: {len(CASES) + 1} cases, all as the reference has them")
+    print(f"workload: {len(CASES) + 1 + len(gpu_workload_rnn.CASES)} cases, all as the reference has them")
