@@ -5,6 +5,7 @@ from typing import Any
 
 from .cases import ACCURACY_GOALS, MEMORY_GOAL
 from .cases_gpu import ACCURACY_16_BIT, COPY, GPU_GOALS
+from .cases_rnn_gpu import RNN_GPU_GOALS
 
 Record = dict[str, Any]
 LEAST_ROUNDS = 50
@@ -36,7 +37,7 @@ def report(run: Record) -> list[str]:
 def rows(run: Record) -> list[tuple[str, str, str, str]]:
     """(case, goal, value, verdict) of every line of the table."""
     found = []
-    for goal in GPU_GOALS:
+    for goal in (*GPU_GOALS, *(RNN_GPU_GOALS if "rnn" in run else ())):
         figure = goal.figure(run)
         if figure is None:
             found.append((goal.label, goal.goal(), "-", "not measured in this run"))

@@ -33,7 +33,7 @@ COMMON_FLAGS = [
     "-Wno-psabi",  # packs as arguments stay inside one translation unit
 ]
 # no exceptions: their tables would put a symbol shared between files into code of one instruction set
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-fno-exceptions"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-fno-exceptions"]
 AVX512_FLAGS = [
     *AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
 ]

@@ -98,6 +98,7 @@ struct RnnLoops {
   void (*from_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   // of one row: bit l of bits[w] is entry 64 w + l
   void (*find_kept)(const uint8_t* mask, int64_t columns, uint64_t* bits);
+  int64_t (*count_bits)(const uint64_t* bits, int64_t words);
 };
 
 #define MODULI_DECLARE_RNN(isa)         \

@@ -270,6 +270,12 @@ inline void find_kept(const uint8_t* mask, int64_t columns, uint64_t* bits) {
   for (int64_t j = 0; j < columns; j += MASK_STEP) *bits++ = kept_bits(mask + j, columns - j);
 }
 
+inline int64_t count_bits(const uint64_t* bits, int64_t words) {
+  int64_t count = 0;
+  for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(bits[w]);
+  return count;
+}
+
 template <typename T>
 constexpr RnnLoops<T> LOOPS = {
     [](const ForwardStep<T>& p, int64_t begin, int64_t end) {
@@ -284,7 +290,7 @@ constexpr RnnLoops<T> LOOPS = {
     [](const SampledProduct<T>& p, int64_t begin, int64_t end) {
       with_width<T>(p.width, [&](auto s) { sampled_rows<decltype(s)>(p, begin, end); });
     },
-    row_sum<T>, to_slab<T>, from_slab<T>, find_kept,
+    row_sum<T>, to_slab<T>, from_slab<T>, find_kept, count_bits,
 };
 
 }  // namespace

@@ -157,15 +157,16 @@ class StoredMatrix : public OwnedMatrix<T> {
     const int64_t words = (columns + MASK_STEP - 1) / MASK_STEP;
     std::unique_ptr<uint64_t[]> bits(new uint64_t[std::max<int64_t>(1, rows * words)]);
     std::atomic<int64_t> entries{0};
+    const RnnLoops<T>& loops = rnn_loops<T>();
     each_row(rows, columns, [&](int64_t i) {
-      rnn_loops<T>().find_kept(mask + i * columns, columns, &bits[i * words]);
-      entries += kept(&bits[i * words], words);
+      loops.find_kept(mask + i * columns, columns, &bits[i * words]);
+      entries += loops.count_bits(&bits[i * words], words);
     });
     this->set_blocks(rows, columns, entries, width);
     const int64_t wide = this->matrix.block_columns / MASK_STEP;
     const auto words_of = [&](int64_t b) { return std::min(wide, words - b * wide); };
     each_row(rows, columns, [&](int64_t i) {
-      for (int64_t b = 0; b < this->matrix.blocks; ++b) this->count(b, i) = kept(&bits[i * words + b * wide], words_of(b));
+      for (int64_t b = 0; b < this->matrix.blocks; ++b) this->count(b, i) = loops.count_bits(&bits[i * words + b * wide], words_of(b));
     });
     this->allocate();
     each_row(rows, columns, [&](int64_t i) {
@@ -179,12 +180,6 @@ class StoredMatrix : public OwnedMatrix<T> {
           }
       }
     });
-  }
-
-  static int64_t kept(const uint64_t* bits, int64_t words) {
-    int64_t count = 0;
-    for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(bits[w]);
-    return count;
   }
 };
 
