@@ -1,0 +1,62 @@
+"""The masked RNN's share of gpu_workload.py: each way its steps take, small, held against the CPU's reference."""
+from __future__ import annotations
+
+import torch
+
+from moduli_kernels import _library_blocks, reference_rnn
+from moduli_kernels.block_layout import block_layout
+from moduli_kernels.reference_rnn import Step
+from moduli_kernels.triton import rnn_table
+from moduli_kernels.triton.rnn_table import Shares
+
+ops = torch.ops.moduli_kernels
+NAMES = ("states", "last state", "dx", "dh", "dW_ih", "dW_hh", "db")
+TANH, LEAKY = Step("tanh", 1.0, False), Step("relu", 0.5, True)
+# programs of two strips and of two parts of the batch, which a small layer would not be given
+STREAMED = Shares("streamed", 16, 16, 32, 1, 8, 2, 2, 1)
+# rows, batch, what is computed, threshold of blocks (None: dense), the shares if not those of the table
+CASES: tuple[tuple[int, int, Step, int | None, Shares | None], ...] = (
+    (100, 9, TANH, None, None), (64, 20, LEAKY, None, None), (130, 20, TANH, None, None), (200, 5, LEAKY, None, None),
+    (70, 20, LEAKY, None, STREAMED), (70, 20, TANH, 99999, None), (70, 20, LEAKY, 60, None), (130, 33, TANH, 40, None),
+)
+STEPS, INPUTS, SIDE = 4, 7, 16
+
+
+def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, what the GPU has, what the CPU has) of states and gradients."""
+    generator = torch.Generator().manual_seed(n + batch)
+    sizes = ((STEPS, batch, INPUTS), (batch, n), (n, INPUTS), (n, n), (n,), (n,), (STEPS, batch, n), (batch, n))
+    x, h, w_ih, w_hh, b_ih, b_hh, *grads = (torch.randn(size, generator=generator) / n**0.25 for size in sizes)
+    mask_ih, mask_hh = (torch.rand(w.shape, generator=generator) < 0.3 for w in (w_ih, w_hh))
+    lengths = torch.randint(0, STEPS + 1, (batch,), generator=generator) if step.leak != 1 else None
+    floating = [t.double() for t in (x, h, w_ih, w_hh, b_ih, b_hh)]
+    want = reference_rnn.masked_rnn(*floating, mask_ih, mask_hh, lengths, step)
+    wanted = reference_rnn.masked_rnn_grads(*(g.double() for g in grads), *floating[:4], mask_ih, mask_hh, lengths,
+                                            want[0], want[2], step, *[True] * 5)
+
+    x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *grads = (
+        t.cuda() for t in (x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *grads))
+    lengths = None if lengths is None else lengths.cuda()
+    if threshold is None:
+        masks, forward, backward, compressed = (mask_ih, mask_hh), ops.masked_rnn, ops.masked_rnn_grads, [None] * 4
+    else:
+        order = torch.randperm(n, generator=generator).cuda()
+        layout = _library_blocks.flat(block_layout(mask_hh, order, order, side=SIDE, threshold=threshold))
+        masks, compressed = (mask_ih, mask_hh, layout, SIDE), []
+        forward, backward = ops.blocked_rnn, ops.blocked_rnn_grads
+    output, h_n, *kept = forward(x, h, w_ih, w_hh, b_ih, b_hh, *masks, *compressed, lengths, *step, True)
+    kept = [output, *kept] if threshold is None else kept
+    found = backward(*grads, x, h, w_ih, w_hh, *masks, lengths, *kept, *step, *[True] * 5)
+    return list(zip(NAMES, (output, h_n, *found), (*want[:2], *wanted)))
+
+
+def cases():
+    """(name, got, wanted) of all of them."""
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    shares_for = rnn_table.shares_for
+    for n, batch, step, threshold, shares in CASES:
+        rnn_table.shares_for = shares_for if shares is None else lambda *_, shares=shares: shares
+        name = f"rnn of {n} x {batch}, {step.nonlinearity}" + ("" if threshold is None else f", blocks of {threshold}")
+        for what, got, want in run(n, batch, step, threshold):
+            yield f"{name}: {what}", got, want
+    rnn_table.shares_for = shares_for
