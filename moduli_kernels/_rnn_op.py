@@ -99,7 +99,7 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
         _refuse_transforms(floating)
     if needs_grad:
         return _MaskedRNN.apply(op, grads_op, lengths, step, *floating, *masks)
-    with _without_autocast(x.device.type), torch.no_grad():
+    with _without_autocast(x.device.type), _below_autograd():
         return op(*floating, *masks, *compressed, lengths, *step, False)[:2]
 
 
@@ -112,9 +112,15 @@ def _refuse_transforms(tensors: list[Tensor | None]) -> None:
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
+    available = torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):  # entering the context costs more than asking
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _below_autograd() -> contextlib.AbstractContextManager:
+    """Straight to the kernel: the op's own derivative, for torch.compile, is written in Python and takes 50 us to pass."""
+    return torch.no_grad() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 
 class _MaskedRNN(torch.autograd.Function):
@@ -122,7 +128,7 @@ class _MaskedRNN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, grads_op, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
-        with _without_autocast(x.device.type):
+        with _without_autocast(x.device.type), _below_autograd():
             output, h_n, activations = op(
                 x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *(None,) * 4, lengths, *step, True)
         ctx.grads_op, ctx.step = grads_op, step
@@ -135,7 +141,7 @@ class _MaskedRNN(torch.autograd.Function):
         x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = ctx.saved_tensors
         need = ctx.needs_input_grad[4:10]
         needs = (*need[:4], need[4] or need[5])
-        with torch.no_grad(), _without_autocast(x.device.type):
+        with _below_autograd(), _without_autocast(x.device.type):
             grads = ctx.grads_op(
                 torch.zeros_like(output) if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(),

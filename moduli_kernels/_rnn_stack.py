@@ -87,7 +87,7 @@ def sparse(net: nn.Module, batch: Batch, weights: list[Weights]) -> tuple[Tensor
         x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
         if layer < last and net.training and net.dropout:
             x = _dropped(x, net.dropout, host_lengths)
-    h_n = torch.stack(states).to(result)
+    h_n = (states[0][None] if len(states) == 1 else torch.stack(states)).to(result)
     if batch.batch_sizes is not None:
         output = x.flatten(0, 1) if host_lengths is None else pack_padded_sequence(x, host_lengths).data
         return output.to(result), h_n

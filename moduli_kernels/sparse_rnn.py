@@ -105,7 +105,7 @@ class SparseRNN(MaskedModule, nn.RNN):
         weight = self.weight_hh_l0
         batch = _rnn_stack.batch_of(self, input, hx, weight)
         training = torch.is_grad_enabled() and (
-            batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self.parameters()))
+            batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self._parameters.values()))
         dtype = autocast_dtype(weight.device.type, weight) or weight.dtype
         if torch.compiler.is_compiling():
             from torch.fx.experimental.symbolic_shapes import has_static_value
