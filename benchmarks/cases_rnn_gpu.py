@@ -27,8 +27,8 @@ AGREE = 2e-2  # of the norm: both round what they multiply to 11 bits
 
 @dataclass(frozen=True)
 class RnnGpuCase:
-    """density: kept share of W_hh (and of W_ih, where mask_inputs); None: no mask. side: its kept entries fill blocks of
-    that side, in an order that is drawn; None: single entries. kept: by the op that walks a layout of the mask."""
+    """density: kept share of W_hh (and of W_ih, where mask_inputs); None: no mask. side: its kept entries fill blocks
+    of that side, in an order that is drawn; None: single entries. kept: by the op that walks a layout of the mask."""
 
     name: str
     n: int

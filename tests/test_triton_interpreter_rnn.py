@@ -15,12 +15,21 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
 
 
-@pytest.mark.parametrize("name", ["triton_interpreter_rnn.py", "triton_interpreter_blocks.py"])
-def test_in_the_interpreter(name):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_in_the_interpreter(tmp_path):
+    """All of them at once."""
+    running = []
+    for name in ("rnn", "blocks", "barrier"):
+        log = open(tmp_path / name, "w+")
+        running.append((log, subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / f"triton_interpreter_{name}.py"],
+            env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)))
+    failed = []
+    for log, process in running:
+        if process.wait():
+            log.seek(0)
+            failed.append(log.read()[-4000:])
+        log.close()
+    assert not failed, "\n".join(failed)
 
 
 def test_import_and_the_cpu_need_no_triton():

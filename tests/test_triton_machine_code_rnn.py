@@ -29,15 +29,16 @@ def check(found, architecture: int) -> None:
     assert found.usage["REG"] * 32 * found.launch.options["num_warps"] <= 65536
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("size", "way"), HOT.items(), ids=str)
-def test_hot_kernels(size, way, architecture):
+@pytest.mark.parametrize(("size", "architecture"), [
+    *((size, a) for size in ((128, 32), (650, 20)) for a in ARCHITECTURES), ((1024, 64), 90), ((4096, 20), 86),
+    ((4096, 20), 90)], ids=str)
+def test_hot_kernels(size, architecture):
     """Nothing spilled, and a program fits on a multiprocessor; steps are one launch, of programs that run together."""
     inputs, steps, back, *products = rnn.record(lambda: rnn.train(*size), architecture)
     assert len(products) == 3
     for launch in (steps, back):
         assert launch.arguments["t_begin"] == 0
-        assert architecture != 90 or launch.arguments["WAY"] == way
+        assert architecture != 90 or launch.arguments["WAY"] == HOT[size]
         together = launch.arguments["WAY"] != "alone"
         assert launch.options["launch_cooperative_grid"] == launch.arguments["BARRIER"] == together
         assert not together or launch.grid[0] * launch.grid[1] <= rnn.DEVICES[architecture].multiprocessors
@@ -45,8 +46,8 @@ def test_hot_kernels(size, way, architecture):
         check(rnn.compiled(launch, architecture), architecture)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("batch", "side", "share", "density"), [(20, 32, 0.0, 0.02), (200, 32, 0.1, 0.0005)], ids=str)
+@pytest.mark.parametrize(("batch", "side", "share", "density", "architecture"), [
+    *((20, 32, 0.0, 0.02, a) for a in (80, 90)), *((200, 32, 0.1, 0.0005, a) for a in ARCHITECTURES)], ids=str)
 def test_kept_entries(batch, side, share, density, architecture):
     """Unstructured at a small batch; blocks and a few strays at a large one. States move in vectors of 16 bytes."""
     launches = rnn.record(lambda: rnn.train_blocked(4096, batch, side, share, density, steps=3), architecture)
@@ -96,8 +97,8 @@ def test_without_tf32(n):
 
 # --- the barrier -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("size", [(650, 20), (4096, 20)], ids=str)
+@pytest.mark.parametrize(("size", "architecture"), [*(((650, 20), a) for a in ARCHITECTURES), ((4096, 20), 90)],
+                         ids=str)
 def test_the_barrier(size, architecture):
     """Once in the code of the kernel: all threads have stored, one adds after a fence; one waits for a number and drops
     what the first-level cache holds, then all go on, and states are loaded after that alone."""

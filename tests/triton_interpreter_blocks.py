@@ -87,6 +87,13 @@ def test_more_strips_and_tiles_than_programs(monkeypatch):
     Blocked(40, 33, 2, threshold=20).check(Step("tanh", 0.5, False))
 
 
+@pytest.mark.parametrize("step", STEPS[:3:2], ids=str)
+def test_all_steps_in_one_launch(monkeypatch, step):
+    """As on a GPU, with one program along the rows: it need not wait for another."""
+    monkeypatch.setattr(launch_steps, "INTERPRETED", launch_steps.Device(1, 99 * 1024))
+    Blocked(37, 9, 4, threshold=20, lengths=step.leak == 0.3).check(step)
+
+
 def test_only_what_is_needed():
     layer, step = Blocked(19, 5, 2, threshold=20), Step("tanh", 1.0, False)
     want = layer.run(step)

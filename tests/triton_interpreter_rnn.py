@@ -1,8 +1,9 @@
 """The Triton kernels of the masked RNN in its interpreter, through the ops, against the float64 reference. Run by
 test_triton_interpreter_rnn.py in a process with TRITON_INTERPRET=1.
 
-The interpreter runs programs one after the other, so the launcher goes step by step: what one launch of many steps adds
-is the barrier alone, which test_triton_machine_code_rnn.py looks at. It truncates where it rounds to bfloat16.
+The interpreter runs programs one after the other, so the launcher goes step by step, unless there is but one program
+along the rows. What many of them add is the barrier alone, which triton_interpreter_barrier.py is about. It truncates
+where it rounds to bfloat16.
 """
 from __future__ import annotations
 
@@ -111,12 +112,20 @@ class Layer:
 STEPS = [Step("tanh", 1.0, False), Step("relu", 1.0, True), Step("tanh", 0.3, True), Step("relu", 0.6, False)]
 
 
-@pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize(("step", "lengths"), [*((step, step.leak != 1) for step in STEPS), (STEPS[0], True),
+                                               (STEPS[2], False)], ids=str)
 @pytest.mark.parametrize("way", ["alone", "held", "streamed"])
 def test_every_step_in_every_way(monkeypatch, way, step, lengths):
-    force(monkeypatch, way, 17, 20)
-    Layer(17, 20, density=0.4, lengths=lengths, poison=True).check(step)
+    force(monkeypatch, way, 17, 9)
+    Layer(17, 9, density=0.4, lengths=lengths, poison=True).check(step)
+
+
+@pytest.mark.parametrize("step", STEPS[:3:2], ids=str)
+@pytest.mark.parametrize(("way", "n"), [("alone", 17), ("held", 16), ("streamed", 37)])
+def test_all_steps_in_one_launch(monkeypatch, way, n, step):
+    """As on a GPU, with one program along the rows: it need not wait for another."""
+    force(monkeypatch, way, n, 9, strips=1)
+    Layer(n, 9, 4, density=0.4, lengths=step.leak == 0.3).check(step)
 
 
 @pytest.mark.parametrize(("n", "batch", "steps"), [(1, 1, 1), (1, 5, 2), (17, 1, 7), (63, 33, 2), (130, 1, 1),
@@ -126,7 +135,7 @@ def test_sizes(n, batch, steps, taken):
     assert {way for way, _ in taken} == {"alone" if n <= 128 else "held"}
 
 
-@pytest.mark.parametrize(("way", "n", "batch"), [("held", 130, 33), ("held", 63, 5), ("streamed", 63, 33),
+@pytest.mark.parametrize(("way", "n", "batch"), [("held", 130, 17), ("held", 63, 5), ("streamed", 63, 17),
                                                  ("streamed", 40, 20), ("alone", 63, 33)], ids=str)
 def test_sizes_in_ways_that_larger_ones_take(monkeypatch, way, n, batch):
     """More strips than programs, parts of several tiles, tiles and parts that reach beyond the batch."""

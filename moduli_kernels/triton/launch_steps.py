@@ -110,9 +110,9 @@ class Layout(NamedTuple):
 
 def launch_steps(kernel, arguments: tuple, x: Tensor, shares: rnn_table.Shares, layout: Layout, steps: int, last: int,
                  leak: float, **settings) -> None:
-    """All steps [0, last) at once, or in the interpreter, where programs cannot wait for each other, one by one.
-    arguments: the tensors."""
-    at_once = last if on_gpu(x) else 1
+    """All steps [0, last) at once, or in the interpreter, where programs cannot wait for each other, one by one, unless
+    there is but one along the rows. arguments: the tensors."""
+    at_once = last if on_gpu(x) or shares.strips == 1 else 1
     barrier = on_gpu(x) and shares.way != "alone"
     vector = layout.vector
     with on_device(x):
