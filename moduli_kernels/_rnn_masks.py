@@ -67,15 +67,12 @@ def capturing(tensor: Tensor) -> bool:
 
 
 class MaskedModule(nn.Module):
-    """The masks' part of a recurrent module: setting, loading, and what is known of them."""
+    """The masks' part of a recurrent module: setting, loading, and what is known of them. The module's own class says
+    which weights and biases there are, in nn.RNN's order: `_weight_names()`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._facts = Facts()
-
-    def _weight_names(self) -> list[str]:
-        """Weights and biases, in nn.RNN's order."""
-        raise NotImplementedError
 
     def set_mask(self, name: str, mask: Tensor | None) -> None:
         """Sets the mask of the weight `name` ("weight_hh_l0", "weight_ih_l1_reverse", ...), and masked weights to 0.

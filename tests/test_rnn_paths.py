@@ -73,6 +73,7 @@ def test_between_and_beyond_the_grid(table):
     assert predicted(1000, 1000, 1000, 0.001) == pytest.approx(64 * 8 / 4 / 0.1)
     assert predicted(1, 0, 0, 0.0) == pytest.approx(16 / 0.1)
     assert predicted(32, 2, 2, None) == pytest.approx(32)
+    assert rnn_paths._between((1, 2, 4), 2) == [(2, 1.0)]
 
 
 def test_the_density_is_that_of_both_weights_together(table):
@@ -123,6 +124,7 @@ def paths_taken(monkeypatch) -> list[str]:
 @needs_kernels
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table below is the CPU's")
 def test_auto_follows_the_table(table, monkeypatch):
+    monkeypatch.setattr(_backend, "_forced", None)
     taken, x = paths_taken(monkeypatch), draw(4, 8, 16)
     table(table_file(lambda h, b, s, t, d: {None: 0.5, 0.1: 4.0, 1.0: 0.25}[d] * (1 if t else 0.1)))
     net = net_of(16, 16, densities=(1.0, 1.0), path="auto")
@@ -157,11 +159,12 @@ def test_the_user_decides(monkeypatch):
 def test_dense_where_there_is_no_kernel(monkeypatch):
     """A device that only the reference serves; an extension that was not built."""
     from moduli_kernels import _library
-    taken = paths_taken(monkeypatch)
-    net = mk.SparseRNN(3, 4, device="meta")
+    monkeypatch.setattr(_backend, "_forced", None)
+    taken, net = paths_taken(monkeypatch), mk.SparseRNN(3, 4, device="meta")
     net(torch.ones(2, 2, 3, device="meta"))
     assert taken == ["dense"] and "no compiled kernel serves meta here" in net.explain()
-    monkeypatch.setattr(_backend, "_forced", None)
+    net.path = "sparse"
+    assert net(torch.ones(2, 2, 3, device="meta"))[0].shape == (2, 2, 4)
     monkeypatch.setattr(_library, "cpu_ops_error", "not built")
     assert not _rnn_op.has_kernel("cpu")
 
@@ -255,10 +258,6 @@ def test_tune_measures_and_remembers(monkeypatch, winner):
     assert "tune() measured it" not in net.explain()
     leaky = net_of(4, 6, leak=0.5)
     assert list(leaky.tune(x).seconds) == ["sparse"] and leaky.path == "sparse"
-
-
-def test_tune_puts_the_path_back_after_an_error():
-    net = net_of(4, 6, path="auto")
     with pytest.raises(RuntimeError, match="input.size"):
         net.tune(draw(5, 3, 3))
     assert net.path == "auto"

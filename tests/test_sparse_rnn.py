@@ -171,6 +171,24 @@ def test_autocast_as_nn_rnn(path, dtype, given):
         assert mine.double().sub(expected).abs().max() <= 0.05
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_sparse_path_rounds_at_its_end_only(backend, dtype):
+    net = net_of(4, 30, 2, bidirectional=True)
+    x, hx, parameters = draw(5, 3, 4), draw(4, 3, 30), list(net.parameters())
+    exact = net(x, hx)
+    want = torch.autograd.grad(exact[0].sum(), parameters)
+    with mk.backend(backend), torch.autocast(torch.get_default_device().type, dtype=dtype):
+        got = net(x, hx)
+        grads = torch.autograd.grad(got[0].float().sum(), parameters)
+        with torch.no_grad():
+            inference = net(x, hx)
+    for mine, its, again in zip(got, exact, inference):
+        assert torch.equal(mine, again)
+        assert (mine - its).abs().max() <= torch.finfo(dtype).eps  # of values in [-1, 1]
+    assert all(torch.allclose(mine, its, rtol=1e-4, atol=1e-5) for mine, its in zip(grads, want))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights(path, dtype):

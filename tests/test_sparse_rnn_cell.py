@@ -182,6 +182,15 @@ def test_bad_input_in_the_words_of_nn_rnn_cell(case):
     assert str(mine.value) == str(its.value)
 
 
+def test_the_leak_can_be_changed():
+    cell, x, h = mk.SparseRNNCell(3, 5), draw(4, 3), draw(4, 5)
+    whole = cell(x, h)
+    cell.leak = 0.25
+    assert torch.allclose(cell(x, h), 0.75 * h + 0.25 * whole, atol=1e-6)
+    with pytest.raises(ValueError, match=r"leak must be a number in \(0, 1\], got 2"):
+        cell.leak = 2
+
+
 def test_an_unknown_nonlinearity_in_the_words_of_nn_rnn_cell():
     with pytest.raises(RuntimeError) as error:
         mk.SparseRNNCell(3, 5, nonlinearity="gelu", leak=0.5)(draw(4, 3))

@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, on_device
+from penalty_cases import BACKENDS, needs_kernels, on_device
 from rnn_cases import PATHS, draw, draw_mask, net_of, quiet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moduli_kernels as mk
+from moduli_kernels import _backend
 
 # torch's own, on the way
 pytestmark = [on_device, *quiet, pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -31,6 +32,12 @@ def rnns_allowed():
     """torch.compile takes no nn.RNN into a graph unless it is told to."""
     with torch._dynamo.config.patch(allow_rnn=True):
         yield
+
+
+@pytest.fixture
+def kernels_chosen(monkeypatch):
+    """Whatever MODULI_KERNELS_BACKEND the suite runs under."""
+    monkeypatch.setattr(_backend, "_forced", None)
 
 
 def train(net: mk.SparseRNN, compiled: nn.Module, steps: int = 4) -> None:
@@ -94,8 +101,9 @@ def test_inference_and_kinds_of_input(rnns_allowed, path, shapes):
                 assert mine.shape == its.shape and torch.allclose(mine, its, atol=1e-6)
 
 
+@needs_kernels  # the reference is laid out step by step
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_batches_and_lengths_that_vary(rnns_allowed, dynamic):
+def test_batches_and_lengths_that_vary(rnns_allowed, kernels_chosen, dynamic):
     """The second size makes the graph one for all sizes, as torch.compile does by default."""
     net = net_of(4, 6, 2)
     counter = CompileCounterWithBackend("aot_eager")
@@ -176,7 +184,8 @@ def test_the_function():
     assert torch.allclose(got, want, atol=1e-6)
 
 
-def test_the_compressed_net():
+@needs_kernels  # the reference makes the weights whole, through a layout that the compiler does not know
+def test_the_compressed_net(kernels_chosen):
     small = net_of(4, 30, 2).compress()
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(draw(5, 3, 4))[0], small(draw(5, 3, 4))[0], atol=1e-6)

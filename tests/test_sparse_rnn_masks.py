@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from penalty_cases import on_device
+from penalty_cases import needs_kernels, on_device
 from rnn_cases import PATHS, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run, weight_names
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import moduli_kernels as mk
+from moduli_kernels import _backend
 
 pytestmark = [on_device, *quiet]
 
@@ -208,7 +209,9 @@ def test_to_rnn_can_be_exported():
 
 # --- what is counted, and when ------------------------------------------------------------------------------------
 
+@needs_kernels  # else the path does not depend on them
 def test_densities_are_counted_once_a_version(monkeypatch):
+    monkeypatch.setattr(_backend, "_forced", None)
     net, counted = net_of(4, 6, 2, densities=(0.5, 0.3), path="auto"), []
     count = torch.count_nonzero
     monkeypatch.setattr(torch, "count_nonzero", lambda mask: counted.append(1) or count(mask))
