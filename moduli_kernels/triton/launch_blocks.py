@@ -12,7 +12,18 @@ from .._library_blocks import along_the_batch, unflat
 from ..block_layout import GROUP, BlockLayout, Lists, gather_blocks
 from . import rnn_table
 from .launch import on_device
-from .launch_steps import TYPES, Factor, Layout, bytes_of, device_of, launch_steps, numbers_for, product
+from .launch_steps import (
+    TYPES,
+    VECTOR,
+    Fold,
+    Layout,
+    bytes_of,
+    device_of,
+    launch_product,
+    launch_steps,
+    numbers_for,
+    product,
+)
 from .rnn_backward import backward_kernel
 from .rnn_forward import forward_kernel
 from .rnn_kept import Kept
@@ -36,13 +47,33 @@ def steps_of(kernel, before: tuple, kept: Kept, after: tuple, x: Tensor, n: int,
     shares = rnn_table.kept_shares(n, pitch, None if kept.blocks is None else side, strays, x.element_size(),
                                    *device_of(x))
     launch_steps(kernel, (*before, None, None, tuple(kept), *after), x, shares,
-                 Layout(n, pitch, pitch, 1, _library_blocks.PITCH), x.shape[0], last, leak, **settings)
+                 Layout(n, pitch, pitch, 1, VECTOR), x.shape[0], last, leak, **settings)
 
 
 def inputs_of(x: Tensor, w_ih: Tensor, mask_ih: Tensor | None) -> Tensor:
-    """x W_ih^T as (T, n, pitch)."""
-    flat = product(Factor(x.view(-1, x.shape[2])), Factor(w_ih.t()), None if mask_ih is None else mask_ih.t())
-    return along_the_batch(flat.view(*x.shape[:2], -1))
+    """x W_ih^T as (T, n, pitch), 0 beyond the batch."""
+    (steps, batch, inputs), n = x.shape, w_ih.shape[0]
+    out = x.new_empty(steps, n, triton.cdiv(batch, VECTOR) * VECTOR)
+    pitch = out.shape[2]
+    fold = Fold("rows", steps, batch, pitch, a_outer=batch * inputs, out_outer=n * pitch, out_batch=pitch)
+    launch_product(x[0], w_ih.t(), out[0].t(), inputs, None if mask_ih is None else mask_ih.t(), None, None, fold)
+    return out
+
+
+def gradients_of_inputs(da: Tensor, x: Tensor, w_ih: Tensor, mask_ih: Tensor | None, need_x: bool,
+                        need_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dW_ih from da (T, n, pitch)."""
+    (steps, batch, inputs), (n, pitch) = x.shape, da.shape[1:]
+    dx = dw = None
+    if need_x:
+        dx = torch.empty_like(x)
+        fold = Fold("rows", steps, batch, pitch, a_outer=n * pitch, out_outer=batch * inputs, out_batch=batch)
+        launch_product(da[0].t(), w_ih, dx[0], n, mask_ih, None, None, fold)
+    if need_w:
+        dw = torch.empty_like(w_ih)
+        fold = Fold("depth", steps, batch, pitch, a_outer=n * pitch, b_outer=batch * inputs)
+        launch_product(da[0], x[0], dw, steps * pitch, None, mask_ih, None, fold)
+    return dx, dw
 
 
 def blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse,
@@ -79,20 +110,19 @@ def compressed_rnn(x, h, w_ih, values, b_ih, b_hh, mask_ih, crow, col, lengths, 
 def sampled(da: Tensor, states: Tensor, h: Tensor, mask: Tensor, where: BlockLayout, reverse: bool) -> Tensor:
     """dW_hh from da and states (T, n, pitch) and h (n, pitch): at the kept entries, 0 elsewhere."""
     steps, n, pitch = da.shape
-    vector = _library_blocks.PITCH
     ends, before, first = (da[:-1], states[1:], da[-1]) if reverse else (da[1:], states[:-1], da[0])
     dw = da.new_zeros(n, n)
-    sizes = (n, pitch // vector, n * pitch // vector, steps - 1)
+    sizes = (n, pitch // VECTOR, n * pitch // VECTOR, steps - 1)
     numbers = numbers_for(da)
     with on_device(da):
         if len(where.groups):
             sampled_blocks_kernel[(len(where.groups),)](
                 ends, before, first, h, bytes_of(mask), dw, where.row_order, where.rows.partners, where.groups, *sizes,
-                VECTOR=vector, SIDE=where.side, WIDTH=GROUP, DEPTH=BLOCK_DEPTH, **numbers._asdict(),
+                VECTOR=VECTOR, SIDE=where.side, WIDTH=GROUP, DEPTH=BLOCK_DEPTH, **numbers._asdict(),
                 num_warps=8 if where.side == 64 else 4, num_stages=3, enable_fp_fusion=True)
         if len(where.strays):
             sampled_strays_kernel[(triton.cdiv(len(where.strays), STRAY_ENTRIES),)](
-                ends, before, first, h, dw, where.strays, len(where.strays), *sizes, VECTOR=vector,
+                ends, before, first, h, dw, where.strays, len(where.strays), *sizes, VECTOR=VECTOR,
                 ENTRIES=STRAY_ENTRIES, DEPTH=STRAY_DEPTH, num_warps=4, enable_fp_fusion=True)
     return dw
 
@@ -115,21 +145,16 @@ def blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh,
              (lengths, states if leak == 1 else activations, da, passed, dh), x, n, pitch, side, steps + need_h, leak,
              RELU=nonlinearity == "relu", REVERSE=reverse)
     few = where.kept.numel() + STRAY_COST * len(where.strays) < n * n
-    dx = dw_ih = dw_hh = bias = None
+    dx, dw_ih = gradients_of_inputs(da, x, w_ih, mask_ih, need_x, need_w_ih)
+    dw_hh = bias = None
     if need_w_hh and few:
         dw_hh = sampled(da, states, along_the_batch(h), mask_hh, where, reverse)
-    by_batch = da[..., :batch].mT.contiguous()
-    flat = by_batch.view(-1, n)
-    if need_x:
-        dx = product(Factor(flat), Factor(w_ih), mask_ih).view_as(x)
-    if need_w_ih:
-        dw_ih = product(Factor(flat.t()), Factor(x.view(-1, inputs)), out_mask=mask_ih)
     if need_w_hh and not few:
-        output = states[..., :batch].mT.contiguous()
+        by_batch, output = da[..., :batch].mT.contiguous(), states[..., :batch].mT.contiguous()
         ends, before, first = ((by_batch[:-1], output[1:], by_batch[-1]) if reverse else
                                (by_batch[1:], output[:-1], by_batch[0]))
-        dw_hh = product(Factor(ends.view(-1, n).t(), first.t()), Factor(before.view(-1, n), h), out_mask=mask_hh)
+        dw_hh = product(ends.view(-1, n).t(), before.view(-1, n), None, mask_hh, (first.t(), h))
     if need_bias:
-        bias = flat.sum(0)
+        bias = da[..., :batch].sum((0, 2))
     return tuple(x.new_empty(0) if grad is None else grad
                  for grad in (dx, None if dh is None else dh[:, :batch].t().contiguous(), dw_ih, dw_hh, bias))

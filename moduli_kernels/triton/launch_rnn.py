@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _library_rnn
 from . import rnn_table
 from .launch_blocks import compressed_rnn
-from .launch_steps import TYPES, Factor, Layout, bytes_of, device_of, launch_steps, numbers_for, product
+from .launch_steps import TYPES, Layout, bytes_of, device_of, launch_steps, numbers_for, product
 from .rnn_backward import backward_kernel
 from .rnn_forward import forward_kernel
 
@@ -40,7 +40,7 @@ def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, 
     if crow_hh is not None:
         return compressed_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, crow_hh, col_hh, lengths, nonlinearity, leak,
                               reverse)
-    given = product(Factor(x.view(steps * batch, inputs)), Factor(w_ih.t()), None if mask_ih is None else mask_ih.t())
+    given = product(x.view(steps * batch, inputs), w_ih.t(), None if mask_ih is None else mask_ih.t())
     output = x.new_empty(steps, batch, n)
     activations = torch.empty_like(output) if keep and leak != 1 else None
     launch_steps(forward_kernel, (given, h, b_ih, b_hh, w_hh, bytes_of(mask_hh), None, lengths, output, activations), x,
@@ -66,13 +66,13 @@ def masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, 
     flat = da.view(steps * batch, n)
     dx = dw_ih = dw_hh = bias = None
     if need_x:
-        dx = product(Factor(flat), Factor(w_ih), mask_ih).view_as(x)
+        dx = product(flat, w_ih, mask_ih).view_as(x)
     if need_w_ih:
-        dw_ih = product(Factor(flat.t()), Factor(x.view(steps * batch, inputs)), out_mask=mask_ih)
+        dw_ih = product(flat.t(), x.view(steps * batch, inputs), out_mask=mask_ih)
     if need_w_hh:
         # each step's da with the state before it: output a step on, and h for the first
         ends, before, first = (da[:-1], output[1:], da[-1]) if reverse else (da[1:], output[:-1], da[0])
-        dw_hh = product(Factor(ends.view(-1, n).t(), first.t()), Factor(before.view(-1, n), h), out_mask=mask_hh)
+        dw_hh = product(ends.view(-1, n).t(), before.view(-1, n), None, mask_hh, (first.t(), h))
     if need_bias:
         bias = flat.sum(0)
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dh, dw_ih, dw_hh, bias))

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .. import _library
+from .._library_blocks import PITCH as VECTOR
 from . import rnn_table
 from .launch import on_device
 from .rnn_product import product_kernel
@@ -65,31 +66,49 @@ def bytes_of(mask: Tensor | None) -> Tensor | None:
 
 # --- products --------------------------------------------------------------------------------------------------
 
-class Factor(NamedTuple):
-    """Of a product: a matrix by its strides, and what to add to it along the depth, if anything."""
+class Fold(NamedTuple):
+    """The axis of all steps and all of the batch, where operands differ along it: see rnn_product.py. *_outer: numbers
+    from step to step. out_batch: elements of the batch in the result."""
 
-    matrix: Tensor
-    more: Tensor | None = None
+    axis: str
+    steps: int
+    batch: int
+    pitch: int
+    a_outer: int = 0
+    b_outer: int = 0
+    out_outer: int = 0
+    out_batch: int = 0
 
 
-def product(left: Factor, right: Factor, mask: Tensor | None = None, out_mask: Tensor | None = None) -> Tensor:
-    """left right, where mask lets right, and out_mask the result, through. All of `left` have the same strides, and so
-    has `right`; the mask of a transposed matrix is transposed like it."""
-    (a, more_a), (b, more_b) = left, right
-    rows, depth, columns = *a.shape, b.shape[1]
-    out = a.new_empty(rows, columns)
-    if out.numel() == 0:
-        return out
-    numbers = numbers_for(a)
+def product(a: Tensor, b: Tensor, mask: Tensor | None = None, out_mask: Tensor | None = None,
+            more: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """a b, where mask lets b, and out_mask the result, through, and added to it the product of `more`: matrices with
+    the same strides as a and b. The mask of a transposed matrix is transposed like it."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    launch_product(a, b, out, a.shape[1], mask, out_mask, more, None)
+    return out
+
+
+def launch_product(a: Tensor, b: Tensor, out: Tensor, depth: int, mask: Tensor | None, out_mask: Tensor | None,
+                   more: tuple[Tensor, Tensor] | None, fold: Fold | None) -> None:
+    """Into out (rows, columns). Folded, a matrix is given as its first step."""
+    rows, columns = out.shape
+    if fold is not None and fold.axis == "rows":
+        rows = fold.steps * fold.pitch
+    if rows * columns == 0:
+        return
+    more_a, more_b = more or (None, None)
     aligned = all(stride == 1 or stride % rnn_table.ALIGNED == 0 for stride in (*a.stride(), *b.stride()))
-    tile = rnn_table.product_tile(rows, columns, a.element_size(), aligned, device_of(a).multiprocessors)
+    device, vector = device_of(a), 1 if fold is None else VECTOR
+    tile = rnn_table.product_tile(rows, columns, a.element_size(), aligned, device.multiprocessors)
+    f = fold or Fold("", 0, 0, 0)
     with on_device(a):
         product_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
             a, b, bytes_of(mask), more_a, more_b, out, bytes_of(out_mask), rows, columns, depth,
-            0 if more_a is None else more_a.shape[1], a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-            **numbers._asdict(), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps,
-            num_stages=3, enable_fp_fusion=True)
-    return out
+            0 if more_a is None else more_a.shape[1], *a.stride(), f.a_outer, *b.stride(), f.b_outer, *out.stride(),
+            f.out_outer, f.batch, f.out_batch, f.pitch // vector, FOLD=f.axis or None, VECTOR=vector,
+            **numbers_for(a)._asdict(), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps,
+            num_stages=3, maxnreg=rnn_table.registers_for(tile.warps), enable_fp_fusion=True)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------
