@@ -16,7 +16,7 @@ pytestmark = [
 if _library.triton_installed:
     import triton_machine_code_rnn as rnn
 
-    from moduli_kernels.triton import launch_steps
+    from moduli_kernels.triton import launch_rnn, launch_steps
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # what one trains with: rows, batch, -> the way its steps go on an H100
@@ -62,6 +62,19 @@ def test_kept_entries(batch, side, share, density, architecture):
             assert launch.grid[0] * launch.grid[1] <= rnn.DEVICES[architecture].multiprocessors
             text = rnn.instructions(found.cubin)
             assert any(("LDGSTS" if share else "LDG.E") in line and ".128" in line for line in text)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(4096, 1), (650, 20)])
+def test_compressed_rows(n, batch):
+    """The hidden weight as values, for inference: one launch of many steps, no gradients."""
+    entries = n * n // 50
+    x, h, w_ih, values = torch.empty(50, batch, 16), torch.empty(batch, n), torch.empty(n, 16), torch.empty(entries)
+    crow, col = torch.empty(n + 1, dtype=torch.int64), torch.empty(entries, dtype=torch.int64)
+    launches = rnn.record(lambda: launch_rnn.masked_rnn(
+        x, h, w_ih, values, None, None, None, None, None, None, crow, col, None, "tanh", 1.0, False, False), 90)
+    assert [launch.kernel.__name__ for launch in launches] == ["product_kernel", "forward_kernel"]
+    for launch in launches:
+        check(rnn.compiled(launch, 90), 90)
 
 
 @pytest.mark.parametrize(("n", "side", "dtype"), [(650, 16, "bfloat16"), (650, 32, "float16"), (4096, 64, "float32"),
