@@ -23,7 +23,7 @@ import torch
 import moduli_kernels as mk
 from moduli_kernels import _rnn_timing, rnn_paths
 
-HIDDEN, BATCH, STEPS = (32, 128, 256, 650, 1024, 2048, 4096), (1, 8, 32, 200), (1, 20)
+HIDDEN, BATCH, STEPS = (32, 128, 256, 650, 1024, 4096), (1, 8, 32, 200), (1, 20)
 DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 QUICK = ((16, 32), (1, 4), (1, 3), (0.1, 1.0))
 ROUNDS = 3, 15  # at least, at most
