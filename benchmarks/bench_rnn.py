@@ -9,6 +9,10 @@ from .cases_rnn import CASES
 from .contest_rnn import RnnContest
 
 
+# PyTorch warns that its own sparse products are young
+pytestmark = pytest.mark.filterwarnings("default")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rnn(case, benchmark, quick, save):
     contest = RnnContest(case.smaller() if quick else case)

@@ -115,6 +115,8 @@ class RnnContest:
     def record(self) -> dict[str, Any]:
         """What the report reads. Times in seconds. ratio: this contestant's time over ours, both of one round."""
         case, ours = self.case, self.times["ours"]
+        with torch.set_grad_enabled(case.training):
+            path = self.nets["ours"].explain(case.batch, case.steps).split(":")[0]
         now, others = cpu_seconds(), None
         if now is not None and self._cpu is not None and now[0] != self._cpu[0]:
             machine, busy, own = (after - before for after, before in zip(now, self._cpu))
@@ -122,7 +124,7 @@ class RnnContest:
         return {
             "case": case.name, "n": case.n, "batch": case.batch, "steps": case.steps, "inputs": case.inputs,
             "layers": case.layers, "nonlinearity": case.nonlinearity, "density": case.density, "training": case.training,
-            "path": self.nets["ours"].explain(case.batch, case.steps).split(":")[0], "rounds": self.round,
+            "path": path, "rounds": self.round,
             "others_cpu": others, "errors": self.errors,
             "contestants": [{"name": name, "time": quartiles(list(taken.values())),
                              "ratio": quartiles([seconds / ours[r] for r, seconds in taken.items()])}
