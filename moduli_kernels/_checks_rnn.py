@@ -2,7 +2,7 @@
 
 Bad input to SparseRNN and SparseRNNCell is refused in the words of torch.nn.RNN and torch.nn.RNNCell. All other
 messages name the argument, what was expected, what came and what to do. Nothing here synchronizes with a GPU, but for
-what is loaded.
+what is loaded and for orders.
 """
 from __future__ import annotations
 
@@ -84,6 +84,41 @@ def found_mask(module: nn.Module, name: str, mask: Tensor, weight: Tensor) -> No
             f"{name}_mask of {type(module).__name__} must have the shape {tuple(weight.shape)} of {name}, got "
             f"{tuple(mask.shape)}; set it with set_mask({name!r}, mask)."
         )
+
+
+def hidden_weight(module: nn.Module, name: Any, names: list[str]) -> None:
+    if name not in names:
+        raise ValueError(f"name must be a hidden weight of this {type(module).__name__}, got {_kind(name)}; it has "
+                         f"{', '.join(names)}.")
+
+
+def new_order(order: Any, hidden: int) -> None:
+    """Of the neurons. Waits for a GPU."""
+    wanted = f"order must be an int64 permutation ({hidden},) of the neurons or None"
+    how = "manifold_order(points, manifold) gives one."
+    if not isinstance(order, Tensor):
+        raise TypeError(f"{wanted}, got {_kind(order)}; {how}")
+    if order.dtype != torch.int64:
+        raise TypeError(f"{wanted}, got {order.dtype}; {how}")
+    if not _permutes(order, hidden):
+        raise ValueError(f"{wanted}, got {_order_in_words(order, hidden)}; {how}")
+
+
+def saved_order_problem(key: str, order: Any, hidden: int) -> str | None:
+    """Why an order in a state_dict does not fit, or None."""
+    if isinstance(order, Tensor) and order.dtype == torch.int64 and _permutes(order, hidden):
+        return None
+    return (f"{key} must be an int64 permutation ({hidden},) of the neurons, got {_order_in_words(order, hidden)}; "
+            "save the state_dict of a net with the same sizes, ordered by set_order.")
+
+
+def _permutes(order: Tensor, hidden: int) -> bool:
+    return order.shape == (hidden,) and torch.equal(order.cpu().sort().values, torch.arange(hidden, device="cpu"))
+
+
+def _order_in_words(order: Any, hidden: int) -> str:
+    fits = isinstance(order, Tensor) and order.dtype == torch.int64 and order.shape == (hidden,)
+    return "entries that repeat or lie outside" if fits else described(order)
 
 
 # --- input of the nets over sequences: the words of torch.nn.RNN -----------------------------------------------

@@ -1,5 +1,6 @@
 """Masks of a recurrent module: bool buffers `<weight>_mask` (True = kept), the one place where they live, whoever made
-them: set_mask, MagnitudePruner or a state_dict. What torch.nn.utils.prune made (0/1 floats) is read as well.
+them: set_mask, MagnitudePruner or a state_dict. What torch.nn.utils.prune made (0/1 floats) is read as well. And the
+orders of the neurons, `<weight>_order`, in which a mask is laid out in blocks.
 
 What a mask holds is counted once and remembered by tensor and version, never at each call: on a GPU every count waits.
 """
@@ -11,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks_rnn, _mask_hooks
+from . import _checks_rnn, _mask_hooks, rnn_paths
+from ._rnn_op import walks_blocks
+from .block_layout import BlockLayout, block_layout
+from .reference import compute_dtype
 
 
 def mask_of(module: nn.Module, name: str, weight: Tensor) -> Tensor | None:
@@ -36,13 +40,14 @@ class Facts:
 
     def __init__(self):
         self._known: dict[tuple[str, str], tuple[tuple, Any]] = {}
+        self._in_graphs: list[BlockLayout] = []  # CUDA graphs read them for as long as they live
 
     def density(self, name: str, mask: Tensor | None) -> float | None:
         """The kept share, 1 for an empty mask; None without a mask. Waits for a GPU once per version of the mask."""
         if mask is None:
             return None
         if capturing(mask):  # a CUDA graph is being recorded, which may not wait: what is known
-            return self._known.get(("density", name), (None, 1.0))[1]
+            return self._known.get(("density", name), (None, None, 1.0))[2]
         return self._remembered(
             ("density", name), (mask,), lambda: int(torch.count_nonzero(mask)) / max(1, mask.numel()))
 
@@ -52,14 +57,42 @@ class Facts:
             return False
         return self._remembered(("zero", name), (weight, mask), lambda: not bool(weight.masked_fill(mask, 0).any()))
 
+    def layout(self, name: str, mask: Tensor, order: Tensor | None) -> BlockLayout | None:
+        """Of a mask whose rows and columns are in this order. Waits for a GPU once per version of both. None where a
+        CUDA graph is recorded and it is not known yet, and for a mask of inference mode: it would go stale unseen."""
+        if mask.is_inference():
+            return None
+        key, tensors = ("layout", name), (mask,) if order is None else (mask, order)
+        if capturing(mask):
+            layout = self._known[key][2] if self._knows(key, tensors) else None
+            if layout is not None and not any(layout is each for each in self._in_graphs):
+                self._in_graphs.append(layout)
+            return layout
+        return self._remembered(key, tensors, lambda: _laid_out(mask, order))
+
     def _remembered(self, key: tuple[str, str], tensors: tuple[Tensor, ...], count: Any) -> Any:
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        references, then, value = self._known.get(key, ((), None, None))
-        if then != state or any(ref() is not t for ref, t in zip(references, tensors)):
-            with torch.no_grad():
-                value = count()
-            self._known[key] = (tuple(weakref.ref(t) for t in tensors), state, value)
+        if self._knows(key, tensors):
+            return self._known[key][2]
+        with torch.no_grad():
+            value = count()
+        self._known[key] = (tuple(weakref.ref(t) for t in tensors), _state(tensors), value)
         return value
+
+    def _knows(self, key: tuple[str, str], tensors: tuple[Tensor, ...]) -> bool:
+        references, then, _ = self._known.get(key, ((), None, None))
+        return then == _state(tensors) and all(ref() is t for ref, t in zip(references, tensors))
+
+
+def _state(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _laid_out(mask: Tensor, order: Tensor | None) -> BlockLayout:
+    layout = block_layout(mask if mask.dtype == torch.bool else mask != 0, order, order, side=rnn_paths.SIDE,
+                          threshold=rnn_paths.THRESHOLD)
+    if mask.is_cuda:  # it may be read on any stream from now on
+        torch.cuda.current_stream(mask.device).synchronize()
+    return layout
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -124,3 +157,75 @@ class MaskedModule(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._facts = Facts()
+
+
+class OrderedModule(MaskedModule):
+    """Also orders of the neurons, by hidden weight, and the layouts of their masks; for modules with a hidden_size."""
+
+    def set_order(self, name: str, order: Tensor | None) -> None:
+        """Sets the order of the neurons in which the hidden weight `name` ("weight_hh_l0", ...) is laid out in blocks.
+
+        Args:
+            name: a hidden weight's name. order: int64, (hidden_size,), a permutation such as `mk.manifold_order` gives;
+                copied to the weight's device. None takes it away.
+
+        It changes speed, never results: on CUDA a large masked weight is multiplied in blocks of neighbours in this
+        order, which are few where the mask is local. The order is the buffer `<name>_order`: it moves with the module,
+        and is saved and loaded as a mask is.
+
+        Raises:
+            ValueError, TypeError: name is no hidden weight of this module; order is no int64 permutation.
+        """
+        _checks_rnn.hidden_weight(self, name, self._hidden_names())
+        buffer = f"{name}_order"
+        if order is None:
+            if buffer in self._buffers:
+                delattr(self, buffer)
+            return
+        _checks_rnn.new_order(order, self.hidden_size)
+        if buffer in self._buffers:
+            self._buffers[buffer].copy_(order)
+        else:
+            self.register_buffer(buffer, order.detach().to(getattr(self, name).device, copy=True))
+
+    def _hidden_names(self) -> list[str]:
+        return [name for name in self._weight_names() if name.startswith("weight_hh")]
+
+    def _layout(self, name: str, batch: int) -> BlockLayout | None:
+        """By which the masked weight `name` is walked; None where it is taken whole, and in a compiled graph, in which
+        a mask may change."""
+        mask, weight = self._buffers.get(f"{name}_mask"), getattr(self, name)
+        if mask is None or torch.compiler.is_compiling() or not walks_blocks(weight.device.type, compute_dtype(weight)):
+            return None
+        case = self.hidden_size, batch, self._facts.density(name, mask)
+        if rnn_paths.hidden_form(*case) == "masked":
+            return None
+        layout = self._facts.layout(name, mask, self._buffers.get(f"{name}_order"))
+        if layout is None or rnn_paths.hidden_form(*case, len(layout.kept), len(layout.strays)) == "masked":
+            return None
+        return layout
+
+    def _layout_in_words(self, name: str, batch: int) -> str:
+        """Of a masked weight on the sparse path, for explain()."""
+        mask, weight = self._buffers.get(f"{name}_mask"), getattr(self, name)
+        if mask is None or not walks_blocks(weight.device.type, compute_dtype(weight)):
+            return ""
+        layout = self._layout(name, batch)
+        if layout is None:
+            return ", read whole"
+        order = "set by set_order" if f"{name}_order" in self._buffers else "of the neurons"
+        return (f", in {len(layout.kept)} blocks of {layout.side} x {layout.side} and {len(layout.strays)} stray "
+                f"weights, in the order {order}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        error_msgs = rest[-1]
+        for name in self._hidden_names():
+            key, buffer = f"{prefix}{name}_order", f"{name}_order"
+            if key not in state_dict or buffer in self._buffers:
+                continue
+            problem = _checks_rnn.saved_order_problem(key, state_dict[key], self.hidden_size)
+            if problem is None:
+                self.register_buffer(buffer, torch.arange(self.hidden_size, device=getattr(self, name).device))
+            else:
+                error_msgs.append(problem)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, _checks_rnn, _library_rnn
+from . import _backend, _checks_rnn, _library_blocks, _library_rnn
+from .block_layout import BlockLayout
 from .reference import compute_dtype
 from .reference_rnn import Step
 
@@ -48,7 +49,7 @@ class Weights(NamedTuple):
     """Of one layer in one direction, as the ops take them (_library_rnn.py), in any floating dtype.
 
     w_ih (H, I), w_hh (H, H), biases (H,), masks like the weights; or, compressed, values (entries,) with row pointers
-    and columns, of any integer dtype.
+    and columns, of any integer dtype. layout: of mask_hh, where w_hh is to be walked by it (_library_blocks.py).
     """
 
     w_ih: Tensor
@@ -61,6 +62,7 @@ class Weights(NamedTuple):
     col_ih: Tensor | None = None
     crow_hh: Tensor | None = None
     col_hh: Tensor | None = None
+    layout: BlockLayout | None = None
 
 
 def has_kernel(device_type: str) -> bool:
@@ -69,6 +71,11 @@ def has_kernel(device_type: str) -> bool:
     if key is None or _backend.active(device_type) == "reference":
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key("moduli_kernels::masked_rnn", key)
+
+
+def walks_blocks(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether there are kernels that walk a hidden weight by a layout, for this dtype of computation."""
+    return dtype == torch.float32 and _backend.active(device_type) == "triton"
 
 
 def autocast_dtype(device_type: str, weight: Tensor) -> torch.dtype | None:
@@ -88,19 +95,25 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
     floating = [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous()
                 for t in (x, h, *weights[:4])]
     masks = [None if mask is None else mask.contiguous() for mask in weights[4:6]]
-    compressed = [None if index is None else index.to(torch.int64) for index in weights[6:]]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
-    op, grads_op = torch.ops.moduli_kernels.masked_rnn.default, torch.ops.moduli_kernels.masked_rnn_grads.default
+    if weights.layout is None:
+        module, name = _library_rnn, "masked_rnn"
+        given, given_back = [None if index is None else index.to(torch.int64) for index in weights[6:10]], []
+    else:
+        module, name = _library_blocks, "blocked_rnn"
+        given = given_back = [_library_blocks.flat(weights.layout), weights.layout.side]
     if _backend.active(x.device.type) == "reference":
-        op, grads_op = _library_rnn._masked_rnn, _library_rnn._masked_rnn_grads
-    elif torch.compiler.is_compiling():
-        return op(*floating, *masks, *compressed, lengths, *step, needs_grad)[:2]
+        op, grads_op = getattr(module, f"_{name}"), getattr(module, f"_{name}_grads")
+    else:
+        op, grads_op = (getattr(torch.ops.moduli_kernels, each).default for each in (name, f"{name}_grads"))
+        if torch.compiler.is_compiling():
+            return op(*floating, *masks, *given, lengths, *step, needs_grad)[:2]
     if not torch.compiler.is_compiling():
         _refuse_transforms(floating)
     if needs_grad:
-        return _MaskedRNN.apply(op, grads_op, lengths, step, *floating, *masks)
+        return _MaskedRNN.apply(op, grads_op, given, given_back, lengths, step, *floating, *masks)
     with _without_autocast(x.device.type), _below_autograd():
-        return op(*floating, *masks, *compressed, lengths, *step, False)[:2]
+        return op(*floating, *masks, *given, lengths, *step, False)[:2]
 
 
 def _refuse_transforms(tensors: list[Tensor | None]) -> None:
@@ -124,28 +137,29 @@ def _below_autograd() -> contextlib.AbstractContextManager:
 
 
 class _MaskedRNN(torch.autograd.Function):
-    """forward and backward by the two ops of _library_rnn.py, or by the reference under their schemas."""
+    """forward and backward by two ops, those of _library_rnn.py or _library_blocks.py, or by the reference under their
+    schemas. given, given_back: what these take between masks and lengths."""
 
     @staticmethod
-    def forward(ctx, op, grads_op, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
+    def forward(ctx, op, grads_op, given, given_back, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
         with _without_autocast(x.device.type), _below_autograd():
-            output, h_n, activations = op(
-                x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *(None,) * 4, lengths, *step, True)
-        ctx.grads_op, ctx.step = grads_op, step
+            output, h_n, *kept = op(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *given, lengths, *step, True)
+        *_, states, activations = output, *kept  # masked_rnn's states are its output
+        ctx.grads_op, ctx.given_back, ctx.step = grads_op, given_back, step
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations)
+        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations)
         return output, h_n
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n):
-        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = ctx.saved_tensors
-        need = ctx.needs_input_grad[4:10]
+        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations = ctx.saved_tensors
+        need = ctx.needs_input_grad[6:12]
         needs = (*need[:4], need[4] or need[5])
         with _below_autograd(), _without_autocast(x.device.type):
             grads = ctx.grads_op(
-                torch.zeros_like(output) if grad_output is None else grad_output.contiguous(),
-                torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(),
-                x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, *ctx.step, *needs)
+                x.new_zeros(len(x), *h.shape) if grad_output is None else grad_output.contiguous(),
+                torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,
+                *ctx.given_back, lengths, states, activations, *ctx.step, *needs)
             b_ih = grads[4] if need[4] else None
             # not one tensor twice: either may become a .grad
             b_hh = (grads[4].clone() if need[4] else grads[4]) if need[5] else None
@@ -153,7 +167,7 @@ class _MaskedRNN(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
             sources = [t for t in (grad_output, grad_h_n, x, h, w_ih, w_hh) if t is not None]
             grads = [None if grad is None else _OnceDifferentiable.apply(grad, *sources) for grad in grads]
-        return (None,) * 4 + (*grads, None, None)
+        return (None,) * 6 + (*grads, None, None)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -11,6 +11,8 @@ linearly in the logarithms of ratio and coordinates, which are first moved onto 
 beyond it; sparse where it is above 1. What counts as density is the kept share of the entries of both weights together.
 
 A float64 net takes the table of float32 where it has none of its own. No table for a device or dtype: dense.
+
+`hidden_form` decides on the sparse path between two ops for a masked hidden weight on CUDA: by a prediction.
 """
 from __future__ import annotations
 
@@ -25,6 +27,12 @@ import torch
 
 FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
 AXES = ("hidden", "batch", "steps")
+
+# Of the layout of a hidden weight: neurons along a block, and the kept entries that make it one, rather than strays: a
+# block and so many entries one by one move the same bytes at a batch of 20 to 30.
+SIDE, THRESHOLD = 32, 64
+# Neurons up to which a step is bounded by other things than bytes, and up to which W stays on the chip
+FEW, ON_CHIP = 1024, 2048
 
 
 class Table(NamedTuple):
@@ -113,3 +121,31 @@ def told(ratio: float) -> str:
     """A ratio in words."""
     return f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
         f"dense takes about 1/{1 / ratio:.3g} of the time of sparse")
+
+
+# --- how a masked hidden weight is read on CUDA ----------------------------------------------------------------
+
+def hidden_form(hidden: int, batch: int, density: float, blocks: int | None = None, strays: int = 0) -> str:
+    """"masked" (masked_rnn: the whole weight and its mask) or "blocks" (blocked_rnn: its blocks and stray weights), the
+    one that is predicted to be faster on CUDA. Nothing of this has been measured (benchmarks/NOTES.md, "RNN on CUDA").
+
+    hidden: neurons. batch: elements. density: kept share. blocks, strays: how many its layout has, of SIDE x SIDE
+    entries and of one. blocks None: there is no layout yet; "blocks" says then that one is worth making, for the best
+    one of so many entries, all in full blocks, would be faster.
+
+    Rule: masked up to FEW neurons, where a step takes as long as its barrier and W stays on the chip. Beyond, the one
+    with fewer bytes a step through the second-level cache, all in float32. Masked: all states for each strip of 16 rows
+    while W stays on the chip; else all states for each 64 rows, and W and its mask for each 128 elements of the batch.
+    Blocks: each with the states of its columns; a stray weight, its column's number and the states of its column.
+    """
+    if hidden <= FEW:
+        return "masked"
+    states = 4 * (-(-batch // 8) * 8)  # bytes of a neuron's
+    if blocks is None:
+        blocks, strays = density * hidden**2 / SIDE**2, 0
+    listed = blocks * SIDE * (4 * SIDE + states) + strays * (8 + states)
+    if hidden <= ON_CHIP:
+        whole = hidden**2 / 16 * states
+    else:
+        whole = hidden**2 / 64 * states + hidden**2 * 5 * -(-batch // 128)
+    return "blocks" if listed < whole else "masked"

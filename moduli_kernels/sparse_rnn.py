@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _backend, _checks_rnn, _rnn_stack, _rnn_timing, rnn_paths
-from ._rnn_masks import MaskedModule, kept, mask_of
+from ._rnn_masks import OrderedModule, kept, mask_of
 from ._rnn_op import Weights, autocast_dtype, constant_at_compile_time, has_kernel, untraced
 from .compressed_rnn import CompressedRNN
 
@@ -22,7 +22,7 @@ class Measured(NamedTuple):
     training: bool
 
 
-class SparseRNN(MaskedModule, nn.RNN):
+class SparseRNN(OrderedModule, nn.RNN):
     """torch.nn.RNN with masks and a leak; takes its place with no other change.
 
         h'_t = (1 - leak) h'_(t-1) + leak s((mask_ih * W_ih) x_t + b_ih + (mask_hh * W_hh) h'_(t-1) + b_hh)
@@ -42,6 +42,11 @@ class SparseRNN(MaskedModule, nn.RNN):
     masked weight counts as 0 whatever stands there, NaN included, and its gradient is exactly 0. With a mask of 0/1
     floats by torch.nn.utils.prune it works as well. To load a state_dict without masks into a net that has some, take
     them away first (`set_mask(name, None)`), or load with strict=False to keep them.
+
+    On CUDA the sparse path multiplies a large masked hidden weight in blocks, and what lies astray one by one, where
+    rnn_paths.hidden_form predicts that to be faster; `set_order` with `mk.manifold_order` makes the blocks few. They
+    are found once per version of a mask (writes through `mask.data` do not count), so a CUDA graph must be recorded
+    again when a mask changes.
 
     Autocast: output dtypes of torch.nn.RNN; the sparse path computes in float32 (float64 for float64 weights) and
     rounds at the end, also for 16-bit weights. "auto" decides from the share of weights that the masks keep, counted
@@ -116,7 +121,7 @@ class SparseRNN(MaskedModule, nn.RNN):
             self._seen = (batch.size, batch.steps)
             path = self._choice(weight.device.type, dtype, batch.size, batch.steps, training)[0]
         if path == "sparse":
-            output, h_n = _rnn_stack.sparse(self, batch, self._layers())
+            output, h_n = _rnn_stack.sparse(self, batch, self._layers(batch.size))
         else:
             output, h_n = _rnn_stack.dense(self, batch, [self._kept(name) for name in self._weight_names()])
         return _rnn_stack.results(self, batch, output, h_n)
@@ -126,14 +131,15 @@ class SparseRNN(MaskedModule, nn.RNN):
     def _weight_names(self) -> list[str]:
         return self._flat_weights_names
 
-    def _layers(self) -> list[Weights]:
-        """One a layer and direction."""
+    def _layers(self, batch: int | None = None) -> list[Weights]:
+        """One a layer and direction; with layouts where a batch of this size is to be computed."""
         layers = []
         for names in self._all_weights:
             tensors = [getattr(self, name) for name in names]
             masks = [mask_of(self, name, tensor) for name, tensor in zip(names, tensors)]
             biases = map(kept, tensors[2:], masks[2:]) if self.bias else (None, None)
-            layers.append(Weights(*tensors[:2], *biases, *masks[:2]))
+            layout = None if batch is None else self._layout(names[1], batch)
+            layers.append(Weights(*tensors[:2], *biases, *masks[:2], layout=layout))
         return layers
 
     def _kept(self, name: str) -> Tensor:
@@ -195,7 +201,8 @@ class SparseRNN(MaskedModule, nn.RNN):
         return round((self.input_size + (self.num_layers - 1) * inner) / self.num_layers)
 
     def explain(self, batch: int | None = None, steps: int | None = None) -> str:
-        """In words: which path each layer and direction takes, why, and what share of its weights is kept.
+        """In words: which path each layer and direction takes, why, what share of its weights is kept, and on CUDA
+        how the hidden weight is read.
 
         batch, steps: of the input it would be for; None: those of the last one (before any: 32 and 50).
         """
@@ -215,6 +222,7 @@ class SparseRNN(MaskedModule, nn.RNN):
             shares = {name: self._density(name) for name in names[:2]}
             told = ", ".join(f"{name} without a mask" if share is None else f"{name} {100 * share:.3g} % kept"
                              for name, share in shares.items())
+            told += self._layout_in_words(names[1], batch) if path == "sparse" else ""
             lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {told}")
         return "\n".join(lines)
 
@@ -254,7 +262,8 @@ class SparseRNN(MaskedModule, nn.RNN):
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, *, path: str = "auto") -> SparseRNN:
         """A SparseRNN that computes what rnn does, with copies of its weights and masks (MagnitudePruner's or
-        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak is kept. Raises TypeError for what is no nn.RNN."""
+        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak and orders are kept. Raises TypeError for what is no
+        nn.RNN."""
         _checks_rnn.rnn_module(rnn)
         new = cls(**_settings(rnn), leak=getattr(rnn, "leak", 1.0), path=path, device="meta")
         _copy_weights(rnn, new)
@@ -262,6 +271,8 @@ class SparseRNN(MaskedModule, nn.RNN):
             weight = getattr(new, name)
             if (mask := mask_of(rnn, name, weight)) is not None:
                 new.set_mask(name, mask)
+            if (order := rnn._buffers.get(f"{name}_order")) is not None:
+                new.set_order(name, order)
         return new
 
     def to_rnn(self) -> nn.RNN:

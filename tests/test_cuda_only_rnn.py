@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from penalty_cases import DEVICE, on_device
+from rnn_cases import assert_same, draw, net_of, plain_rnn, run
 from test_cuda_only import capture, same
 from torch import Tensor
 
+import moduli_kernels as mk
 from moduli_kernels import _library_blocks, reference_rnn
 from moduli_kernels.block_layout import block_layout
 from moduli_kernels.reference_rnn import Step
@@ -120,6 +122,25 @@ def test_as_the_reference_has_it(settings, precision, monkeypatch):
     tolerance = TOLERANCE[precision if dtype == torch.float32 else dtype]
     for name, got, want in zip(NAMES, net(), net.expected()):
         assert (got.double() - want).norm() <= tolerance * want.norm(), name
+
+
+def test_a_net_over_blocks_and_strays_as_nn_rnn(monkeypatch):
+    """2048 neurons, 2 % kept, then 1 %: the module takes this form by itself, and a new layout for each mask."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    net, x, hx = net_of(64, 2048, densities=(None, 0.05)), draw(20, 20, 64), draw(1, 20, 2048, seed=1)
+    net.set_order("weight_hh_l0", torch.randperm(2048))
+    pruner = mk.MagnitudePruner([(net, "weight_hh_l0")])
+    for sparsity in (0.98, 0.99):
+        pruner.step_to(sparsity)
+        layout = net._layout("weight_hh_l0", 20)
+        assert int(layout.kept.sum()) + len(layout.strays) == int(net.weight_hh_l0_mask.sum())
+        assert "stray weights, in the order set by set_order" in net.explain(20, 20)
+        assert_same(net, run(net, x, hx), run(plain_rnn(net, torch.float64), x, hx), 1e-5)
+    torch.cuda.set_sync_debug_mode("error")  # the layout is known: nothing waits
+    try:
+        net(x, hx)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_thousand_runs_are_alike():

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is
 def test_in_the_interpreter(tmp_path):
     """All of them at once."""
     running = []
-    for name in ("rnn", "blocks", "barrier"):
+    for name in ("rnn", "blocks", "barrier", "sparse_rnn"):
         log = open(tmp_path / name, "w+")
         running.append((log, subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / f"triton_interpreter_{name}.py"],
