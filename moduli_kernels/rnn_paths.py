@@ -8,7 +8,8 @@ whose W_ih and W_hh are both hidden x hidden and masked to the same density, on 
 
 and beside it `unmasked`, the same for a layer that has no mask at all. Rule: the ratio at a point is interpolated
 linearly in the logarithms of ratio and coordinates, which are first moved onto the grid's nearest edge where they lie
-beyond it; sparse where it is above 1. What counts as density is the kept share of the entries of both weights together.
+beyond it; sparse where it is above MARGIN. What counts as density is the kept share of the entries of both weights
+together.
 
 A float64 net takes the table of float32 where it has none of its own. No table for a device or dtype: dense.
 
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+MARGIN = 1.3  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
 FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
 AXES = ("hidden", "batch", "steps")
 
@@ -74,7 +76,7 @@ def choose(device_type: str, dtype: torch.dtype, hidden: int, batch: int, densit
     backward pass follows. inputs: columns of W_ih, None = hidden.
     """
     ratio = predicted(device_type, dtype, hidden, batch, density_ih, density_hh, training, steps, inputs=inputs)
-    return "sparse" if ratio is not None and ratio > 1 else "dense"
+    return "sparse" if ratio is not None and ratio > MARGIN else "dense"
 
 
 @lru_cache(maxsize=1024)  # a net asks the same at each call
@@ -119,8 +121,9 @@ def _between(values: tuple[float, ...], at: float) -> list[tuple[float, float]]:
 
 def told(ratio: float) -> str:
     """A ratio in words."""
-    return f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
+    told = f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
         f"dense takes about 1/{1 / ratio:.3g} of the time of sparse")
+    return told + (f", too little to rely on (under 1/{MARGIN:g})" if 1 < ratio <= MARGIN else "")
 
 
 # --- how a masked hidden weight is read on CUDA ----------------------------------------------------------------

@@ -69,6 +69,8 @@ class SparseRNN(OrderedModule, nn.RNN):
         self._leak = _checks_rnn.leak(leak)
         self._path = _checks_rnn.path(path, self._leak)
         self._tuned: dict[tuple, str] = {}
+        self._chosen: tuple = (None, "")  # what `_choice` was asked last, and its answer
+        self._straight: tuple | None = None  # see _case_of
         self._seen = (32, 50)  # batch and steps of the last input, for explain()
 
     @property
@@ -91,6 +93,10 @@ class SparseRNN(OrderedModule, nn.RNN):
     def path(self, value: str) -> None:
         self._path = _checks_rnn.path(value, self._leak)
 
+    def __getstate__(self):
+        # what is known of tensors by their ids belongs to no copy
+        return super().__getstate__() | {"_chosen": (None, ""), "_straight": None}
+
     def extra_repr(self) -> str:
         defaults = {"nonlinearity": "tanh", "leak": 1, "path": "auto"}
         told = [f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default]
@@ -103,6 +109,8 @@ class SparseRNN(OrderedModule, nn.RNN):
         """(output, h_n), of the shapes of torch.nn.RNN. Raises as torch.nn.RNN does."""
         if torch.compiler.is_compiling():
             return self._forward(input, hx)
+        if self._straight is not None and self._straight == self._case_of(input):
+            return nn.RNN.forward(self, input, hx)
         self._update_flat_weights()
         return self._forward_untraced(input, hx)
 
@@ -119,11 +127,16 @@ class SparseRNN(OrderedModule, nn.RNN):
             path = self._path_at_compile_time(weight.device.type, dtype, *sizes, training)
         else:
             self._seen = (batch.size, batch.steps)
-            path = self._choice(weight.device.type, dtype, batch.size, batch.steps, training)[0]
+            path = self._last_choice(weight.device.type, dtype, batch.size, batch.steps, training)
         if path == "sparse":
             output, h_n = _rnn_stack.sparse(self, batch, self._layers(batch.size))
         else:
-            output, h_n = _rnn_stack.dense(self, batch, [self._kept(name) for name in self._weight_names()])
+            as_they_are = not self._buffers and not torch.compiler.is_compiling()
+            weights = self._flat_weights if as_they_are else [self._kept(name) for name in self._weight_names()]
+            if not torch.compiler.is_compiling():
+                same = all(weight is own for weight, own in zip(weights, self._flat_weights))
+                self._straight = self._case_of(input) if same else None
+            output, h_n = _rnn_stack.dense(self, batch, weights)
         return _rnn_stack.results(self, batch, output, h_n)
 
     _forward_untraced = untraced(_forward)
@@ -155,6 +168,23 @@ class SparseRNN(OrderedModule, nn.RNN):
 
     # -- which path --
 
+    def _case_of(self, input) -> tuple | None:
+        """What decides that torch's own RNN is to run over the weights as they are; None for a PackedSequence."""
+        if not isinstance(input, Tensor):
+            return None
+        grad, device = torch.is_grad_enabled(), input.device
+        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        weights = () if grad and not self._buffers else _versions(self._parameters)  # masked ones may no longer be 0
+        return (input.shape, input.dtype, device, grad, autocast, weights, _versions(self._buffers), self._path, self._leak,
+                _backend._forced)
+
+    def _last_choice(self, *case) -> str:
+        """The path of `_choice`, asked for again only where something it depends on has changed: small nets notice."""
+        asked = (*case, _versions(self._buffers), self._path, self._leak, _backend._forced)
+        if self._chosen[0] != asked:
+            self._chosen = (asked, self._choice(*case)[0])
+        return self._chosen[1]
+
     def _choice(self, device: str, dtype: torch.dtype, batch: int, steps: int, training: bool) -> tuple[str, str]:
         """("sparse" or "dense", why)."""
         if self.leak != 1:
@@ -173,7 +203,7 @@ class SparseRNN(OrderedModule, nn.RNN):
                                     inputs=self._mean_inputs())
         if ratio is None:
             return "dense", f"the table of crossovers has nothing for {dtype} on {device}; tune() measures it"
-        return "sparse" if ratio > 1 else "dense", f"by the table of crossovers {rnn_paths.told(ratio)}"
+        return "sparse" if ratio > rnn_paths.MARGIN else "dense", f"by the table of crossovers {rnn_paths.told(ratio)}"
 
     @constant_at_compile_time
     def _path_at_compile_time(self, device, dtype, batch, steps, training) -> str:
@@ -255,6 +285,7 @@ class SparseRNN(OrderedModule, nn.RNN):
         path = min(seconds, key=seconds.get)
         dtype = autocast_dtype(device.type, weight) or weight.dtype
         self._tuned[_tuning_key(device.type, dtype, self._seen[0], training, self._densities())] = path
+        self._chosen, self._straight = (None, ""), None
         return Measured(path, seconds, training)
 
     # -- to and from other nets --
@@ -286,6 +317,10 @@ class SparseRNN(OrderedModule, nn.RNN):
     def compress(self) -> CompressedRNN:
         """The inference form, which holds the kept weights alone."""
         return CompressedRNN.from_layers(_settings(self), self.leak, self._layers())
+
+
+def _versions(tensors: dict[str, Tensor | None]) -> list[tuple[int, int]]:
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors.values() if t is not None]
 
 
 def _settings(rnn: nn.RNN) -> dict:
