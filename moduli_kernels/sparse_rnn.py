@@ -1,28 +1,18 @@
 """`SparseRNN`: torch.nn.RNN whose masked weights cost nothing."""
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _backend, _checks_rnn, _rnn_stack, _rnn_timing, rnn_paths
-from ._rnn_masks import OrderedModule, kept, mask_of
-from ._rnn_op import Weights, autocast_dtype, constant_at_compile_time, has_kernel, untraced
+from . import _checks_rnn, _rnn_stack
+from ._rnn_choice import PathChoice
+from ._rnn_masks import kept, mask_of
+from ._rnn_op import Weights, autocast_dtype, untraced
 from .compressed_rnn import CompressedRNN
 
 
-class Measured(NamedTuple):
-    """What `SparseRNN.tune` found. seconds: path -> median time of a pass; path: the faster one."""
-
-    path: str
-    seconds: dict[str, float]
-    training: bool
-
-
-class SparseRNN(OrderedModule, nn.RNN):
+class SparseRNN(PathChoice, nn.RNN):
     """torch.nn.RNN with masks and a leak; takes its place with no other change.
 
         h'_t = (1 - leak) h'_(t-1) + leak s((mask_ih * W_ih) x_t + b_ih + (mask_hh * W_hh) h'_(t-1) + b_hh)
@@ -68,10 +58,6 @@ class SparseRNN(OrderedModule, nn.RNN):
         super().__init__(*args, **kwargs)
         self._leak = _checks_rnn.leak(leak)
         self._path = _checks_rnn.path(path, self._leak)
-        self._tuned: dict[tuple, str] = {}
-        self._chosen: tuple = (None, "")  # what `_choice` was asked last, and its answer
-        self._straight: tuple | None = None  # see _case_of
-        self._seen = (32, 50)  # batch and steps of the last input, for explain()
 
     @property
     def leak(self) -> float:
@@ -92,10 +78,6 @@ class SparseRNN(OrderedModule, nn.RNN):
     @path.setter
     def path(self, value: str) -> None:
         self._path = _checks_rnn.path(value, self._leak)
-
-    def __getstate__(self):
-        # what is known of tensors by their ids belongs to no copy
-        return super().__getstate__() | {"_chosen": (None, ""), "_straight": None}
 
     def extra_repr(self) -> str:
         defaults = {"nonlinearity": "tanh", "leak": 1, "path": "auto"}
@@ -166,128 +148,6 @@ class SparseRNN(OrderedModule, nn.RNN):
             return weight
         return kept(weight, mask)
 
-    # -- which path --
-
-    def _case_of(self, input) -> tuple | None:
-        """What decides that torch's own RNN is to run over the weights as they are; None for a PackedSequence."""
-        if not isinstance(input, Tensor):
-            return None
-        grad, device = torch.is_grad_enabled(), input.device
-        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        weights = () if grad and not self._buffers else _versions(self._parameters)  # masked ones may no longer be 0
-        return (input.shape, input.dtype, device, grad, autocast, weights, _versions(self._buffers), self._path, self._leak,
-                _backend._forced)
-
-    def _last_choice(self, *case) -> str:
-        """The path of `_choice`, asked for again only where something it depends on has changed: small nets notice."""
-        asked = (*case, _versions(self._buffers), self._path, self._leak, _backend._forced)
-        if self._chosen[0] != asked:
-            self._chosen = (asked, self._choice(*case)[0])
-        return self._chosen[1]
-
-    def _choice(self, device: str, dtype: torch.dtype, batch: int, steps: int, training: bool) -> tuple[str, str]:
-        """("sparse" or "dense", why)."""
-        if self.leak != 1:
-            return "sparse", f"leak is {self.leak}, which torch's RNN does not know"
-        if self.path != "auto":
-            return self.path, f"path is {self.path!r}"
-        if _backend._forced == "reference":
-            return "sparse", "the backend 'reference' is asked for"
-        if not has_kernel(device):
-            return "dense", f"no compiled kernel serves {device} here (python -m moduli_kernels.env_report says why)"
-        densities = self._densities()
-        tuned = self._tuned.get(_tuning_key(device, dtype, batch, training, densities))
-        if tuned is not None:
-            return tuned, "tune() measured it"
-        ratio = rnn_paths.predicted(device, dtype, self.hidden_size, batch, *densities, training, steps,
-                                    inputs=self._mean_inputs())
-        if ratio is None:
-            return "dense", f"the table of crossovers has nothing for {dtype} on {device}; tune() measures it"
-        return "sparse" if ratio > rnn_paths.MARGIN else "dense", f"by the table of crossovers {rnn_paths.told(ratio)}"
-
-    @constant_at_compile_time
-    def _path_at_compile_time(self, device, dtype, batch, steps, training) -> str:
-        """batch, steps: None where they vary, then those that were seen before."""
-        self._seen = (self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps)
-        return self._choice(device, dtype, *self._seen, training)[0]
-
-    def _density(self, name: str) -> float | None:
-        return self._facts.density(name, self._buffers.get(f"{name}_mask"))
-
-    def _densities(self) -> tuple[float | None, float | None]:
-        """Kept share of the input weights and of the hidden weights of all layers; None where none has a mask."""
-        shares = []
-        for kind in ("weight_ih", "weight_hh"):
-            names = [name for name in self._weight_names() if name.startswith(kind)]
-            found = [self._density(name) for name in names]
-            sizes = [getattr(self, name).numel() for name in names]
-            kept_entries = sum(size * (1 if share is None else share) for size, share in zip(sizes, found))
-            shares.append(None if all(share is None for share in found) else kept_entries / sum(sizes))
-        return tuple(shares)
-
-    def _mean_inputs(self) -> int:
-        """Columns of the input weights, over all layers."""
-        inner = self.hidden_size * (2 if self.bidirectional else 1)
-        return round((self.input_size + (self.num_layers - 1) * inner) / self.num_layers)
-
-    def explain(self, batch: int | None = None, steps: int | None = None) -> str:
-        """In words: which path each layer and direction takes, why, what share of its weights is kept, and on CUDA
-        how the hidden weight is read.
-
-        batch, steps: of the input it would be for; None: those of the last one (before any: 32 and 50).
-        """
-        batch, steps = self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps
-        weight = self.weight_hh_l0
-        device, dtype = weight.device.type, autocast_dtype(weight.device.type, weight) or weight.dtype
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        path, why = self._choice(device, dtype, batch, steps, training)
-        by = "the reference in plain PyTorch"
-        if path == "dense":
-            by = "torch's own RNN over the whole stack"
-        elif has_kernel(device):
-            by = f"the masked kernel ({_backend.active(device)})"
-        lines = [f"{path}: {by}, for {steps} steps of a batch of {batch}, {dtype} on {device}, "
-                 f"{'forward and backward' if training else 'forward'}; {why}."]
-        for names in self._all_weights:
-            shares = {name: self._density(name) for name in names[:2]}
-            told = ", ".join(f"{name} without a mask" if share is None else f"{name} {100 * share:.3g} % kept"
-                             for name, share in shares.items())
-            told += self._layout_in_words(names[1], batch) if path == "sparse" else ""
-            lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {told}")
-        return "\n".join(lines)
-
-    def tune(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Measured:
-        """Measures both paths with this input on this machine, and has "auto" take the faster one from now on.
-
-        Forward and backward in training mode (where a parameter requires a gradient), else forward alone; the median of
-        7 runs of each, in alternation. Remembered on this module, also through copies and pickles but not in the
-        state_dict, for inputs of its device, dtype, mode, batch size and densities (the nearest powers of 2).
-        Leaves gradients and random numbers as they were. With a leak there is the sparse path alone.
-        """
-        weight = self.weight_hh_l0
-        device, parameters = weight.device, [p for p in self.parameters() if p.requires_grad]
-        training = self.training and bool(parameters)
-
-        def run(path: str):
-            self._path = path
-            with torch.set_grad_enabled(training):
-                output, _ = self(input, hx)
-                if training:
-                    output = output.data if isinstance(output, PackedSequence) else output
-                    torch.autograd.grad(output, parameters, torch.ones_like(output), allow_unused=True)
-
-        before, choices = self._path, ("dense", "sparse") if self.leak == 1 else ("sparse",)
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                seconds = _rnn_timing.alternating({p: (lambda p=p: run(p)) for p in choices}, device)
-        finally:
-            self._path = before
-        path = min(seconds, key=seconds.get)
-        dtype = autocast_dtype(device.type, weight) or weight.dtype
-        self._tuned[_tuning_key(device.type, dtype, self._seen[0], training, self._densities())] = path
-        self._chosen, self._straight = (None, ""), None
-        return Measured(path, seconds, training)
-
     # -- to and from other nets --
 
     @classmethod
@@ -319,10 +179,6 @@ class SparseRNN(OrderedModule, nn.RNN):
         return CompressedRNN.from_layers(_settings(self), self.leak, self._layers())
 
 
-def _versions(tensors: dict[str, Tensor | None]) -> list[tuple[int, int]]:
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors.values() if t is not None]
-
-
 def _settings(rnn: nn.RNN) -> dict:
     names = ("input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout",
              "bidirectional")
@@ -339,10 +195,3 @@ def _copy_weights(source: nn.RNN, to: nn.RNN) -> None:
             parameter = getattr(to, name)
             parameter.copy_(kept(weight, mask_of(source, name, weight)))
             parameter.requires_grad_(weight.requires_grad)
-
-
-def _tuning_key(device: str, dtype: torch.dtype, batch: int, training: bool, densities: tuple) -> tuple:
-    """What counts as the same case: batch sizes and densities with the same nearest power of 2."""
-    def near(value):
-        return None if value is None else round(math.log2(max(value, 1e-6)))
-    return device, _backend.active(device), dtype, training, near(batch), *map(near, densities)
