@@ -44,10 +44,10 @@ def main() -> int:
     print(text)
     if run["quick"]:
         return 0
-    path.with_name("report.md").write_text(text + "\n")
+    name = "report.md" if run["penalty"] else "report-rnn.md"
+    path.with_name(name).write_text(text + "\n")
     picture = draw(run, path.with_name("penalty.png"))
-    if picture:
-        print(f"\nwritten beside {os.path.relpath(path)}: report.md, {picture.name}")
+    print(f"\nwritten beside {os.path.relpath(path)}: {name}" + (f", {picture.name}" if picture else ""))
     return 0
 
 
@@ -84,13 +84,15 @@ def report(run: Record) -> list[str]:
     environment = run["environment"]
     commit = (environment["commit"] or "unknown")[:12] + (" with uncommitted changes" if environment["dirty"] else "")
     lines = [
-        "# Penalty: measured" + (" (QUICK: small sizes, no figures)" if run["quick"] else ""), "",
+        "# Measured" + (" (QUICK: small sizes, no figures)" if run["quick"] else ""), "",
         f"{run['started']}, commit {commit}, {environment['cpu']}, {environment['cores']} cores, {run['threads']} "
         f"threads, {' '.join(environment['isa'])}, torch {environment['versions']['torch']}, backend "
         f"{environment['backend']}. float32, value and gradients unless said. Ratios are medians over rounds in which "
         "all contestants took turns, [quartiles] beside them.",
         *_quiet(run),
     ]
+    if not run["penalty"]:
+        return lines + report_rnn.report(run.get("rnn", []), run["quick"])
     for allocator in dict.fromkeys(one["allocator"] for one in run["penalty"]):
         of_allocator = {one["case"]: one for one in run["penalty"] if one["allocator"] == allocator}
         lines += ["", f"## Figures, malloc {allocator}" + _about(allocator, run), ""]

@@ -70,7 +70,9 @@ class PathChoice(OrderedModule):
                                     inputs=self._mean_inputs())
         if ratio is None:
             return "dense", f"the table of crossovers has nothing for {dtype} on {device}; tune() measures it"
-        return "sparse" if ratio > rnn_paths.MARGIN else "dense", f"by the table of crossovers {rnn_paths.told(ratio)}"
+        least = rnn_paths.margin(any(density is not None for density in densities), training)
+        told = f"by the table of crossovers {rnn_paths.told(ratio, least)}"
+        return "sparse" if ratio > least else "dense", told
 
     @constant_at_compile_time
     def _path_at_compile_time(self, device, dtype, batch, steps, training) -> str:

@@ -8,7 +8,7 @@ whose W_ih and W_hh are both hidden x hidden and masked to the same density, on 
 
 and beside it `unmasked`, the same for a layer that has no mask at all. Rule: the ratio at a point is interpolated
 linearly in the logarithms of ratio and coordinates, which are first moved onto the grid's nearest edge where they lie
-beyond it; sparse where it is above MARGIN. What counts as density is the kept share of the entries of both weights
+beyond it; sparse where it is above `margin`. What counts as density is the kept share of the entries of both weights
 together.
 
 A float64 net takes the table of float32 where it has none of its own. No table for a device or dtype: dense.
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 MARGIN = 1.3  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
+MARGIN_OF_MASKED_TRAINING = 1.0  # there the dense path has to mask weights and gradients as well, which the table leaves out
 FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
 AXES = ("hidden", "batch", "steps")
 
@@ -76,7 +77,13 @@ def choose(device_type: str, dtype: torch.dtype, hidden: int, batch: int, densit
     backward pass follows. inputs: columns of W_ih, None = hidden.
     """
     ratio = predicted(device_type, dtype, hidden, batch, density_ih, density_hh, training, steps, inputs=inputs)
-    return "sparse" if ratio is not None and ratio > MARGIN else "dense"
+    masked = density_ih is not None or density_hh is not None
+    return "sparse" if ratio is not None and ratio > margin(masked, training) else "dense"
+
+
+def margin(masked: bool, training: bool) -> float:
+    """The predicted ratio from which on the sparse path is taken."""
+    return MARGIN_OF_MASKED_TRAINING if masked and training else MARGIN
 
 
 @lru_cache(maxsize=1024)  # a net asks the same at each call
@@ -119,11 +126,11 @@ def _between(values: tuple[float, ...], at: float) -> list[tuple[float, float]]:
     return [(low, 1 - share), (high, share)]
 
 
-def told(ratio: float) -> str:
-    """A ratio in words."""
+def told(ratio: float, least: float) -> str:
+    """A ratio in words; least: the margin it is held against."""
     told = f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
         f"dense takes about 1/{1 / ratio:.3g} of the time of sparse")
-    return told + (f", too little to rely on (under 1/{MARGIN:g})" if 1 < ratio <= MARGIN else "")
+    return told + (f", too little to rely on (under 1/{least:g})" if 1 < ratio <= least else "")
 
 
 # --- how a masked hidden weight is read on CUDA ----------------------------------------------------------------
