@@ -1,0 +1,103 @@
+"""The C++ loops of the masked RNN against the reference: every instruction set, width of strip, and number of threads."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moduli_kernels import _library, _library_rnn
+
+pytestmark = pytest.mark.skipif(_library.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
+
+# T, B, I, H: each width of a strip with and without lanes that are filled up, blocks of columns, rows that fill no panel
+SIZES = [(3, 1, 2, 5), (2, 3, 3, 17), (4, 4, 7, 18), (2, 8, 5, 33), (2, 13, 1, 16), (3, 20, 33, 65), (2, 32, 16, 32),
+         (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1)]
+STEPS = [("tanh", 1.0, False), ("relu", 1.0, True), ("tanh", 0.5, True), ("relu", 0.3, False)]
+NEEDS = (True,) * 5
+
+
+def drawn(sizes, density, with_lengths, dtype):
+    steps, batch, inputs, hidden = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def mask(*shape):
+        return None if density is None else torch.rand(*shape, generator=generator) < density
+
+    lengths = torch.randint(0, steps + 1, (batch,), generator=generator) if with_lengths else None
+    tensors = [normal(steps, batch, inputs), normal(batch, hidden), normal(hidden, inputs, scale=0.3),
+               normal(hidden, hidden, scale=0.5 / hidden**0.5), normal(hidden), normal(hidden)]
+    masks = [mask(hidden, inputs), mask(hidden, hidden)]
+    return tensors, masks, lengths, [normal(steps, batch, hidden), normal(batch, hidden)]
+
+
+def both(forward, backward, tensors, masks, lengths, grads, step):
+    """output, last state, s(a), and all gradients."""
+    found = forward(*tensors, *masks, *(None,) * 4, lengths, *step, True)
+    return (*found, *backward(*grads, *tensors[:4], *masks, lengths, found[0], found[2], *step, *NEEDS))
+
+
+def compiled(*arguments):
+    ops = torch.ops.moduli_kernels
+    with torch._C._AutoDispatchBelowAutograd():
+        return both(ops.masked_rnn, ops.masked_rnn_grads, *arguments)
+
+
+def check(dtype, sizes):
+    """Against the reference in float64: 1e-13 and 1e-5 relative in norm, or, where sums cancel, 3 x the error that the
+    reference itself has in this dtype."""
+    reference = _library_rnn._masked_rnn, _library_rnn._masked_rnn_grads
+    limit = 1e-13 if dtype == torch.float64 else 1e-5
+    for density in (None, 0.0, 0.3, 1.0):
+        for k, step in enumerate(STEPS):
+            tensors, masks, lengths, grads = drawn(sizes, density, k % 2 == 1, dtype)
+            doubled = [t.double() for t in tensors], masks, lengths, [t.double() for t in grads], step
+            truth, own = both(*reference, *doubled), both(*reference, tensors, masks, lengths, grads, step)
+            for got, rounded, expected in zip(compiled(tensors, masks, lengths, grads, step), own, truth, strict=True):
+                assert got.shape == expected.shape and got.dtype == dtype
+                error, reached = ((t.double() - expected).norm() for t in (got, rounded))
+                assert error <= max(limit * expected.norm(), 3 * reached), (density, step, error, expected.norm())
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_against_the_reference(sizes):
+    check(torch.float64, sizes)
+    check(torch.float32, sizes)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa):
+    program = ("import torch, test_rnn_cpp as t\n"
+               "for sizes in t.SIZES:\n    t.check(torch.float64, sizes); t.check(torch.float32, sizes)\n")
+    settings = {"MODULI_KERNELS_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(__file__), capture_output=True, text=True,
+                          env=os.environ | settings)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bitwise_equal_for_any_number_of_threads():
+    before = torch.get_num_threads()
+    arguments = *drawn((6, 70, 40, 400), 0.1, True, torch.float32), STEPS[2]
+    try:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(compiled(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_numbers_at_masked_weights_are_never_read():
+    tensors, masks, lengths, grads = drawn((3, 20, 9, 65), 0.2, False, torch.float32)
+    spoiled = list(tensors)
+    for i in (2, 3):
+        spoiled[i] = torch.where(masks[i - 2], tensors[i], torch.full_like(tensors[i], float("nan")))
+    clean, got = (compiled(t, masks, lengths, grads, STEPS[0]) for t in (tensors, spoiled))
+    assert all(torch.equal(a, b) for a, b in zip(clean, got, strict=True))
+    for gradient, mask in zip(got[5:7], masks, strict=True):
+        assert (gradient[~mask] == 0).all()
