@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SMALLEST_BATCH = 8  # of a tile: the tensor cores' own
-ALONE = 128  # rows, at most, that one program keeps
+ALONE = 128  # rows, at most, that one program keeps; of a number that is not aligned half as many, lest it spill
 HELD_ROWS = 16  # of a strip
 # "exact" splits each number in two, which takes registers
 EXACT_ALONE, EXACT_HELD = 64, 512
@@ -56,7 +56,7 @@ def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: 
     """For n rows, this batch and 4-byte (exact: in three products each) or 2-byte numbers. chip: bytes of shared memory
     that a program may have."""
     depth = max(16, power_of_2(n))
-    if n <= (EXACT_ALONE if exact else ALONE):
+    if n <= (EXACT_ALONE if exact else ALONE if n % ALIGNED == 0 else ALONE // 2):
         return Shares("alone", depth, SMALLEST_BATCH, depth, 1, WARPS, 1, cdiv(batch, SMALLEST_BATCH), 1)
     strips = cdiv(n, HELD_ROWS)
     warps = MANY_WARPS if depth >= 32 * MANY_WARPS else WARPS
@@ -94,12 +94,11 @@ def kept_shares(n: int, pitch: int, side: int | None, strays: int, itemsize: int
         tile //= 2
     parts = min(cdiv(pitch, tile), multiprocessors)
     tiles = cdiv(cdiv(pitch, tile), parts)
-    entries = max(1, min(power_of_2(cdiv(strays, n)), KEPT_ENTRIES, 2 * KEPT_TILE // (rows * tile)))
+    entries = max(1, min(power_of_2(cdiv(strays, n)), KEPT_ENTRIES, KEPT_TILE // (rows * tile)))
     # a block waits in one of these buffers; its column is read a stage ahead, so Triton takes two stages for each
     buffers = max(1, min(KEPT_BUFFERS, chip // (rows * (rows + tile) * itemsize) - 1))
-    return Shares("kept", rows, tile, rows, 1, MANY_WARPS if rows * tile * entries > KEPT_TILE else WARPS,
-                  max(1, min(strips, multiprocessors // parts)), cdiv(cdiv(pitch, tile), tiles), tiles, entries,
-                  2 * buffers + 1)
+    return Shares("kept", rows, tile, rows, 1, WARPS, max(1, min(strips, multiprocessors // parts)),
+                  cdiv(cdiv(pitch, tile), tiles), tiles, entries, 2 * buffers + 1)
 
 
 class ProductTile(NamedTuple):
