@@ -6,9 +6,7 @@
 """
 from __future__ import annotations
 
-import os
 import sys
-import time
 
 import pytest
 import torch
@@ -20,17 +18,9 @@ from .peers_gpu import small_net
 
 # the compiler of the peers warns of what is no concern here (the suite turns warnings into errors)
 pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-DEADLINE = "MODULI_KERNELS_BENCHMARKS_DEADLINE"  # seconds since 1970; what would begin later is left out
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+              pytest.mark.usefixtures("in_time")]
 REPLAYS = 20
-
-
-@pytest.fixture(autouse=True)
-def in_time():
-    if time.time() > float(os.environ.get(DEADLINE, "inf")):
-        pytest.skip("the run's time is up; PART=bench alone has more")
-    yield
-    torch.cuda.empty_cache()
 
 
 def test_three_layers(quick, save_gpu):

@@ -4,26 +4,15 @@
 """
 from __future__ import annotations
 
-import os
-import time
-
 import pytest
 import torch
 
-from .bench_penalty_gpu import DEADLINE
 from .cases_rnn_gpu import RNN_GPU_CASES, RnnContest, tf32
 from .contest_gpu import measure_calls
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+              pytest.mark.usefixtures("in_time")]
 ROUNDS = 60
-
-
-@pytest.fixture(autouse=True)
-def in_time():
-    if time.time() > float(os.environ.get(DEADLINE, "inf")):
-        pytest.skip("the run's time is up; PART=bench alone has more")
-    yield
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("case", RNN_GPU_CASES, ids=lambda case: case.name)

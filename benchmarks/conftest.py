@@ -26,6 +26,7 @@ RETAINED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "1
             "MALLOC_TOP_PAD_": "67108864"}
 ALLOCATOR, RECORD = "MODULI_KERNELS_BENCHMARKS_ALLOCATOR", "MODULI_KERNELS_BENCHMARKS_RECORD"
 GPU_RECORD = "MODULI_KERNELS_BENCHMARKS_GPU_RECORD"
+DEADLINE = "MODULI_KERNELS_BENCHMARKS_DEADLINE"  # seconds since 1970; what would begin later on a GPU is left out
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
@@ -80,6 +81,15 @@ def allocators_of(item) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def quick(request) -> bool:
     return request.config.option.quick
+
+
+@pytest.fixture
+def in_time():
+    """For benchmarks on a GPU, which `make gpu` runs within its minutes; each leaves the GPU's memory free."""
+    if time.time() > float(os.environ.get(DEADLINE, "inf")):
+        pytest.skip("the run's time is up; PART=bench alone has more")
+    yield
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session", autouse=True)

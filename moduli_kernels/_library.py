@@ -22,11 +22,13 @@ _encoding.py. scale: strength over the number of entries.
 """
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import pathlib
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -237,35 +239,46 @@ triton_installed = importlib.util.find_spec("triton") is not None
 triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton(name: str):
-    def on_cuda(*arguments):
-        from .triton import launch, launch_kept, launch_several
+def register_triton(schemas: Iterable[str], module_of: Callable[[str], str], fallbacks: dict[str, Callable]) -> None:
+    """Has CUDA tensors served by the launcher of each op's own name. In Triton's interpreter CPU tensors too, where the
+    backend "triton" is chosen, else by what served them before.
 
-        module = launch_several if "penalties" in name else launch_kept if name == "proximal_step_" else launch
+    module_of: from an op's name to the module of moduli_kernels/triton that holds its launcher, which is imported by
+    the first call. fallbacks: the reference of op `name` as "_name"; a module's globals().
+    """
+    for name in schemas if triton_installed else ():
+        _lib.impl(name, _triton(name, module_of), "CUDA")
+    for name in schemas if triton_interpreted else ():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that they replace the compiled ones
+            _lib.impl(name, _interpreted(name, module_of, fallbacks), "CPU", with_keyset=True)
+
+
+def _triton(name: str, module_of: Callable[[str], str]) -> Callable:
+    def launch(*arguments):
+        module = importlib.import_module(f".triton.{module_of(name)}", __package__)
         return getattr(module, name)(*arguments)
 
-    return on_cuda
+    return launch
 
 
-def _interpreted(name: str):
-    """The launcher where the backend "triton" is chosen, else what served the CPU before."""
-    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if cpu_ops_error is None else None
+def _interpreted(name: str, module_of: Callable[[str], str], fallbacks: dict[str, Callable]) -> Callable:
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"moduli_kernels::{name}", "CPU")
+    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if compiled else None
+    launch = _triton(name, module_of)
 
     def on_cpu(keys, *arguments):
         from . import _backend
 
         if _backend.active("cpu") == "triton":
-            return _triton(name)(*arguments)
-        return before(keys, *arguments) if before else globals()[f"_{name}"](*arguments)
+            return launch(*arguments)
+        return before(keys, *arguments) if before else fallbacks[f"_{name}"](*arguments)
 
     return on_cpu
 
 
-if triton_installed:
-    for _name in SCHEMAS:
-        _lib.impl(_name, _triton(_name), "CUDA")
-if triton_interpreted:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that they replace the compiled ones
-        for _name in SCHEMAS:
-            _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)
+def _module_of(name: str) -> str:
+    return "launch_several" if "penalties" in name else "launch_kept" if name == "proximal_step_" else "launch"
+
+
+register_triton(SCHEMAS, _module_of, globals())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _library_rnn, reference_rnn
-from ._library import _lib, triton_installed, triton_interpreted
+from ._library import _lib, register_triton
 from ._library_rnn import NEEDS, STEP, WEIGHTS
 from .block_layout import BlockLayout, Lists
 
@@ -101,11 +101,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, *_):
     grads = torch.ops.moduli_kernels.blocked_rnn_grads(
         grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, ctx.side, lengths, states, activations,
         *ctx.step, *needs)
-    *four, bias = (grad if needed else None for grad, needed in zip(grads, needs))
-    b_ih, b_hh = bias if need[4] else None, bias if need[5] else None
-    # not one tensor twice: either may become a .grad
-    return (*four, b_ih, b_hh.clone() if b_ih is not None and b_hh is not None else b_hh, None, None,
-            [None] * len(layout), *(None,) * 6)
+    return (*_library_rnn.grads_asked_for(grads, need), None, None, [None] * len(layout), *(None,) * 6)
 
 
 torch.library.register_autograd("moduli_kernels::blocked_rnn", _backward, setup_context=_setup_context, lib=_lib)
@@ -113,28 +109,4 @@ torch.library.register_autograd("moduli_kernels::blocked_rnn", _backward, setup_
 
 # --- the Triton kernels ----------------------------------------------------------------------------------------
 
-def _triton(name: str):
-    def on_cuda(*arguments):
-        from .triton import launch_blocks
-
-        return getattr(launch_blocks, name)(*arguments)
-
-    return on_cuda
-
-
-def _interpreted(name: str):
-    """As in _library.py; nothing is compiled for the CPU."""
-    def on_cpu(*arguments):
-        from . import _backend
-
-        return (_triton(name) if _backend.active("cpu") == "triton" else globals()[f"_{name}"])(*arguments)
-
-    return on_cpu
-
-
-if triton_installed:
-    for _name in SCHEMAS:
-        _lib.impl(_name, _triton(_name), "CUDA")
-if triton_interpreted:
-    for _name in SCHEMAS:
-        _lib.impl(_name, _interpreted(_name), "CPU")
+register_triton(SCHEMAS, lambda name: "launch_blocks", globals())

@@ -11,13 +11,11 @@ its values (entries,) and has no mask; without gradients. nonlinearity: "tanh" o
 """
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from . import reference_rnn
-from ._library import _lib, triton_installed, triton_interpreted
+from ._library import _lib, register_triton
 
 WEIGHTS = "Tensor w_ih, Tensor w_hh"
 MASKS = "Tensor? mask_ih, Tensor? mask_hh"
@@ -97,13 +95,18 @@ def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, _):
     need = ctx.needs_input_grad
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output.contiguous()
     grad_h_n = torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous()
-    needs = (need[0], need[1], need[2], need[3], need[4] or need[5])
+    needs = (*need[:4], need[4] or need[5])
     grads = torch.ops.moduli_kernels.masked_rnn_grads(
         grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, *ctx.step, *needs)
-    *four, bias = (grad if needed else None for grad, needed in zip(grads, needs))
-    b_ih, b_hh = bias if need[4] else None, bias if need[5] else None
+    return (*grads_asked_for(grads, need), *(None,) * 11)
+
+
+def grads_asked_for(grads: tuple[Tensor, ...], need: tuple[bool, ...]) -> list[Tensor | None]:
+    """Of x, h, w_ih, w_hh, b_ih, b_hh from the five tensors of the ops of gradients; None where not needed."""
+    *four, bias = grads
     # not one tensor twice: either may become a .grad
-    return (*four, b_ih, b_hh.clone() if b_ih is not None and b_hh is not None else b_hh, *(None,) * 11)
+    six = (*four, bias, bias.clone() if need[4] and need[5] else bias)
+    return [grad if needed else None for grad, needed in zip(six, need)]
 
 
 torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_context=_setup_context, lib=_lib)
@@ -111,35 +114,4 @@ torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_c
 
 # --- the Triton kernels ----------------------------------------------------------------------------------------
 
-def _triton(name: str):
-    def on_cuda(*arguments):
-        from .triton import launch_rnn
-
-        return getattr(launch_rnn, name)(*arguments)
-
-    return on_cuda
-
-
-def _interpreted(name: str):
-    """As in _library.py."""
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"moduli_kernels::{name}", "CPU")
-    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if compiled else None
-
-    def on_cpu(keys, *arguments):
-        from . import _backend
-
-        if _backend.active("cpu") == "triton":
-            return _triton(name)(*arguments)
-        return before(keys, *arguments) if before else globals()[f"_{name}"](*arguments)
-
-    return on_cpu
-
-
-if triton_installed:
-    for _name in SCHEMAS:
-        _lib.impl(_name, _triton(_name), "CUDA")
-if triton_interpreted:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that they replace the compiled ones
-        for _name in SCHEMAS:
-            _lib.impl(_name, _interpreted(_name), "CPU", with_keyset=True)
+register_triton(SCHEMAS, lambda name: "launch_rnn", globals())

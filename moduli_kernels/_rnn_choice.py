@@ -42,12 +42,15 @@ class PathChoice(OrderedModule):
         grad, device = torch.is_grad_enabled(), input.device
         autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         weights = () if grad and not self._buffers else _versions(self._parameters)  # masked ones may no longer be 0
-        return (input.shape, input.dtype, device, grad, autocast, weights, _versions(self._buffers), self._path, self._leak,
-                _backend._forced)
+        return (input.shape, input.dtype, device, grad, autocast, weights, *self._asked_for())
+
+    def _asked_for(self) -> tuple:
+        """Of the masks and settings, all that a choice depends on."""
+        return _versions(self._buffers), self._path, self._leak, _backend._forced
 
     def _last_choice(self, *case) -> str:
         """The path of `_choice`, asked for again only where something it depends on has changed: small nets notice."""
-        asked = (*case, _versions(self._buffers), self._path, self._leak, _backend._forced)
+        asked = (*case, *self._asked_for())
         if self._chosen[0] != asked:
             self._chosen = (asked, self._choice(*case)[0])
         return self._chosen[1]

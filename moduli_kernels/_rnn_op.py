@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _checks_rnn, _library_blocks, _library_rnn
+from ._once import only_once
 from .block_layout import BlockLayout
 from .reference import compute_dtype
 from .reference_rnn import Step
@@ -160,23 +161,8 @@ class _MaskedRNN(torch.autograd.Function):
                 x.new_zeros(len(x), *h.shape) if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,
                 *ctx.given_back, lengths, states, activations, *ctx.step, *needs)
-            b_ih = grads[4] if need[4] else None
-            # not one tensor twice: either may become a .grad
-            b_hh = (grads[4].clone() if need[4] else grads[4]) if need[5] else None
-        grads = [*(grad if needed else None for grad, needed in zip(grads, need[:4])), b_ih, b_hh]
+            grads = _library_rnn.grads_asked_for(grads, need)
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
             sources = [t for t in (grad_output, grad_h_n, x, h, w_ih, w_hh) if t is not None]
-            grads = [None if grad is None else _OnceDifferentiable.apply(grad, *sources) for grad in grads]
+            grads = only_once(grads, _checks_rnn.second_derivative, *sources)
         return (None,) * 6 + (*grads, None, None)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Hands its first argument through; a derivative of it is refused."""
-
-    @staticmethod
-    def forward(ctx, gradient, *sources):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, grad):
-        _checks_rnn.second_derivative()

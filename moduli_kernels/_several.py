@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _encoding
+from ._once import only_once
 from .inhibitors import TabulatedInhibitor
-from .penalty import _OnceDifferentiable, checked, row_strided
+from .penalty import checked, refuse_second_derivative, row_strided
 from .reference import Penalty, compute_dtype
 from .regularizer import ModuliRegularizer
 
@@ -135,5 +136,5 @@ class _PenaltiesFunction(torch.autograd.Function):
             grads = ctx.run.grads(grad, ctx.saved_tensors, *ctx.needs)
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
             sources = [t for t in ctx.saved_tensors if t is not None]
-            grads = [None if g is None else _OnceDifferentiable.apply(g, grad, *sources) for g in grads]
+            grads = only_once(grads, refuse_second_derivative, grad, *sources)
         return (None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:])))

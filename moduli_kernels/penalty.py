@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backend, _checks, _encoding, reference
+from ._once import only_once
 from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
 from .manifolds import Manifold, manifold as resolve_manifold
 
@@ -100,23 +101,15 @@ class _PenaltyFunction(torch.autograd.Function):
         else:
             grads = ctx.run.grads(grad, *ctx.saved_tensors, ctx.need_weight, ctx.need_points)
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
-            grads = [None if g is None else _OnceDifferentiable.apply(g, grad, *ctx.saved_tensors[:3]) for g in grads]
+            grads = only_once(grads, refuse_second_derivative, grad, *ctx.saved_tensors[:3])
         return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Hands its first argument through; a derivative of it is refused."""
-
-    @staticmethod
-    def forward(ctx, gradient, *sources):
-        return gradient.view_as(gradient) if gradient.layout == torch.strided else gradient.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError(
-            "moduli_penalty is differentiable once, got a second derivative (double backward); leave the penalty out "
-            "of the loss you differentiate twice, or use moduli_kernels.reference.penalty_formula."
-        )
+def refuse_second_derivative() -> None:
+    raise NotImplementedError(
+        "moduli_penalty is differentiable once, got a second derivative (double backward); leave the penalty out "
+        "of the loss you differentiate twice, or use moduli_kernels.reference.penalty_formula."
+    )
 
 
 class _OpRunner:

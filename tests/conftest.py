@@ -11,6 +11,9 @@ import torch
 from hypothesis import settings
 from penalty_cases import DEVICE, KERNELS
 
+import moduli_kernels as mk
+from moduli_kernels import _library
+
 settings.register_profile("moduli", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("moduli")
 
@@ -67,6 +70,14 @@ def poisoned_empty():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def on_triton():
+    """For the files that run Triton's kernels on CPU tensors, in its interpreter."""
+    assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
+    with mk.backend("triton"):
+        yield
 
 
 @pytest.fixture

@@ -34,20 +34,16 @@ from moduli_kernels import _backend, _library
 from moduli_kernels.triton import launch, launch_table
 
 # NumPy, of what is right here: log2(0), and inf - inf and 0 / 0 of poisoned points
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
+]
 
 EVERY_INHIBITOR = {name: f for name, f in (INHIBITORS | VARIANTS).items() if name != "callable"}
 MAIN_INHIBITORS = tuple(name for name in INHIBITORS if name != "callable")
 POWERS = (1.0, 1.5, 2.0, 3.0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEEDED = ("all", "shared", "weight", "points", "value")
-
-
-@pytest.fixture(autouse=True)
-def on_triton():
-    assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
-    with mk.backend("triton"):
-        yield
 
 
 @pytest.fixture

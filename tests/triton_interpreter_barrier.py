@@ -18,13 +18,16 @@ import triton
 import triton.language as tl  # noqa: F401 - the interpreter looks for it beside a kernel
 from triton.runtime import interpreter
 from triton_interpreter_blocks import Blocked
-from triton_interpreter_rnn import Layer, force, on_triton  # noqa: F401 - a fixture
+from triton_interpreter_rnn import Layer, force
 
 from moduli_kernels.reference_rnn import Step
 from moduli_kernels.triton import launch_steps, rnn_backward, rnn_forward, rnn_table
 
 builder = interpreter.interpreter_builder
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
+]
 
 
 class Program(threading.Thread):

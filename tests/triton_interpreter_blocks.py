@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_interpreter_rnn import STEPS, Layer, on_triton, ops  # noqa: F401 - on_triton is a fixture
+from triton_interpreter_rnn import STEPS, Layer, ops
 
 import moduli_kernels as mk
 from moduli_kernels import _library_blocks
@@ -13,7 +13,10 @@ from moduli_kernels.block_layout import block_layout
 from moduli_kernels.reference_rnn import Step
 from moduli_kernels.triton import launch_blocks, launch_steps, rnn_table
 
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
+]
 ALL, NONE = 1, 99999  # thresholds: whatever has a kept entry is a block; nothing is
 
 

@@ -21,23 +21,17 @@ from penalty_cases import (
 )
 
 import moduli_kernels as mk
-from moduli_kernels import _library, reference
+from moduli_kernels import reference
 from moduli_kernels.triton import launch_kept
 
 pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning"),
 ]
 CLOSE = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-6, 1e-2),
          torch.float16: (1e-6, 2e-3)}
 DTYPES = tuple(CLOSE)
-
-
-@pytest.fixture(autouse=True)
-def on_triton():
-    assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
-    with mk.backend("triton"):
-        yield
 
 
 def draw_mask(*shape: int, density: float = 0.1) -> torch.Tensor:

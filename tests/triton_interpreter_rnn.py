@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import _library, reference_rnn
+from moduli_kernels import reference_rnn
 from moduli_kernels.reference_rnn import Step
 from moduli_kernels.triton import launch_steps, rnn_table
 from moduli_kernels.triton.rnn_table import Shares
 
 # NumPy, of what is right here: e^2x of large x, and inf - inf of poisoned weights
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
+]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-12}
 ops = torch.ops.moduli_kernels
-
-
-@pytest.fixture(autouse=True)
-def on_triton():
-    assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
-    with mk.backend("triton"):
-        yield
 
 
 @pytest.fixture

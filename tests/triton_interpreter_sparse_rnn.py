@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from rnn_cases import assert_same, draw, draw_mask, net_of, plain_rnn, run
-from triton_interpreter_rnn import on_triton  # noqa: F401 - a fixture
 
 import moduli_kernels as mk
 from moduli_kernels import rnn_paths
 from moduli_kernels.triton import launch_blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
+]
 
 
 @pytest.fixture

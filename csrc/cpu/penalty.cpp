@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -13,8 +12,10 @@
 #include <vector>
 
 #include "../inhibitor.h"
+#include "aligned.h"
 #include "isa.h"
 #include "points.h"
+#include "tasks.h"
 
 namespace moduli {
 namespace {
@@ -157,12 +158,8 @@ struct Prepared {
 template <typename T>
 void run_tasks(const PenaltyProblem<T>& p, RunTask<T> run) {
   const int64_t tasks = p.grid.row_chunks * p.grid.column_chunks;
-  std::atomic<int64_t> next{0};  // a thread that is held up takes fewer
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
-    std::unique_ptr<T[]> scratch(new T[scratch_size(p) + MAX_LANES]);
-    auto aligned = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
-    for (int64_t task = next++; task < tasks; task = next++) run(p, task, aligned);
-  });
+  each_task(tasks, WORTH_SHARING, [&] { return Aligned<T>(scratch_size(p)); },
+            [&](int64_t task, const Aligned<T>& scratch) { run(p, task, scratch.data()); });
 }
 
 struct Result {

@@ -1,6 +1,7 @@
 // A sequence through one layer in one direction: strips of the batch, their slabs, and the order of the steps.
 #pragma once
 
+#include "aligned.h"
 #include "rnn_matrix.h"
 
 namespace moduli {
@@ -31,28 +32,33 @@ inline std::vector<Strip> strips_of(int64_t batch) {
   return strips;
 }
 
+// Of all strips, with those that are filled up.
+inline int64_t lanes_of(const std::vector<Strip>& strips) {
+  int64_t lanes = 0;
+  for (const Strip& strip : strips) lanes += strip.width;
+  return lanes;
+}
+
 // For each strip, `steps` slabs of `rows` rows in a row.
 template <typename T>
 class Slabs {
  public:
-  Slabs(const std::vector<Strip>& strips, int64_t steps, int64_t rows) : rows_((rows + PANEL - 1) / PANEL * PANEL) {
-    int64_t size = 0;
+  Slabs(const std::vector<Strip>& strips, int64_t steps, int64_t rows)
+      : rows_((rows + PANEL - 1) / PANEL * PANEL), memory_(steps * rows_ * lanes_of(strips)) {
+    int64_t lanes = 0;
     for (const Strip& strip : strips) {
-      first_.push_back(size);
+      first_.push_back(steps * rows_ * lanes);
       width_.push_back(strip.width);
-      size += steps * rows_ * strip.width;
+      lanes += strip.width;
     }
-    memory_.reset(new T[size + 64 / sizeof(T)]);
-    aligned_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
   }
-  T* at(int64_t strip, int64_t step) const { return aligned_ + first_[strip] + step * stride(strip); }
+  T* at(int64_t strip, int64_t step) const { return memory_.data() + first_[strip] + step * stride(strip); }
   int64_t stride(int64_t strip) const { return rows_ * width_[strip]; }
 
  private:
   int64_t rows_;
   std::vector<int64_t> first_, width_;
-  std::unique_ptr<T[]> memory_;
-  T* aligned_;
+  Aligned<T> memory_;
 };
 
 template <typename T>
@@ -233,12 +239,7 @@ class Sequence {
   }
 
   static int64_t entries(const Matrix<T>& m) { return m.begin ? m.begin[m.blocks * m.rows] : m.rows * m.columns; }
-  // Of all strips, with those that are filled up.
-  int64_t lanes() const {
-    int64_t lanes = 0;
-    for (const Strip& strip : strips_) lanes += strip.width;
-    return lanes;
-  }
+  int64_t lanes() const { return lanes_of(strips_); }
   int64_t strips() const { return static_cast<int64_t>(strips_.size()); }
   int64_t time(int64_t k) const { return d_.reverse ? d_.steps - 1 - k : k; }
   template <typename U>
