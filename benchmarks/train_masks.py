@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from examples.trainer import Config, Run
+from examples.config import Config
+from examples.trainer import Run
 from moduli_kernels import linear_schedule
 
 MASKS = Path(__file__).resolve().parent / "masks"
@@ -39,7 +40,7 @@ BLOCK = 16  # side of the blocks of the pruning mode "block"
 def config(penalty: str, hidden: int, sparsities: tuple[float, ...], seed: int = 0, **settings) -> Config:
     net, strength = PENALTIES[penalty]
     schedule = BEFORE + [sparsity for sparsity in sparsities for _ in range(EPOCHS_AT_EACH)]
-    return Config(task="navigation", net=net, seed=seed, sizes={**WORLD, "hidden": hidden}, schedule=schedule, batches=85,
+    return Config(task="navigation", net=net, seed=seed, options={**WORLD, "hidden": hidden}, schedule=schedule, batches=85,
                   lr=2e-3, strength=strength, cut="recurrent", **settings)
 
 
@@ -80,12 +81,12 @@ def train(name: str, its: Config) -> None:
         """The mask as it is at the last epoch of each sparsity."""
         if epoch < len(BEFORE) or epoch < len(its.schedule) and its.schedule[epoch] == its.schedule[epoch - 1]:
             return
-        _, mask = run.task.recurrent()
+        ((_, mask),) = run.task.recurrent()
         masks[f"mask_{round(100 * its.schedule[epoch - 1])}"] = np.packbits(mask.cpu().numpy(), axis=1)
         _write(partial, masks)
 
     result = run.train(after_epoch=keep)
-    _, regularizer = next(iter(run.torus.items()))
+    _, regularizer = next(iter(run.geometry.items()))
     if not name.startswith("quality"):
         _write(MASKS / f"{name}.npz", masks | {"points": regularizer.rows.points.cpu().numpy()})
     _record(name, {"config": asdict(its), "history": result.history, "seconds": result.seconds,

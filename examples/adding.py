@@ -2,10 +2,13 @@
 
 A test of memory: the marks may stand far apart and far from the end. Always answering 1 gives a root mean
 square error (RMSE) of 0.41. Tensors are time-major, (steps, batch, ...).
+
+    python -m examples.adding --net torus --cut 0.95
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,8 +17,9 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
+from .task import WORLD_SEED, Preset, Task
+
 INPUTS = 2  # the number and its mark
-WORLD_SEED = 1000  # added to a run's seed: a stream of draws of its own, apart from the initial weights
 
 
 class Sums(NamedTuple):
@@ -37,35 +41,44 @@ def sums(batch: int, steps: int, *, generator: torch.Generator) -> Sums:
 
 
 class Adder(nn.Module):
-    """One ReLU layer whose input and state share a matrix, and a linear read-out of the last state.
+    """One ReLU layer and a linear read-out of its last state.
 
-    h_t = relu(joint [x_t, h_{t-1}] + b), h_{-1} = 0. `joint.weight` is (hidden, 2 + hidden): W_ih and W_hh
-    side by side, as the authors have it, with nn.Linear's default initialization over both.
+    h_t = relu(W_ih x_t + W_hh h_{t-1} + b), h_{-1} = 0. The authors hold W_ih and W_hh side by side in one
+    matrix with nn.Linear's default initialization: so do these two start, and they are pruned together anyway.
     """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.joint = nn.Linear(INPUTS + hidden, hidden)
+        self.rnn = mk.SparseRNN(INPUTS, hidden, nonlinearity="relu")
         self.readout = nn.Linear(hidden, 1)
+        self.rnn.bias_hh_l0.requires_grad_(False)  # one bias: a second one would double its learning rate
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Also of a lottery run (mk.reinitialize_), after the parts have had theirs."""
+        bound = (INPUTS + self.rnn.hidden_size) ** -0.5
+        for parameter in self.rnn.parameters():
+            parameter.uniform_(-bound, bound)
+        self.rnn.bias_hh_l0.zero_()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(steps, batch, 2) -> (batch,)."""
-        w_ih, w_hh = self.joint.weight.split((INPUTS, self.joint.out_features), dim=1)
-        driven = inputs @ w_ih.t() + self.joint.bias  # all steps at once: saves a concatenation a step
-        w_hh = w_hh.t()
-        state = torch.relu(driven[0])
-        for step in driven[1:]:
-            state = torch.relu(torch.addmm(step, state, w_hh))
-        return self.readout(state)[:, 0]
+        _, last = self.rnn(inputs)
+        return self.readout(last[0])[:, 0]
 
 
-class AddingTask:
-    """The task as the trainer sees it; see NavigationTask."""
+class AddingTask(Task):
+    """The defaults are the paper's size."""
 
-    def __init__(self, *, hidden: int, steps: int, batch: int, seed: int, device: str,
-                 tests: int = 4000) -> None:
+    METRIC = "RMSE"
+    UNIT = "RMSE"
+    R3_SPREAD = 10.0
+
+    def __init__(self, *, hidden: int = 128, steps: int = 50, batch: int = 32, tests: int = 4000, seed: int = 0,
+                 device: str = "cpu") -> None:
         self.batch_size, self.steps = batch, steps
-        torch.manual_seed(seed)  # the initial weights: PyTorch's default
+        torch.manual_seed(seed)  # the initial weights
         self.model = Adder(hidden).to(device)
         self.generator = torch.Generator(device).manual_seed(WORLD_SEED + seed)
         self.test = sums(tests, steps, generator=self.generator)
@@ -91,13 +104,23 @@ class AddingTask:
         return {"always answering 1": (self.test.target - 1).square().mean().sqrt().item()}
 
     def pruned(self) -> list[tuple[nn.Module, str]]:
-        return [(self.model.joint, "weight"), (self.model.readout, "weight")]
+        rnn = self.model.rnn
+        return [(rnn, "weight_ih_l0"), (rnn, "weight_hh_l0"), (self.model.readout, "weight")]
 
-    def targets(self) -> list[mk.Target]:
-        """The penalty is on W_hh alone, the columns of `joint.weight` after the inputs'."""
-        return [mk.Target(self.model.joint, "weight", columns=slice(INPUTS, None))]
+    def recurrent(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.model.rnn.weight_hh_l0.detach(), self.model.rnn.weight_hh_l0_mask)]
 
-    def recurrent(self) -> tuple[Tensor, Tensor]:
-        """W_hh (n, n) and its mask (True = kept), for density and plots; read after the pruner was made."""
-        joint = self.model.joint
-        return joint.weight.detach()[:, INPUTS:], joint.weight_mask[:, INPUTS:]
+
+TASK = AddingTask
+PRESETS = {
+    # The authors' code: 100 epochs of 10,000 samples, then 10 on the final mask.
+    "full": Preset("the authors' code at full size", {}, epochs=100, hold=10, batches=313, lr=1e-4, strength=1e-3,
+                   clip=0.5, settings={"point_damping": 0.99}),
+    "quick": Preset("44 epochs at three times the learning rate", {}, before=14, epochs=20, hold=10, batches=313,
+                    lr=3e-4, strength=1e-3, clip=0.5, settings={"point_damping": 0.99}),
+}
+
+if __name__ == "__main__":
+    from .command import main
+
+    sys.exit(main("adding"))

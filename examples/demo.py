@@ -19,7 +19,8 @@ import torch
 import moduli_kernels as mk
 
 from . import report
-from .trainer import Config, Result, Run
+from .config import Config, Result
+from .trainer import Run
 from .workers import cores, train_all
 
 HERE = Path(__file__).resolve().parent
@@ -43,12 +44,12 @@ def modes(task: str) -> dict[str, Mode]:
         world = {"landmarks": 128, "width_cm": 24, "batch": 50}
         common = {"lr": 2e-3, "strength": 0.1}
         settings = {
-            **common, "batches": 85, "sizes": {**world, "hidden": 512, "steps": 20},
+            **common, "batches": 85, "options": {**world, "hidden": 512, "steps": 20},
             # Steps of 5 %, so that every sparsity wanted is met; before them, at 0 until the task is learned.
             "schedule": [0.0] * 17 + mk.linear_schedule(0.9, 19, hold=4),
         }
         tiny = {
-            **common, "batches": 40, "sizes": {**world, "hidden": 128, "steps": 10},
+            **common, "batches": 40, "options": {**world, "hidden": 128, "steps": 10},
             "schedule": [0.0] * 6 + mk.linear_schedule(0.9, 19),
         }
         size = "n = 512, 128 landmarks, 20 steps"
@@ -56,13 +57,13 @@ def modes(task: str) -> dict[str, Mode]:
         full = CONTROLS + ("shuffled",)
     else:
         wanted = (0.0, 0.5, 0.75, 0.9, 0.95)
-        common = {"lr": 3e-4, "strength": 1e-3, "clip": 0.5, "frozen_epochs": 10}
+        common = {"lr": 3e-4, "strength": 1e-3, "clip": 0.5, "frozen_epochs": 10, "point_damping": 0.99}
         settings = {
-            **common, "batches": 313, "sizes": {"hidden": 128, "steps": 50, "batch": 32},
+            **common, "batches": 313, "options": {"hidden": 128, "steps": 50, "batch": 32},
             "schedule": [0.0] * 14 + mk.linear_schedule(0.95, 20, hold=10),
         }
         tiny = {
-            **common, "batches": 60, "sizes": {"hidden": 64, "steps": 20, "batch": 32},
+            **common, "batches": 60, "options": {"hidden": 64, "steps": 20, "batch": 32},
             "schedule": [0.0] * 14 + mk.linear_schedule(0.95, 20, hold=10),
         }
         size = "n = 128, 50 steps"

@@ -9,9 +9,10 @@ import torch
 
 from moduli_kernels import plots
 
+from .config import Config, Result
 from .navigation import BOX, walks
 from .report import stages, with_unit
-from .trainer import Config, Result, Run
+from .trainer import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,10 +137,10 @@ def answers(runs: list[Run], count: int = 500) -> Figure:
     return figure
 
 
-def _torus(run: Run):
-    """(W_hh, its mask, points, manifold, inhibitor); controls are drawn at the torus net's points."""
-    ((_, regularizer),) = run.torus.items()
-    weight, mask = run.task.recurrent()
+def _geometry(run: Run):
+    """(the first W_hh, its mask, points, manifold, inhibitor); controls are drawn at the torus net's points."""
+    _, regularizer = next(iter(run.geometry.items()))
+    weight, mask = run.task.recurrent()[0]
     return weight, mask, regularizer.rows.points.detach(), regularizer.manifold, regularizer.inhibitor
 
 
@@ -147,7 +148,7 @@ def connections(runs: list[Run]) -> Figure:
     """Kept connections into the neurons that have most of them."""
     figure, axes = _figure(len(runs), 6.2, 4.8)
     for run, ax in zip(runs, axes[0]):
-        _, mask, points, manifold, _ = _torus(run)
+        _, mask, points, manifold, _ = _geometry(run)
         busiest = mask.sum(dim=1).argsort(descending=True, stable=True)[:NEURONS].tolist()
         plots.plot_connections(mask, points, manifold, neurons=busiest, ax=ax)
         ax.set_title(f"{run.config.net}: {ax.get_title()}", fontsize="medium")
@@ -158,7 +159,7 @@ def weights(runs: list[Run]) -> Figure:
     """|W_hh| with the neurons in the order of their places on the torus."""
     figure, axes = _figure(len(runs), 5.6, 4.8)
     for run, ax in zip(runs, axes[0]):
-        weight, _, points, manifold, _ = _torus(run)
+        weight, _, points, manifold, _ = _geometry(run)
         plots.plot_weight_heatmap(weight, points, manifold, ax=ax)
         ax.set_title(f"{run.config.net}: {ax.get_title()}", fontsize="medium")
     return figure
@@ -168,7 +169,7 @@ def distance(runs: list[Run]) -> Figure:
     """Fraction of connections kept against distance on the torus, f over it."""
     figure, axes = _figure(len(runs), 5.6, 4.4)
     for run, ax in zip(runs, axes[0]):
-        _, mask, points, manifold, inhibitor = _torus(run)
+        _, mask, points, manifold, inhibitor = _geometry(run)
         plots.plot_kept_against_distance(mask, points, manifold, inhibitor, ax=ax)
         ax.set_title(f"{run.config.net}: {ax.get_title()}", fontsize="medium", pad=24)
     return figure

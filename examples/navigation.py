@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
+from .task import WORLD_SEED, Task
+
 BOX = 2.2  # side of the arena, m
 DT = 0.02  # s
 SPEED_SCALE = 0.13 * 2 * math.pi  # scale of the Rayleigh-distributed forward speed, m/s
@@ -25,7 +27,6 @@ TURN_STD = 5.76 * 2  # standard deviation of the turning rate, rad/s
 WALL_ZONE = 0.03  # closer than this to a wall and heading for it, the walker turns along it, m
 WALL_SLOWDOWN = 0.25
 TEST_BATCHES = 5
-WORLD_SEED = 1000  # added to a run's seed: a stream of draws of its own, apart from the initial weights
 
 
 class Walks(NamedTuple):
@@ -103,11 +104,13 @@ class PathIntegrator(nn.Module):
         return self.decoder(states)
 
 
-class NavigationTask:
-    """The task as the trainer sees it: a model, batches, loss and error, what to prune and what to penalize.
-
-    The defaults are the paper's size. `width_cm` is the landmarks' sigma.
+class NavigationTask(Task):
+    """The defaults are the paper's size. `width_cm` is the landmarks' sigma.
     """
+
+    METRIC = "mean error"
+    UNIT = "cm"
+    DIGITS = 1
 
     def __init__(self, *, hidden: int = 4096, landmarks: int = 512, width_cm: int = 12, steps: int = 50,
                  batch: int = 200, seed: int = 0, device: str = "cpu") -> None:
@@ -160,9 +163,8 @@ class NavigationTask:
         linear = [(self.model.encoder, "weight"), (self.model.decoder, "weight")]
         return [*linear, (rnn, "weight_hh_l0"), (rnn, "weight_ih_l0")]
 
-    def targets(self) -> None:
-        """None: `mk.regularize` finds the recurrent weight of a SparseRNN by itself."""
+    def recurrent(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.model.rnn.weight_hh_l0.detach(), self.model.rnn.weight_hh_l0_mask)]
 
-    def recurrent(self) -> tuple[Tensor, Tensor]:
-        """W_hh (n, n) and its mask (True = kept), for density and plots; read after the pruner was made."""
-        return self.model.rnn.weight_hh_l0.detach(), self.model.rnn.weight_hh_l0_mask
+
+TASK = NavigationTask

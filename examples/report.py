@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .trainer import NETS, Config, Result
+from .config import Config, Result
+from .nets import NETS
 
 # Mean and standard deviation of 5 trials: the paper's Table 1 (cm), Tables 8 and 9 (RMSE), at our stages.
 PAPER = {

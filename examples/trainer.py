@@ -7,12 +7,11 @@ and every random state.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,72 +21,13 @@ from torch import Tensor
 import moduli_kernels as mk
 from moduli_kernels.env_report import environment
 
-from . import checkpoint
-from .adding import AddingTask
-from .navigation import NavigationTask
+from . import checkpoint, nets
+from .config import Config, Result, finished, task_class
+from .parts import Parts
 
-TASKS = {"navigation": NavigationTask, "adding": AddingTask}
-NETS = {
-    "torus": "torus penalty, fixed points",
-    "torus_trained": "torus penalty, trained points",
-    "l1_matched": "constant penalty, the torus penalty's mean coefficient",
-    "shuffled": "the torus coefficients, permuted at random",
-    "none": "no penalty: magnitude pruning alone",
-}
-CUTS = ("all", "recurrent")
-BLOCK_ORDERS = ("manifold", "random")
 REPORT_SECONDS = 0.25
 POINTS_SEED = 2000  # added to a run's seed, apart from the streams of weights and data
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run. `schedule` is the sparsity at the start of each epoch; `sizes` go to the task."""
-
-    task: str
-    net: str
-    seed: int
-    sizes: dict[str, int]
-    schedule: list[float]
-    batches: int  # per epoch
-    lr: float
-    strength: float  # multiplies the mean over the entries of W_hh
-    clip: float | None = None  # gradient norm
-    frozen_epochs: int = 0  # the last ones, in which trained points rest
-    device: str = "cpu"
-    cut: str = "all"  # what the schedule is of: all weights of the task together, or its "recurrent" ones alone
-    block: int = 1  # side of the blocks that recurrent weights are cut in
-    block_order: str = "manifold"  # of the torus' points, or "random"
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, TASKS), ("net", self.net, NETS), ("cut", self.cut, CUTS),
-                                   ("block_order", self.block_order, BLOCK_ORDERS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-    def folder(self, root: Path) -> Path:
-        """Where this run is kept: another configuration has another folder."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        return root / f"{self.task}-{self.net}-seed{self.seed}-{digest}"
-
-
-@dataclass
-class Result:
-    """What a run gives. `history` has an entry for each finished epoch."""
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0  # of training and evaluation, all parts of an interrupted run together
-    peak_mib: float = 0.0  # of the process (CPU) or of the GPU's memory
-    collapsed: str | None = None  # how the run ended, if not well
-    environment: dict[str, Any] = field(default_factory=dict)  # where it began
-    references: dict[str, float] = field(default_factory=dict)  # errors of simple answers to the same tests
-
-
-def finished(config: Config, folder: Path) -> Result | None:
-    """The result of a run that has nothing left to train, without making its net."""
-    loaded = checkpoint.load(folder)
-    result = Result(**loaded[1]["result"]) if loaded is not None else Result()
-    return result if len(result.history) == len(config.schedule) else None
+LOTTERY_SEED = 3000  # of the fresh weights of a lottery run
 
 
 class Collapse(Exception):
@@ -95,52 +35,61 @@ class Collapse(Exception):
 
 
 class Run:
-    """One net in training. Making it loads the checkpoint in `folder`, if there is one."""
+    """One net in training. Making it loads the checkpoint in `folder`, if there is one; a lottery run looks for
+    its antecedent's beside it."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         # Every sum is then taken in the same order, whatever else the machine does.
         torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
         random.seed(config.seed)
-        self.task = TASKS[config.task](**config.sizes, seed=config.seed, device=config.device)
-        # All nets of a seed have the same points, so that the controls can be drawn on the torus too.
+        self.task = task_class(config.task)(**config.options, seed=config.seed, device=config.device)
         generator = torch.Generator(config.device).manual_seed(POINTS_SEED + config.seed)
-        self.torus = mk.regularize(
-            self.task.model, self.task.targets(), manifold="torus", strength=config.strength,
-            trainable=config.net == "torus_trained", generator=generator,
-        )
-        self.penalty = {
-            "torus": lambda: self.torus,
-            "torus_trained": lambda: self.torus,
-            "l1_matched": self.torus.matched,
-            "shuffled": lambda: self.torus.shuffled(generator),
-            "none": lambda: None,
-        }[config.net]()
-        self.points = list(self.torus.parameters())  # empty where they are fixed
-        self.optimizer = torch.optim.Adam([*self.task.model.parameters(), *self.points], lr=config.lr)
+        choice = {"strength": config.strength, "reduction": config.reduction, "r3": config.r3, "generator": generator}
+        self.geometry = nets.geometry(self.task, config.net, config.inhibitor, **choice)
+        self.penalty = nets.penalty(self.geometry, self.task, config.net, **choice)
+        self.points = list(self.geometry.parameters())  # empty where they are fixed
+        groups = [{"params": list(self.task.model.parameters())}]
+        if self.points:
+            groups.append({"params": self.points, "weight_decay": 0.0})  # decay would pull them to the origin
+        self.optimizer = self.task.optimizer(groups, config.lr)
         self.pruner = self._pruner(generator)
+        self.parts = Parts(config.device)
         self.result = Result()
-        self._load()
+        if not self._load() and config.lottery:
+            self._inherit()
 
     def neurons_order(self) -> Tensor:
-        """The hidden neurons in manifold order of the torus' points, (n,) int64."""
-        _, regularizer = next(iter(self.torus.items()))
-        return mk.manifold_order(regularizer.rows.points.detach(), "torus")
+        """The hidden neurons (of the first recurrent weight) in manifold order of their points, (n,) int64."""
+        _, regularizer = next(iter(self.geometry.items()))
+        return mk.manifold_order(regularizer.rows.points.detach(), regularizer.manifold)
 
     def _pruner(self, generator: torch.Generator) -> mk.MagnitudePruner:
         config = self.config
         recurrent = [(m, name) for m, name in self.task.pruned() if name.startswith("weight_hh")]
-        if not recurrent and (config.cut == "recurrent" or config.block > 1):
-            raise ValueError(f"cut and block must be 'all' and 1 for {config.task}, whose net holds no weight_hh of its "
-                             f"own, got {config.cut!r} and {config.block}")
         targets = recurrent if config.cut == "recurrent" else self.task.pruned()
         blocks = {}
         if config.block > 1:
+            if len(recurrent) > 1:
+                raise ValueError(f"block must be 1 for {config.task}, which has more than one recurrent weight, got "
+                                 f"{config.block}")
             order = self.neurons_order()
             if config.block_order == "random":
                 order = torch.randperm(len(order), generator=generator, device=order.device)
             blocks = {"block": (config.block,) * 2, "order": dict.fromkeys(recurrent, (order, order))}
         return mk.MagnitudePruner(targets, optimizer=self.optimizer, **blocks)
+
+    def _inherit(self) -> None:
+        """Masks and points of the antecedent, fresh weights."""
+        antecedent = self.config.antecedent()
+        folder = antecedent.folder(self.folder.parent)
+        if finished(antecedent, folder) is None:
+            raise RuntimeError(f"the lottery needs the finished run in {folder}, got none; train that first")
+        tensors, _ = checkpoint.load(folder)
+        self._load_parts(tensors)
+        generator = torch.Generator(self.config.device).manual_seed(LOTTERY_SEED + self.config.seed)
+        mk.reinitialize_(self.task.model, self.pruner, generator=generator)
 
     # -- training --
 
@@ -152,7 +101,7 @@ class Run:
         if not result.environment:
             result.environment, result.references = environment(), self.task.references()
         begun, first = time.perf_counter(), len(result.history)
-        spent = result.seconds
+        spent, parts = result.seconds, dict(result.parts)
         for epoch in range(first, len(config.schedule)):
             try:
                 entry = self._epoch(epoch, report, begun, first)
@@ -161,86 +110,115 @@ class Run:
                 return result
             result.history.append(entry)
             result.seconds = spent + time.perf_counter() - begun
+            result.parts = {name: parts.get(name, 0.0) + more for name, more in self.parts.seconds().items()}
             result.peak_mib = max(result.peak_mib, _peak_mib(config.device))
             after_epoch(epoch + 1)
             self._save()
         return result
 
     def _epoch(self, epoch: int, report: Callable, begun: float, first: int) -> dict[str, float]:
-        config, task, model = self.config, self.task, self.task.model
-        self.pruner.step_to(config.schedule[epoch])
-        frozen = epoch >= len(config.schedule) - config.frozen_epochs
+        config, task, model, parts = self.config, self.task, self.task.model, self.parts
+        sparsity, epochs = config.sparsities()[epoch], len(config.schedule)
+        self.pruner.step_to(sparsity)
+        resting = config.lottery or epoch >= epochs - config.frozen_epochs
         for points in self.points:
-            points.requires_grad_(not frozen)
+            points.requires_grad_(not resting)
         error = self.result.history[-1]["error"] if self.result.history else None
         losses: list[Tensor] = []
         reported = 0.0
-        for batch in task.batches(config.batches):
+        batches = iter(task.batches(config.batches))
+        for _ in range(config.batches):
+            parts.begin()
+            batch = next(batches)
+            parts.end("data")
+            self._set_learning_rate((epoch * config.batches + len(losses)) / (epochs * config.batches))
             self.optimizer.zero_grad()
-            loss = task.loss(batch)
-            penalty = self.penalty() if self.penalty is not None else torch.zeros_like(loss)
-            (loss + penalty).backward()
+            with self._precision():
+                loss = task.loss(batch)
+            extra = task.extra_penalty()
+            parts.end("forward")
+            (loss if extra is None else loss + config.strength * extra).backward()
+            parts.end("backward")
+            penalty = torch.zeros_like(loss)
+            if self.penalty is not None:
+                penalty = self.penalty()
+                penalty.backward()
+                for points in self.points:
+                    if not resting:
+                        points.grad *= config.point_damping**epoch
+            parts.end("penalty")
             if config.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for points in self.points:
-                if not frozen:
-                    points.grad *= 0.99**epoch  # as the authors damp it
             self.optimizer.step()
-            losses.append(torch.stack((loss.detach(), penalty.detach())))
+            parts.end("update")
+            losses.append(torch.stack((loss.detach().float(), penalty.detach().float())))
             if len(losses) == config.batches or time.perf_counter() - reported > REPORT_SECONDS:
                 _check(losses, epoch, config.batches)  # reads the losses, so on a GPU it waits for them
                 reported = time.perf_counter()
                 done = (epoch - first) * config.batches + len(losses)
-                whole = (len(config.schedule) - first) * config.batches
+                whole = (epochs - first) * config.batches
                 report({
-                    "step": epoch * config.batches + len(losses),
-                    "steps": len(config.schedule) * config.batches,
-                    "loss": losses[-1][0].item(), "error": error, "sparsity": config.schedule[epoch],
+                    "step": epoch * config.batches + len(losses), "steps": epochs * config.batches,
+                    "loss": losses[-1][0].item(), "error": error, "sparsity": sparsity,
                     "left": (reported - begun) * (whole - done) / done,
                 })
         if not all(p.isfinite().all() for p in model.parameters()):
             raise Collapse(f"weights became non-finite in epoch {epoch + 1}")
         loss, penalty = torch.stack(losses).double().mean(dim=0).tolist()
-        density = task.recurrent()[1].double().mean().item()
-        return {
-            "epoch": epoch + 1, "sparsity": config.schedule[epoch], "density": density, "loss": loss,
-            "penalty": penalty, "error": task.error(),
-        }
+        masks = [mask for _, mask in task.recurrent()]
+        density = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return {"epoch": epoch + 1, "sparsity": sparsity, "density": density, "loss": loss, "penalty": penalty,
+                "lr": self.optimizer.param_groups[0]["lr"], **task.measures()}
+
+    def _set_learning_rate(self, done: float) -> None:
+        rate = self.task.learning_rate(self.config.lr, done, self.result.history)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.config.precision != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.config.device).type, torch.bfloat16)
 
     # -- checkpoints --
 
-    def _parts(self) -> dict[str, torch.nn.Module]:
-        # The model's state has the masks; the torus' points are kept beside a control's coefficients.
-        parts = {"model": self.task.model, "torus": self.torus}
-        return parts if self.penalty is None else {**parts, "penalty": self.penalty}
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        # The model's state has the masks; the points are kept beside a control's coefficients.
+        modules = {"model": self.task.model, "geometry": self.geometry}
+        return modules if self.penalty is None else {**modules, "penalty": self.penalty}
+
+    def _load_parts(self, tensors: dict[str, Tensor]) -> None:
+        for name, module in self._modules().items():
+            module.load_state_dict(checkpoint.select(name, tensors))
 
     def _save(self) -> None:
         tensors = {"rng.torch": torch.get_rng_state(), "rng.task": self.task.generator.get_state()}
         if self.config.device != "cpu":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.config.device)
-        for name, module in self._parts().items():
+        for name, module in self._modules().items():
             tensors |= checkpoint.flatten(name, module.state_dict())
         for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= checkpoint.flatten(f"optimizer.{i}", state)
-        # A torus net's penalty is the torus itself: safetensors wants every tensor to be its own.
+            kept = {key: value for key, value in state.items() if value is not None}  # SGD without momentum: None
+            tensors |= checkpoint.flatten(f"optimizer.{i}", kept)
+        # A moduli net's penalty is its geometry: safetensors wants every tensor to be its own.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         info = {"config": asdict(self.config), "result": asdict(self.result), "random": random.getstate()}
         checkpoint.save(self.folder, tensors, info)
 
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
         loaded = checkpoint.load(self.folder)
         if loaded is None:
-            return
+            return False
         tensors, info = loaded
         if info["config"] != asdict(self.config):
             message = f"the checkpoint in {self.folder} must be of this configuration, got another; delete it"
             raise RuntimeError(message)
-        for name, module in self._parts().items():
-            module.load_state_dict(checkpoint.select(name, tensors))
+        self._load_parts(tensors)
         state = self.optimizer.state_dict()  # its settings come from the configuration
-        count = len(state["param_groups"][0]["params"])
+        count = sum(len(group["params"]) for group in state["param_groups"])
         moments = {i: checkpoint.select(f"optimizer.{i}", tensors) for i in range(count)}
-        state["state"] = {i: each for i, each in moments.items() if each}  # frozen points have none
+        state["state"] = {i: each for i, each in moments.items() if each}  # resting points have none
         self.optimizer.load_state_dict(state)
         torch.set_rng_state(tensors["rng.torch"])
         self.task.generator.set_state(tensors["rng.task"])
@@ -249,6 +227,7 @@ class Run:
         version, numbers, gauss = info["random"]
         random.setstate((version, tuple(numbers), gauss))
         self.result = Result(**info["result"])
+        return True
 
 
 def _check(losses: list[Tensor], epoch: int, batches: int) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
+from .config import Config, Result, finished
 from .report import with_unit
-from .trainer import Config, Result, Run, finished
+from .trainer import Run
 
 LINE_SECONDS = 5.0  # between plain progress lines of a net
 

@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = demo.Mode(
     "minute size, to test the machinery",
     {"lr": 1e-3, "strength": 0.1, "batches": 4, "schedule": [0.0, 0.9],
-     "sizes": {"hidden": 16, "landmarks": 24, "steps": 4, "batch": 6}},
+     "options": {"hidden": 16, "landmarks": 24, "steps": 4, "batch": 6}},
     (0.0, 0.9), nets=("torus", "none"),
 )
 TINY_ADDING = demo.Mode(
     "minute size, to test the machinery",
     {"lr": 1e-3, "strength": 1e-3, "batches": 4, "schedule": mk.linear_schedule(0.95, 2, hold=1),
-     "frozen_epochs": 1, "clip": 0.5, "sizes": {"hidden": 12, "steps": 5, "batch": 6, "tests": 40}},
+     "frozen_epochs": 1, "clip": 0.5, "options": {"hidden": 12, "steps": 5, "batch": 6, "tests": 40}},
     (0.0, 0.95), nets=("torus_trained",), seeds=(0, 1),
 )
 

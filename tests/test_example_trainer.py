@@ -16,15 +16,16 @@ import moduli_kernels as mk
 pytest.importorskip("safetensors")
 
 from examples import checkpoint  # noqa: E402
-from examples.trainer import Config, Run  # noqa: E402
+from examples.config import Config  # noqa: E402
+from examples.trainer import Run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NAVIGATION = Config(
-    task="navigation", net="torus", seed=0, sizes={"hidden": 16, "landmarks": 24, "steps": 5, "batch": 8},
+    task="navigation", net="torus", seed=0, options={"hidden": 16, "landmarks": 24, "steps": 5, "batch": 8},
     schedule=[0.0] + mk.linear_schedule(0.9, 3), batches=6, lr=1e-3, strength=1e-3,
 )
 ADDING = Config(
-    task="adding", net="torus_trained", seed=1, sizes={"hidden": 12, "steps": 6, "batch": 8, "tests": 50},
+    task="adding", net="torus_trained", seed=1, options={"hidden": 12, "steps": 6, "batch": 8, "tests": 50},
     schedule=mk.linear_schedule(0.95, 4, hold=1), batches=6, lr=1e-2, strength=1e-3, clip=0.5,
     frozen_epochs=1,
 )
@@ -48,7 +49,7 @@ def train(config, folder):
 
 def assert_same_end(a: Run, b: Run):
     assert a.result.history == b.result.history
-    for x, y in ((a.task.model, b.task.model), (a.torus, b.torus)):
+    for x, y in ((a.task.model, b.task.model), (a.geometry, b.geometry)):
         x, y = x.state_dict(), y.state_dict()
         assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
     x, y = a.optimizer.state_dict()["state"], b.optimizer.state_dict()["state"]
@@ -65,7 +66,7 @@ def test_a_run_prunes_by_its_schedule_and_learns(tmp_path):
     assert [entry["epoch"] for entry in history] == list(range(1, 12))
     assert history[7]["error"] < 0.6 * run.result.references["always answering 1"]
     assert run.pruner.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert history[-1]["density"] == run.task.model.joint.weight_mask[:, 2:].double().mean().item() < 1
+    assert history[-1]["density"] == run.task.model.rnn.weight_hh_l0_mask.double().mean().item() < 1
     assert run.result.seconds > 0 and run.result.peak_mib > 50 and not run.result.collapsed
 
 
@@ -81,7 +82,7 @@ def test_the_controls_have_the_torus_coefficients_mean_and_the_same_points(tmp_p
     assert torch.equal(shuffled.coefficients.flatten().sort().values, coefficients.flatten().sort().values)
     assert runs["none"].penalty is None
     for run in runs.values():
-        ((_, points),) = run.torus.items()
+        ((_, points),) = run.geometry.items()
         assert torch.equal(points.rows.points, torus.rows.points)
         assert torch.equal(run.task.model.rnn.weight_hh_l0, runs["torus"].task.model.rnn.weight_hh_l0)
     # Neurons' points and landmarks must not be one stream of draws.
@@ -120,10 +121,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(tmp_path, monkeypatc
 
 
 def test_unknown_tasks_and_nets_are_named():
-    with pytest.raises(ValueError, match="net must be one of torus, .*, got 'klein'"):
-        replace(NAVIGATION, net="klein")
-    with pytest.raises(ValueError, match="task must be one of navigation, adding, got 'speech'"):
-        replace(NAVIGATION, task="speech")
+    with pytest.raises(ValueError, match="net must be one of torus, .*, got 'bottle'"):
+        replace(NAVIGATION, net="bottle")
+    with pytest.raises(ValueError, match="task must be one of navigation, adding, .*, got 'chess'"):
+        replace(NAVIGATION, task="chess")
 
 
 def test_another_configuration_has_another_folder(tmp_path):
@@ -136,7 +137,8 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from examples import checkpoint
-from examples.trainer import Config, Run
+from examples.config import Config  # noqa: E402
+from examples.trainer import Run
 
 config, folder, where = Config(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -191,13 +191,24 @@ def test_adder_is_a_cell_on_input_and_state_together():
     task = adding.AddingTask(hidden=16, steps=7, batch=5, seed=0, device="cpu", tests=20)
     (batch,) = task.batches(1)
     net, state = task.model, torch.zeros(5, 16)
+    joint = torch.cat((net.rnn.weight_ih_l0, net.rnn.weight_hh_l0), dim=1)
+    assert joint.abs().max() <= 18**-0.5 and joint.abs().max() > 0.95 * 18**-0.5  # nn.Linear(18, 16)'s start
     for x in batch.inputs:
-        state = torch.relu(net.joint(torch.cat((x, state), dim=1)))
+        state = torch.relu(torch.cat((x, state), dim=1) @ joint.t() + net.rnn.bias_ih_l0)
     torch.testing.assert_close(net(batch.inputs), net.readout(state)[:, 0])
 
 
-def test_adding_penalty_is_on_the_recurrent_columns_only():
+def test_adder_has_one_bias_also_after_a_fresh_start():
+    task = adding.AddingTask(hidden=16, steps=7, batch=5, seed=0, device="cpu", tests=20)
+    pruner, before = mk.MagnitudePruner(task.pruned()), task.model.rnn.bias_ih_l0.clone()
+    mk.reinitialize_(task.model, pruner)
+    rnn = task.model.rnn
+    assert (rnn.bias_hh_l0 == 0).all() and not rnn.bias_hh_l0.requires_grad
+    assert not torch.equal(rnn.bias_ih_l0, before) and rnn.weight_hh_l0.abs().max() <= 18**-0.5
+
+
+def test_adding_penalty_is_on_the_recurrent_weights_only():
     task = adding.AddingTask(hidden=16, steps=7, batch=5, seed=0, device="cpu", tests=20)
     mk.regularize(task.model, task.targets(), manifold="torus", strength=1.0)().backward()
-    grad = task.model.joint.weight.grad
-    assert (grad[:, :adding.INPUTS] == 0).all() and (grad[:, adding.INPUTS:] != 0).double().mean() > 0.9
+    assert task.model.rnn.weight_ih_l0.grad is None
+    assert (task.model.rnn.weight_hh_l0.grad != 0).double().mean() > 0.9
