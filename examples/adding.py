@@ -112,11 +112,12 @@ class AddingTask(Task):
 
 
 TASK = AddingTask
+SIZE = {"hidden": 128, "steps": 50, "batch": 32, "tests": 4000}  # the authors'
 PRESETS = {
     # The authors' code: 100 epochs of 10,000 samples, then 10 on the final mask.
-    "full": Preset("the authors' code at full size", {}, epochs=100, hold=10, batches=313, lr=1e-4, strength=1e-3,
+    "full": Preset("the authors' code at full size", SIZE, epochs=100, hold=10, batches=313, lr=1e-4, strength=1e-3,
                    clip=0.5, settings={"point_damping": 0.99}),
-    "quick": Preset("44 epochs at three times the learning rate", {}, before=14, epochs=20, hold=10, batches=313,
+    "quick": Preset("44 epochs at three times the learning rate", SIZE, before=14, epochs=20, hold=10, batches=313,
                     lr=3e-4, strength=1e-3, clip=0.5, settings={"point_damping": 0.99}),
 }
 

@@ -19,6 +19,10 @@ from torch import Tensor
 NAME = "checkpoint.safetensors"
 
 
+class Held(RuntimeError):
+    """The folder is another process's."""
+
+
 def save(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Writes `folder`/checkpoint.safetensors; `info` must be JSON."""
     from safetensors.torch import save as serialize
@@ -63,14 +67,13 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Makes and holds the folder, clears what a killed process left; RuntimeError if it is held already."""
+    """Makes and holds the folder, clears what a killed process left; Held if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, however that ends
         except OSError as error:
-            message = f"{folder} is being trained by another process; wait for it or stop it"
-            raise RuntimeError(message) from error
+            raise Held(f"{folder} is being trained by another process; wait for it or stop it") from error
         for partial in folder.glob(f"{NAME}*.partial"):
             partial.unlink(missing_ok=True)
         yield

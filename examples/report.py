@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Result
+from .config import Config, Result, task_class
 from .nets import NETS
 
 # Mean and standard deviation of 5 trials: the paper's Table 1 (cm), Tables 8 and 9 (RMSE), at our stages.
@@ -34,8 +34,6 @@ PAPER = {
         },
     },
 }
-DIGITS = {"navigation": 1, "adding": 3}
-UNITS = {"navigation": "cm", "adding": "RMSE"}
 
 
 @dataclass
@@ -85,7 +83,8 @@ def summarize(configs: list[Config], results: list[Result], wanted: tuple[float,
 
 
 def with_unit(task: str, error: float) -> str:
-    return f"{error:.{DIGITS[task]}f} {UNITS[task]}"
+    its = task_class(task)
+    return f"{error:.{its.DIGITS}f} {its.UNIT}"
 
 
 def _spread(values: list[float]) -> tuple[float, float | None]:
@@ -101,7 +100,7 @@ def _shown(value: tuple[float, float | None] | None, digits: int, scale: float =
 
 def table(task: str, rows: list[Row], size: str, references: dict[str, float]) -> str:
     """Text: our nets, then the paper's figures at the same stages. `references`: errors of simple answers."""
-    digits, unit, paper = DIGITS[task], UNITS[task], PAPER[task]
+    digits, unit, paper = task_class(task).DIGITS, task_class(task).UNIT, PAPER[task]
     names = list(dict.fromkeys(stage for row in rows for stage in row.errors))
     head = ["net", *names, "W_hh kept, %", "minutes", "peak MiB"]
     ours = [

@@ -1,4 +1,4 @@
-"""Trains several nets at once, a process each, and shows how they come along in one terminal."""
+"""Trains several nets at once, a process each."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
 from .config import Config, Result, finished
-from .report import with_unit
+from .progress import display
 from .trainer import Run
 
-LINE_SECONDS = 5.0  # between plain progress lines of a net
+NETS_A_GPU = 2  # at once
+BUSY_SECONDS = 5.0  # before another look at runs that other processes hold
 
 
 def cores() -> int:
@@ -27,53 +27,104 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def places(device: str, jobs: int | None = None) -> list[int | None]:
+    """Where processes run: None for a core, else a GPU's number; jobs: how many in all, by default one a core, or
+    NETS_A_GPU a GPU."""
+    if device == "cpu":
+        return [None] * (jobs or cores())
+    import torch
+
+    gpus = list(range(max(1, torch.cuda.device_count())))
+    jobs = jobs or min(NETS_A_GPU * len(gpus), cores())
+    return [gpus[i % len(gpus)] for i in range(jobs)]
+
+
 def train_all(configs: list[Config], root: Path) -> list[Result]:
-    """The results of all runs, in order; as many processes at once as there are cores (on a GPU at most 2).
+    """The results of all runs, in order.
 
     Ctrl-C stops all processes at once and raises KeyboardInterrupt here; what they had saved stays.
-    RuntimeError if one failed; the others are trained all the same.
+    RuntimeError if one failed, or is being trained by another process; the others are trained all the same.
     """
-    at_once = cores() if configs[0].device == "cpu" else min(2, cores())
-    kept = {index: finished(config, config.folder(root)) for index, config in enumerate(configs)}
-    results = {index: result for index, result in kept.items() if result is not None}
-    waiting = [(index, config) for index, config in enumerate(configs) if index not in results]
-    running: dict[Connection, tuple[int, multiprocessing.Process]] = {}
-    failures: dict[int, str] = {}
+    results = dict(train_each(configs, root))
+    busy = [config for config in configs if config.key() not in results]
+    if busy:
+        names = ", ".join(f"{c.net}, seed {c.seed}" for c in busy)
+        raise RuntimeError(f"{names}: being trained by another process; wait for it or stop it")
+    return [results[config.key()] for config in configs]
+
+
+def train_each(
+    configs: list[Config], root: Path, *, jobs: int | None = None, recorded: Callable[[], set[str]] = set,
+    patient: bool = False,
+) -> Iterator[tuple[str, Result]]:
+    """(key, result) of each run as it ends; every configuration's key occurs once in `configs`.
+
+    A lottery run begins when its antecedent has ended. recorded: keys that need no training any more, asked before
+    each start. A run that another process holds is left to it; patient: looked at again until it is recorded or free.
+    RuntimeError at the end if some failed.
+    """
+    keys = [config.key() for config in configs]
+    kept = [(key, finished(config, config.folder(root))) for key, config in zip(keys, configs)]
+    ended = {key for key, result in kept if result is not None}
+    yield from ((key, result) for key, result in kept if result is not None)
+    waiting = [config for key, config in zip(keys, configs) if key not in ended]
+    free = places(configs[0].device, jobs) if configs else []
+    running: dict[Connection, tuple[Config, multiprocessing.Process, int | None]] = {}
+    failures: dict[str, str] = {}
+    look_again = 0.0
     try:
-        with _terminated_as_interrupted(), _display(dict(waiting)) as show:
+        with _terminated_as_interrupted(), display(waiting) as show:
             while waiting or running:
-                while waiting and len(running) < at_once:
-                    index, config = waiting.pop(0)
-                    pipe, process = _start(config, root)
-                    running[pipe] = index, process
-                for pipe in wait(list(running)):
-                    index, process = running[pipe]
+                known = recorded() if free and waiting else set()
+                for config in [c for c in waiting if c.key() in known]:
+                    waiting.remove(config)
+                    show.end(config)
+                open_keys = {c.key() for c in waiting} | {c.key() for c, *_ in running.values()}
+                ready = [c for c in waiting if not (c.lottery and c.antecedent().key() in open_keys)]
+                if time.monotonic() < look_again:
+                    ready = []
+                while ready and free:
+                    config, place = ready.pop(0), free.pop(0)
+                    waiting.remove(config)
+                    pipe, process = _start(config, root, place)
+                    running[pipe] = config, process, place
+                for pipe in wait(list(running), timeout=BUSY_SECONDS) if running else ():
+                    config, process, place = running[pipe]
                     try:
                         kind, content = pipe.recv()
                     except EOFError:
                         process.join()
                         del running[pipe]
-                        if index not in results:
-                            failures.setdefault(index, f"process ended with exit code {process.exitcode}")
+                        free.append(place)
+                        show.end(config)
+                        if config.key() not in ended and config not in waiting:
+                            failures.setdefault(config.key(), f"{config.net}, seed {config.seed}: process ended with "
+                                                              f"exit code {process.exitcode}")
                         continue
                     if kind == "progress":
-                        show(index, content)
+                        show(config, content)
                     elif kind == "result":
-                        results[index] = content
+                        ended.add(config.key())
+                        yield config.key(), content
+                    elif kind == "busy" and patient:
+                        waiting.append(config)
+                        look_again = time.monotonic() + BUSY_SECONDS
+                    elif kind == "busy":
+                        ended.add(config.key())  # as far as this process goes
                     else:
-                        failures[index] = content
+                        failures[config.key()] = f"{config.net}, seed {config.seed}: {content}"
+                if not running and waiting:
+                    time.sleep(max(0.0, look_again - time.monotonic()))
     finally:
-        _stop([process for _, process in running.values()])
+        _stop([process for _, process, _ in running.values()])
     if failures:
-        named = (f"{configs[i].net}, seed {configs[i].seed}: {text}" for i, text in failures.items())
-        raise RuntimeError("; ".join(named))
-    return [results[index] for index in range(len(configs))]
+        raise RuntimeError("; ".join(failures.values()))
 
 
-def _start(config: Config, root: Path) -> tuple[Connection, multiprocessing.Process]:
+def _start(config: Config, root: Path, place: int | None) -> tuple[Connection, multiprocessing.Process]:
     context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, root, sender), name=config.net, daemon=True)
+    process = context.Process(target=_work, args=(config, root, place, sender), name=config.net, daemon=True)
     # A child inherits that SIGINT is ignored: Ctrl-C reaches the parent alone, which ends its children.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -84,18 +135,32 @@ def _start(config: Config, root: Path) -> tuple[Connection, multiprocessing.Proc
     return receiver, process
 
 
-def _work(config: Config, root: Path, sender: Connection) -> None:
+def _work(config: Config, root: Path, place: int | None, sender: Connection) -> None:
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place)  # read when CUDA starts, at the first use of it
     try:
-        folder = config.folder(root)
-        with checkpoint.only_writer(folder):
-            result = Run(config, folder).train(lambda progress: sender.send(("progress", progress)))
+        for each in (config.antecedent(), config) if config.lottery else (config,):
+            folder = each.folder(root)
+            with checkpoint.only_writer(folder):
+                result = Run(each, folder).train(lambda progress: sender.send(("progress", progress)))
+            if result.collapsed and each is not config:
+                result = Result(collapsed=f"its antecedent: {result.collapsed}", environment=result.environment)
+                break
         sender.send(("result", result))
+    except checkpoint.Held:
+        sender.send(("busy", None))
     except BrokenPipeError:  # the parent is gone: nobody waits for the rest
         os._exit(1)
     except Exception as error:
         if not isinstance(error, RuntimeError):  # those say plainly what is wrong
             traceback.print_exc()
         sender.send(("failure", f"{type(error).__name__}: {error}"))
+
+
+def _visible(place: int) -> str:
+    """The name of the GPU that is number `place` here."""
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return names[place] if place < len(names) else str(place)
 
 
 def _stop(processes: list[multiprocessing.Process]) -> None:
@@ -120,58 +185,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# -- progress --
-
-LABELS = ("loss", "error", "sparsity", "left")
-
-
-def _texts(config: Config, p: dict[str, Any]) -> dict[str, str]:
-    error = "-" if p["error"] is None else with_unit(config.task, p["error"])
-    minutes, seconds = divmod(round(p["left"]), 60)
-    return {
-        "loss": f"{p['loss']:.4f}", "error": error, "sparsity": f"{100 * p['sparsity']:.0f} %",
-        "left": f"{minutes}:{seconds:02d}",
-    }
-
-
-@contextlib.contextmanager
-def _display(configs: dict[int, Config]) -> Iterator[Any]:
-    """Gives show(index, progress): live bars in a terminal that rich can draw in, else lines."""
-    names = {index: f"{config.net} seed {config.seed}" for index, config in configs.items()}
-    width = max(map(len, names.values()), default=0)
-    names = {index: name.ljust(width) for index, name in names.items()}
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn
-    except ImportError:
-        Progress = None
-    if Progress is not None and sys.stdout.isatty():
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
-        for label in LABELS:
-            columns.append(TextColumn(f"[dim]{label}[/] {{task.fields[{label}]}}"))
-        with Progress(*columns, expand=True) as progress:
-            blank = dict.fromkeys(LABELS, "-")
-            bars = {
-                index: progress.add_task(name, total=None, start=False, **blank) for index, name in names.items()
-            }
-
-            def show(index: int, p: dict[str, Any]) -> None:
-                progress.start_task(bars[index])
-                texts = _texts(configs[index], p)
-                progress.update(bars[index], total=p["steps"], completed=p["step"], **texts)
-
-            yield show
-    else:
-        last = dict.fromkeys(configs, -LINE_SECONDS)
-
-        def show(index: int, p: dict[str, Any]) -> None:
-            now = time.monotonic()
-            if now - last[index] >= LINE_SECONDS or p["step"] == p["steps"]:
-                last[index] = now
-                t = _texts(configs[index], p)
-                done = f"{names[index]}  {100 * p['step'] / p['steps']:3.0f} %"
-                state = "  ".join(f"{label} {t[label]}" for label in LABELS)
-                print(f"{done}  {state}", flush=True)
-
-        yield show

@@ -1,0 +1,92 @@
+"""Runs what is missing of the paper's tables, then shows them beside the paper's figures.
+
+    python -m examples.reproduce TABLE ... [--seeds 5] [--jobs N] [--preset full|quick] [--show]
+
+TABLE: 1-10, 15-20, adding-cuts, or "all" of --task. Every trial that ends is a line in the ledger
+examples/results/<task>.jsonl and is not trained again. Stopped with Ctrl-C or killed, the same command goes on.
+Several processes, and several machines that share examples/, may run it at once: each takes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from .config import PRECISIONS, TASKS, Config
+from .ledger import Ledger
+from .tables import Table, tables
+from .workers import train_each
+
+HERE = Path(__file__).resolve().parent
+
+
+def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, **changes) -> list[Config]:
+    """The trials of the tables that no line of the ledger has, each once, the first seed of all tables first."""
+    known = ledger.trials()
+    found: dict[str, Config] = {}
+    for seed in seeds:
+        for table in chosen:
+            for config in table.trials_of([seed], preset, **changes):
+                if config.key() not in known:
+                    found.setdefault(config.key(), config)
+    # a lottery after its antecedent, also where another table brings that
+    return sorted(found.values(), key=lambda config: (config.seed, config.lottery))
+
+
+def run(configs: list[Config], ledger: Ledger, runs: Path, jobs: int | None) -> None:
+    """Trains them; a line in the ledger for each as it ends."""
+    by_key = {config.key(): config for config in configs}
+    for key, result in train_each(configs, runs, jobs=jobs, recorded=lambda: set(ledger.trials()), patient=True):
+        if key not in ledger.trials():
+            ledger.append(by_key[key], result)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m examples.reproduce", description=__doc__.splitlines()[0])
+    made.add_argument("table", nargs="+", help=f"{', '.join(tables())}, or all of --task")
+    made.add_argument("--task", choices=TASKS, help="with the table `all`")
+    made.add_argument("--seeds", type=int, default=5, help="trials a cell, seeds 0, 1, ... (default 5)")
+    made.add_argument("--jobs", type=int, help="nets at once (default: one a core, two a GPU)")
+    made.add_argument("--preset", choices=("full", "quick"), default="full",
+                      help="full: the authors' protocol (default); quick: reduced, minutes a net on a core")
+    made.add_argument("--precision", choices=PRECISIONS, default="float32")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
+    made.add_argument("--show", action="store_true", help="train nothing, show what the ledger has")
+    made.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    known = tables()
+    names = [n for n, t in known.items() if t.task == options.task] if options.table == ["all"] else options.table
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        print(f"table must be of {', '.join(known)}, or all with --task, got {', '.join(unknown) or 'all'}",
+              file=sys.stderr)
+        return 2
+    chosen, seeds = [known[name] for name in names], list(range(options.seeds))
+    changes = {"device": options.device, "precision": options.precision}
+    for task in dict.fromkeys(table.task for table in chosen):
+        ledger = Ledger(options.out / "results" / f"{task}.jsonl")
+        its = [table for table in chosen if table.task == task]
+        if not options.show:
+            configs = missing(its, seeds, options.preset, ledger, **changes)
+            print(f"{task}: {len(configs)} trials to train", flush=True)
+            try:
+                run(configs, ledger, options.out / "runs", options.jobs)
+            except KeyboardInterrupt:
+                print("\nStopped. The same command goes on from the last checkpoints.")
+                return 130
+            except (RuntimeError, OSError) as error:
+                print(f"\nFailed: {error}. What is recorded stays; the same command goes on.", file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
