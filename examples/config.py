@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Config:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
+    @cached_property
     def key(self) -> str:
         """Names the experiment, whatever device it runs on."""
         fields = asdict(self)
@@ -69,7 +71,7 @@ class Config:
         """Where this run is kept: another configuration has another folder."""
         kind = "-lottery" if self.lottery else ""
         where = "" if self.device == "cpu" else f"-{self.device}"
-        return root / f"{self.task}-{self.net}{kind}-seed{self.seed}-{self.key()}{where}"
+        return root / f"{self.task}-{self.net}{kind}-seed{self.seed}-{self.key}{where}"
 
     def antecedent(self) -> Config:
         """The run whose mask a lottery run has."""

@@ -33,7 +33,7 @@ def _names(configs: list[Config]) -> dict[str, str]:
         return f"{c.net}{' lottery' if c.lottery else ''} {100 * c.schedule[-1]:g} % seed {c.seed}"
 
     width = max((len(name(c)) for c in configs), default=0)
-    return {c.key(): name(c).ljust(width) for c in configs}
+    return {c.key: name(c).ljust(width) for c in configs}
 
 
 class _Lines:
@@ -43,7 +43,7 @@ class _Lines:
         self.last: dict[str, float] = {}
 
     def __call__(self, config: Config, p: dict[str, Any]) -> None:
-        now, key = time.monotonic(), config.key()
+        now, key = time.monotonic(), config.key
         if now - self.last.get(key, -self.seconds) >= self.seconds or p["step"] == p["steps"]:
             self.last[key] = now
             t = _texts(config, p)
@@ -70,7 +70,7 @@ class _Bars:
                 self._bar(config, start=False)
 
     def _bar(self, config: Config, *, start: bool = True) -> Any:
-        key = config.key()
+        key = config.key
         if key not in self.bars:
             blank = dict.fromkeys(LABELS, "-")
             self.bars[key] = self.progress.add_task(self.names[key], total=None, start=start, **blank)
@@ -86,8 +86,8 @@ class _Bars:
         if self.whole is not None:
             left = (time.monotonic() - self.begun) * (len(self.names) - self.ended) / self.ended
             self.progress.update(self.whole, completed=self.ended, left=_clock(left))
-            if config.key() in self.bars:
-                self.progress.remove_task(self.bars.pop(config.key()))
+            if config.key in self.bars:
+                self.progress.remove_task(self.bars.pop(config.key))
 
 
 @contextlib.contextmanager

@@ -30,15 +30,15 @@ def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, 
     for seed in seeds:
         for table in chosen:
             for config in table.trials_of([seed], preset, **changes):
-                if config.key() not in known:
-                    found.setdefault(config.key(), config)
+                if config.key not in known:
+                    found.setdefault(config.key, config)
     # a lottery after its antecedent, also where another table brings that
     return sorted(found.values(), key=lambda config: (config.seed, config.lottery))
 
 
 def run(configs: list[Config], ledger: Ledger, runs: Path, jobs: int | None) -> None:
     """Trains them; a line in the ledger for each as it ends."""
-    by_key = {config.key(): config for config in configs}
+    by_key = {config.key: config for config in configs}
     for key, result in train_each(configs, runs, jobs=jobs, recorded=lambda: set(ledger.trials()), patient=True):
         if key not in ledger.trials():
             ledger.append(by_key[key], result)

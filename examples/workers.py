@@ -46,11 +46,11 @@ def train_all(configs: list[Config], root: Path) -> list[Result]:
     RuntimeError if one failed, or is being trained by another process; the others are trained all the same.
     """
     results = dict(train_each(configs, root))
-    busy = [config for config in configs if config.key() not in results]
+    busy = [config for config in configs if config.key not in results]
     if busy:
         names = ", ".join(f"{c.net}, seed {c.seed}" for c in busy)
         raise RuntimeError(f"{names}: being trained by another process; wait for it or stop it")
-    return [results[config.key()] for config in configs]
+    return [results[config.key] for config in configs]
 
 
 def train_each(
@@ -63,7 +63,7 @@ def train_each(
     each start. A run that another process holds is left to it; patient: looked at again until it is recorded or free.
     RuntimeError at the end if some failed.
     """
-    keys = [config.key() for config in configs]
+    keys = [config.key for config in configs]
     kept = [(key, finished(config, config.folder(root))) for key, config in zip(keys, configs)]
     ended = {key for key, result in kept if result is not None}
     yield from ((key, result) for key, result in kept if result is not None)
@@ -76,11 +76,11 @@ def train_each(
         with _terminated_as_interrupted(), display(waiting) as show:
             while waiting or running:
                 known = recorded() if free and waiting else set()
-                for config in [c for c in waiting if c.key() in known]:
+                for config in [c for c in waiting if c.key in known]:
                     waiting.remove(config)
                     show.end(config)
-                open_keys = {c.key() for c in waiting} | {c.key() for c, *_ in running.values()}
-                ready = [c for c in waiting if not (c.lottery and c.antecedent().key() in open_keys)]
+                open_keys = {c.key for c in waiting} | {c.key for c, *_ in running.values()}
+                ready = [c for c in waiting if not (c.lottery and c.antecedent().key in open_keys)]
                 if time.monotonic() < look_again:
                     ready = []
                 while ready and free:
@@ -97,22 +97,22 @@ def train_each(
                         del running[pipe]
                         free.append(place)
                         show.end(config)
-                        if config.key() not in ended and config not in waiting:
-                            failures.setdefault(config.key(), f"{config.net}, seed {config.seed}: process ended with "
+                        if config.key not in ended and config not in waiting:
+                            failures.setdefault(config.key, f"{config.net}, seed {config.seed}: process ended with "
                                                               f"exit code {process.exitcode}")
                         continue
                     if kind == "progress":
                         show(config, content)
                     elif kind == "result":
-                        ended.add(config.key())
-                        yield config.key(), content
+                        ended.add(config.key)
+                        yield config.key, content
                     elif kind == "busy" and patient:
                         waiting.append(config)
                         look_again = time.monotonic() + BUSY_SECONDS
                     elif kind == "busy":
-                        ended.add(config.key())  # as far as this process goes
+                        ended.add(config.key)  # as far as this process goes
                     else:
-                        failures[config.key()] = f"{config.net}, seed {config.seed}: {content}"
+                        failures[config.key] = f"{config.net}, seed {config.seed}: {content}"
                 if not running and waiting:
                     time.sleep(max(0.0, look_again - time.monotonic()))
     finally:
