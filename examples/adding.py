@@ -121,6 +121,9 @@ PRESETS = {
                     lr=3e-4, strength=1e-3, clip=0.5, settings={"point_damping": 0.99}),
 }
 
+OPTIONS = {"hidden": "neurons (paper 128)", "steps": "numbers in a problem (paper 50)", "batch": "problems (paper 32)",
+           "tests": "test problems, drawn once"}
+
 if __name__ == "__main__":
     from .command import main
 

@@ -5,20 +5,23 @@ the net sees its displacement at every step and the landmark activation of its f
 give the landmark activation of every later position. Lengths are metres, times seconds, angles radians,
 errors cm. Tensors are time-major, (steps, batch, ...), as `torch.nn.RNN` likes them best.
 The net is an `mk.SparseRNN`: as it is pruned, its steps get cheaper.
+
+    python -m examples.navigation --net torus --cut 0.9
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-from .task import WORLD_SEED, Task
+from .task import WORLD_SEED, Preset, Task
 
 BOX = 2.2  # side of the arena, m
 DT = 0.02  # s
@@ -67,20 +70,29 @@ def walks(batch: int, steps: int, *, box: float = BOX, generator: torch.Generato
     return Walks(positions[0], moves[1:], positions[1:])
 
 
-def activation(positions: Tensor, landmarks: Tensor, width: float) -> Tensor:
+def activation(positions: Tensor, landmarks: Tensor, width: float, target: str = "difference") -> Tensor:
     """Activation of each landmark, (..., 2) m, (landmarks, 2) m, m -> (..., landmarks), >= 0, summing to 1.
 
-    The default of the authors' code: softmax(-d^2 / (2 width^2)) - softmax(-d^2 / (4 width^2)), raised to
-    minimum 0 and normalized.
+    target "difference", the default of the authors' code: softmax(-d^2 / (2 width^2)) - softmax(-d^2 / (4 width^2)),
+    raised to minimum 0 and normalized. "softmax": the first of these alone. "gaussians": the paper's words taken
+    literally, softmax(exp(-d^2 / (2 width^2))), which is almost uniform.
     """
     scaled = torch.cdist(positions, landmarks).square() / (-2 * width**2)
+    if target != "difference":
+        return torch.softmax(scaled if target == "softmax" else scaled.exp(), dim=-1)
     difference = torch.softmax(scaled, dim=-1) - torch.softmax(scaled / 2, dim=-1)
     raised = difference - difference.amin(dim=-1, keepdim=True)
     return raised / raised.sum(dim=-1, keepdim=True)
 
 
-def decode(scores: Tensor, landmarks: Tensor) -> Tensor:
-    """Mean position of the 3 most active landmarks, (..., landmarks) -> (..., 2) m."""
+def decode(scores: Tensor, landmarks: Tensor, decoder: str = "top3") -> Tensor:
+    """Position that activations or their logits tell, (..., landmarks) -> (..., 2) m.
+
+    "top3": mean position of the 3 most active landmarks (the authors' code; the same for logits). "mean": of all
+    landmarks, weighted by the softmax of the logits, a reading of the paper's "Bayesian decoder".
+    """
+    if decoder == "mean":
+        return torch.softmax(scores, dim=-1) @ landmarks
     return landmarks[scores.topk(3, dim=-1).indices].mean(dim=-2)
 
 
@@ -113,15 +125,26 @@ class NavigationTask(Task):
     DIGITS = 1
 
     def __init__(self, *, hidden: int = 4096, landmarks: int = 512, width_cm: int = 12, steps: int = 50,
-                 batch: int = 200, seed: int = 0, device: str = "cpu") -> None:
+                 batch: int = 200, target: str = "difference", loss_at: str = "all", decoder: str = "top3",
+                 weight_decay: float = 0.0, zero_below: float = 0.0, fresh_tests: bool = False, world: int = -1,
+                 seed: int = 0, device: str = "cpu") -> None:
         self.batch_size, self.steps = batch, steps
+        self.target, self.loss_at, self.decoder = target, loss_at, decoder
+        self.weight_decay, self.zero_below, self.fresh_tests = weight_decay, zero_below, fresh_tests
         torch.manual_seed(seed)  # the initial weights: PyTorch's default
         self.model = PathIntegrator(landmarks, hidden).to(device)
         # Nets of one seed see the same landmarks and walks in the same order.
-        self.generator = torch.Generator(device).manual_seed(WORLD_SEED + seed)
+        self.generator = torch.Generator(device).manual_seed(WORLD_SEED + (seed if world < 0 else world))
         self.landmarks = (torch.rand(landmarks, 2, generator=self.generator, device=device) - 0.5) * BOX
         self.width = width_cm / 100
-        self.test = walks(TEST_BATCHES * batch, steps, generator=self.generator)
+        self.test = self._tests()
+
+    def _tests(self) -> Walks:
+        return walks(TEST_BATCHES * self.batch_size, self.steps, generator=self.generator)
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """AdamW without decay is Adam."""
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=self.weight_decay, fused=True)
 
     def batches(self, count: int) -> Iterator[Walks]:
         """`count` fresh batches, drawn in one go: the loop over steps then costs next to nothing a batch."""
@@ -131,22 +154,33 @@ class NavigationTask(Task):
             yield Walks(drawn.start[part], drawn.moves[:, part], drawn.positions[:, part])
 
     def activation(self, positions: Tensor) -> Tensor:
-        return activation(positions, self.landmarks, self.width)
+        return activation(positions, self.landmarks, self.width, self.target)
 
     def logits(self, batch: Walks) -> Tensor:
         return self.model(self.activation(batch.start), batch.moves)
 
     def loss(self, batch: Walks) -> Tensor:
-        return soft_cross_entropy(self.logits(batch), self.activation(batch.positions))
+        logits, positions = self.logits(batch), batch.positions
+        if self.loss_at == "last":
+            logits, positions = logits[-1:], positions[-1:]
+        return soft_cross_entropy(logits, self.activation(positions))
 
     @torch.no_grad()
     def decoded(self, batch: Walks) -> Tensor:
         """Where the net says it is, (steps, batch, 2) m."""
-        return decode(self.logits(batch), self.landmarks)
+        return decode(self.logits(batch), self.landmarks, self.decoder)
 
+    @torch.no_grad()
     def error(self) -> float:
         """Mean distance between decoded and true position over all steps of the test walks, cm."""
-        return 100 * (self.decoded(self.test) - self.test.positions).norm(dim=-1).mean().item()
+        if self.fresh_tests:
+            self.test = self._tests()
+        weight = self.model.rnn.weight_hh_l0
+        kept = weight.clone()
+        weight.masked_fill_(weight.abs() < self.zero_below, 0.0)
+        error = 100 * (self.decoded(self.test) - self.test.positions).norm(dim=-1).mean().item()
+        weight.copy_(kept)
+        return error
 
     def references(self) -> dict[str, float]:
         """Errors (cm) that put the net's into proportion."""
@@ -154,7 +188,7 @@ class NavigationTask(Task):
         guesses = {
             "always the middle": torch.zeros_like(start),
             "staying at the start": start,
-            "perfect activations, decoded": decode(self.activation(positions), self.landmarks),
+            "perfect activations, decoded": decode(self.activation(positions).log(), self.landmarks, self.decoder),
         }
         return {name: 100 * (guess - positions).norm(dim=-1).mean().item() for name, guess in guesses.items()}
 
@@ -168,3 +202,29 @@ class NavigationTask(Task):
 
 
 TASK = NavigationTask
+SIZE = {"hidden": 4096, "landmarks": 512, "width_cm": 12, "steps": 50, "batch": 200}  # the authors'
+QUICK = {"hidden": 512, "landmarks": 128, "width_cm": 24, "steps": 20, "batch": 50}  # README.md says why
+PRESETS = {
+    "full": Preset("the authors' size, 30 epochs of 1000 batches", SIZE, epochs=30, batches=1000, lr=1e-4, strength=0.1),
+    "quick": Preset("n = 512, 128 landmarks, 20 steps, 40 epochs of 85 batches: some minutes on a core", QUICK, before=17,
+                    epochs=19, hold=4, batches=85, lr=2e-3, strength=0.1),
+}
+OPTIONS = {
+    "hidden": "neurons (paper 4096)", "landmarks": "in the box (paper 512)", "width_cm": "sigma of a landmark (paper 12)",
+    "steps": "of a walk (paper 50)", "batch": "walks (paper 200)",
+    "target": "activations to be learned: `difference` of two softmaxes (the code's default), `softmax` of -d^2/(2 sigma^2), "
+              "or the paper's literal softmax of the `gaussians`, almost uniform",
+    "loss_at": "`all` steps (code) or the `last` one (paper)",
+    "decoder": "`top3`: mean of the 3 most active landmarks (code); `mean`: of all, weighted by their probabilities (a reading "
+               "of the paper's Bayesian decoder)",
+    "weight_decay": "0 is the paper's Adam (default); the code has AdamW with 0.01",
+    "zero_below": "evaluate with |w_hh| below this set to 0 (the code: 1e-3; default 0)",
+    "fresh_tests": "new test walks at every evaluation, as the code has it (default: the same ones)",
+    "world": "seed of landmarks and walks for all trials, as the code's NumPy seed 0 (default -1: each trial its own)",
+}
+CHOICES = {"target": ("difference", "softmax", "gaussians"), "loss_at": ("all", "last"), "decoder": ("top3", "mean")}
+
+if __name__ == "__main__":
+    from .command import main
+
+    sys.exit(main("navigation"))

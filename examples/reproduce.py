@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from .config import PRECISIONS, TASKS, Config
 from .ledger import Ledger
+from .table_report import write
 from .tables import Table, tables
+from .verdicts import verdicts
 from .workers import train_each
 
 HERE = Path(__file__).resolve().parent
 
 
 def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, **changes) -> list[Config]:
-    """The trials of the tables that no line of the ledger has, each once, the first seed of all tables first."""
+    """The trials of the tables that no line of the ledger has, each once: of one seed after the other; what is not
+    cut at all comes last, as no claim of the paper rests on it."""
     known = ledger.trials()
     found: dict[str, Config] = {}
     for seed in seeds:
@@ -33,7 +37,7 @@ def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, 
                 if config.key not in known:
                     found.setdefault(config.key, config)
     # a lottery after its antecedent, also where another table brings that
-    return sorted(found.values(), key=lambda config: (config.seed, config.lottery))
+    return sorted(found.values(), key=lambda config: (config.schedule[-1] == 0, config.seed, config.lottery))
 
 
 def run(configs: list[Config], ledger: Ledger, runs: Path, jobs: int | None) -> None:
@@ -85,6 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
             except (RuntimeError, OSError) as error:
                 print(f"\nFailed: {error}. What is recorded stays; the same command goes on.", file=sys.stderr)
                 return 1
+        what = import_module(f"{__package__}.{task}").PRESETS[options.preset].what
+        for table in its:
+            found = verdicts([table.name], options.preset, ledger, seeds, **changes)
+            shown, paths = write(options.out / "results" / "tables", table, options.preset, what, ledger, seeds, found,
+                                 **changes)
+            print(f"\n{shown}\n")
+            print("\n".join(f"Written: {path}" for path in paths), flush=True)
     return 0
 
 

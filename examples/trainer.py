@@ -22,6 +22,7 @@ import moduli_kernels as mk
 from moduli_kernels.env_report import environment
 
 from . import checkpoint, nets
+from .board import Board
 from .config import Config, Result, finished, task_class
 from .parts import Parts
 
@@ -36,10 +37,10 @@ class Collapse(Exception):
 
 class Run:
     """One net in training. Making it loads the checkpoint in `folder`, if there is one; a lottery run looks for
-    its antecedent's beside it."""
+    its antecedent's beside it. logs: train() writes TensorBoard's into folder/logs."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, *, logs: bool = False) -> None:
+        self.config, self.folder, self.logs = config, folder, logs
         # Every sum is then taken in the same order, whatever else the machine does.
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
@@ -102,6 +103,7 @@ class Run:
             result.environment, result.references = environment(), self.task.references()
         begun, first = time.perf_counter(), len(result.history)
         spent, parts = result.seconds, dict(result.parts)
+        board = Board(self.folder / "logs", first) if self.logs else None
         for epoch in range(first, len(config.schedule)):
             try:
                 entry = self._epoch(epoch, report, begun, first)
@@ -109,6 +111,8 @@ class Run:
                 result.collapsed = str(collapse)
                 return result
             result.history.append(entry)
+            if board is not None:
+                board.write(entry, self.parts.seconds())
             result.seconds = spent + time.perf_counter() - begun
             result.parts = {name: parts.get(name, 0.0) + more for name, more in self.parts.seconds().items()}
             result.peak_mib = max(result.peak_mib, _peak_mib(config.device))

@@ -39,13 +39,13 @@ def places(device: str, jobs: int | None = None) -> list[int | None]:
     return [gpus[i % len(gpus)] for i in range(jobs)]
 
 
-def train_all(configs: list[Config], root: Path) -> list[Result]:
-    """The results of all runs, in order.
+def train_all(configs: list[Config], root: Path, *, logs: bool = False) -> list[Result]:
+    """The results of all runs, in order. logs: of TensorBoard, in each run's folder.
 
     Ctrl-C stops all processes at once and raises KeyboardInterrupt here; what they had saved stays.
     RuntimeError if one failed, or is being trained by another process; the others are trained all the same.
     """
-    results = dict(train_each(configs, root))
+    results = dict(train_each(configs, root, logs=logs))
     busy = [config for config in configs if config.key not in results]
     if busy:
         names = ", ".join(f"{c.net}, seed {c.seed}" for c in busy)
@@ -55,7 +55,7 @@ def train_all(configs: list[Config], root: Path) -> list[Result]:
 
 def train_each(
     configs: list[Config], root: Path, *, jobs: int | None = None, recorded: Callable[[], set[str]] = set,
-    patient: bool = False,
+    patient: bool = False, logs: bool = False,
 ) -> Iterator[tuple[str, Result]]:
     """(key, result) of each run as it ends; every configuration's key occurs once in `configs`.
 
@@ -86,7 +86,7 @@ def train_each(
                 while ready and free:
                     config, place = ready.pop(0), free.pop(0)
                     waiting.remove(config)
-                    pipe, process = _start(config, root, place)
+                    pipe, process = _start(config, root, place, logs)
                     running[pipe] = config, process, place
                 for pipe in wait(list(running), timeout=BUSY_SECONDS) if running else ():
                     config, process, place = running[pipe]
@@ -121,10 +121,10 @@ def train_each(
         raise RuntimeError("; ".join(failures.values()))
 
 
-def _start(config: Config, root: Path, place: int | None) -> tuple[Connection, multiprocessing.Process]:
+def _start(config: Config, root: Path, place: int | None, logs: bool) -> tuple[Connection, multiprocessing.Process]:
     context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, root, place, sender), name=config.net, daemon=True)
+    process = context.Process(target=_work, args=(config, root, place, logs, sender), name=config.net, daemon=True)
     # A child inherits that SIGINT is ignored: Ctrl-C reaches the parent alone, which ends its children.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -135,14 +135,14 @@ def _start(config: Config, root: Path, place: int | None) -> tuple[Connection, m
     return receiver, process
 
 
-def _work(config: Config, root: Path, place: int | None, sender: Connection) -> None:
+def _work(config: Config, root: Path, place: int | None, logs: bool, sender: Connection) -> None:
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place)  # read when CUDA starts, at the first use of it
     try:
         for each in (config.antecedent(), config) if config.lottery else (config,):
             folder = each.folder(root)
             with checkpoint.only_writer(folder):
-                result = Run(each, folder).train(lambda progress: sender.send(("progress", progress)))
+                result = Run(each, folder, logs=logs).train(lambda progress: sender.send(("progress", progress)))
             if result.collapsed and each is not config:
                 result = Result(collapsed=f"its antecedent: {result.collapsed}", environment=result.environment)
                 break

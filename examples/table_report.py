@@ -1,0 +1,136 @@
+"""A table of our trials beside the paper's figures: text, Markdown, a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moduli_kernels import plots
+
+from .config import task_class
+from .ledger import Ledger
+from .tables import Table
+from .verdicts import Verdict, errors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def spread(values: list[float], digits: int, collapsed: int = 0) -> str:
+    """Mean, standard deviation and count of trials."""
+    if not values:
+        return f"{collapsed} collapsed" if collapsed else "-"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return f"{text} ({len(values)}{f', {collapsed} collapsed' if collapsed else ''})"
+
+
+def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **changes) -> list[list[str]]:
+    """Cells of the table: a head, then for each row the paper's figures and ours."""
+    digits = task_class(table.task).DIGITS
+    found = [["", "", *table.columns]]
+    for row in table.rows:
+        if table.paper:
+            theirs = [table.paper.get((row, column)) for column in table.columns]
+            found.append([row, "paper", *("" if t is None else f"{t[0]:g} ± {t[1]:g}" for t in theirs)])
+        last = [errors(table, row, column, preset, ledger, seeds, "error", **changes) for column in table.columns]
+        first = [errors(table, row, column, preset, ledger, seeds, "pruned_error", **changes) for column in table.columns]
+        if "lottery" not in row and not row.startswith("0%") and first != last:
+            found.append([row, "ours, pruning ends", *(spread(v, digits, c) for v, c in first)])
+            found.append([row, "ours, stabilized", *(spread(v, digits, c) for v, c in last)])
+        else:
+            found.append([row, "ours", *(spread(v, digits, c) for v, c in last)])
+    return found
+
+
+def heading(table: Table, preset: str, what: str, seeds: list[int]) -> str:
+    """Which table, of what, how."""
+    name = f"Table {table.name}" if table.paper else table.name
+    note = f" ({table.note})" if table.note else ""
+    return f"{name}: {table.task}, {table.metric}{note}; preset {preset}: {what}; mean ± standard deviation (trials), " \
+           f"seeds {', '.join(map(str, seeds))}"
+
+
+def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
+    """The table and the verdicts, for a file."""
+    head, *body = rows
+    lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    if judged:
+        lines += ["", "Claims of the paper, by Welch's test (two-sided, p < 0.05, at least 5 trials on both sides):", "",
+                  "| claim | pair, the better one first | verdict | p | means |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {v.words} | {v.pair.replace('<', 'under')} | {v.verdict} | {_p(v)} | {_means(v)} |" for v in judged]
+    return "\n".join(lines) + "\n"
+
+
+def text(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
+    """The same, for a terminal."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [title, ""]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for words in dict.fromkeys(v.words for v in judged):
+        lines += ["", words]
+        for v in judged:
+            if v.words == words:
+                counts = f"{v.counts[0]} and {v.counts[1]} trials"
+                told = counts if v.means is None else f"{_means(v)}, p = {_p(v)}, {counts}"
+                lines.append(f"  {v.verdict}: {v.pair} ({told})")
+    return "\n".join(lines)
+
+
+def _p(verdict: Verdict) -> str:
+    return "" if verdict.p is None else f"{verdict.p:.2g}"
+
+
+def _means(verdict: Verdict) -> str:
+    return "" if verdict.means is None else f"{verdict.means[0]:.3g}, {verdict.means[1]:.3g}"
+
+
+def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[int], **changes) -> Figure:
+    """A panel a row: a dot for each trial, a bar for their mean, the paper's mean ± standard deviation beside it."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in table.rows if any(errors(table, row, c, preset, ledger, seeds, **changes)[0] for c in table.columns)]
+    figure = Figure(figsize=(max(6.4, 1.1 * len(table.columns) + 1.5), 2.5 * max(1, len(rows)) + 0.8), layout="constrained")
+    axes = figure.subplots(max(1, len(rows)), 1, squeeze=False)[:, 0]
+    for ax, row in zip(axes, rows):
+        for x, column in enumerate(table.columns):
+            values, _ = errors(table, row, column, preset, ledger, seeds, **changes)
+            label = x == 0
+            if values:
+                ax.plot([x - 0.12] * len(values), values, "o", color=plots.COLOURS[0], alpha=0.55, markersize=5,
+                        label="a trial" if label else None)
+                mean = statistics.fmean(values)
+                ax.plot([x - 0.27, x + 0.03], [mean, mean], color=plots.COLOURS[0], linewidth=2,
+                        label="mean of ours" if label else None)
+            theirs = table.paper.get((row, column))
+            if theirs is not None:
+                ax.errorbar(x + 0.2, theirs[0], yerr=theirs[1], fmt="D", color="0.35", markersize=4, capsize=3,
+                            label="paper" if label else None)
+        ax.set(title=row, ylabel=task_class(table.task).METRIC, ylim=(0, None), xlim=(-0.6, len(table.columns) - 0.4))
+        ax.set_xticks(range(len(table.columns)), table.columns)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title, fontsize="small", wrap=True)
+    return figure
+
+
+def write(folder: Path, table: Table, preset: str, what: str, ledger: Ledger, seeds: list[int],
+          judged: list[Verdict], **changes) -> tuple[str, list[Path]]:
+    """(what a terminal shows, the files written)."""
+    rows = lines_of(table, preset, ledger, seeds, **changes)
+    title = heading(table, preset, what, seeds)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = (f"table-{table.name}" if table.paper else table.name) + ("" if preset == "full" else f"-{preset}")
+    paths = [folder / f"{stem}.md"]
+    paths[0].write_text(markdown(title, rows, judged))
+    try:
+        drawn = picture(table, title, preset, ledger, seeds, **changes)
+        drawn.savefig(folder / f"{stem}.png", dpi=110)
+        paths.append(folder / f"{stem}.png")
+    except ImportError as error:
+        return f"{text(title, rows, judged)}\n\nNo picture: {error}; install matplotlib.", paths
+    return text(title, rows, judged), paths
