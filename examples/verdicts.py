@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from scipy import stats
@@ -85,9 +84,10 @@ def judged(words: str, pair: str, better: list[float], worse: list[float]) -> Ve
     if min(counts) < SEEDS:
         return Verdict(words, pair, NOT_RUN, None, None, counts)
     means = (sum(better) / len(better), sum(worse) / len(worse))
-    p = float(stats.ttest_ind(better, worse, equal_var=False).pvalue)
-    if math.isnan(p):  # no spread on either side
-        p = 1.0 if means[0] == means[1] else 0.0
+    if len(set(better)) == len(set(worse)) == 1:  # no spread on either side, which the test cannot do
+        p = float(means[0] == means[1])
+    else:
+        p = float(stats.ttest_ind(better, worse, equal_var=False).pvalue)
     verdict = UNDECIDED if p >= LEVEL else HELD if means[0] < means[1] else NOT_HELD
     return Verdict(words, pair, verdict, p, means, counts)
 

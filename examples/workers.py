@@ -68,6 +68,7 @@ def train_each(
     ended = {key for key, result in kept if result is not None}
     yield from ((key, result) for key, result in kept if result is not None)
     waiting = [config for key, config in zip(keys, configs) if key not in ended]
+    needs = {config.key: config.antecedent().key for config in waiting if config.lottery}
     free = places(configs[0].device, jobs) if configs else []
     running: dict[Connection, tuple[Config, multiprocessing.Process, int | None]] = {}
     failures: dict[str, str] = {}
@@ -75,19 +76,18 @@ def train_each(
     try:
         with _terminated_as_interrupted(), display(waiting) as show:
             while waiting or running:
-                known = recorded() if free and waiting else set()
-                for config in [c for c in waiting if c.key in known]:
-                    waiting.remove(config)
-                    show.end(config)
-                open_keys = {c.key for c in waiting} | {c.key for c, *_ in running.values()}
-                ready = [c for c in waiting if not (c.lottery and c.antecedent().key in open_keys)]
-                if time.monotonic() < look_again:
-                    ready = []
-                while ready and free:
-                    config, place = ready.pop(0), free.pop(0)
-                    waiting.remove(config)
-                    pipe, process = _start(config, root, place, logs)
-                    running[pipe] = config, process, place
+                if free and waiting and time.monotonic() >= look_again:
+                    known = recorded()
+                    for config in [c for c in waiting if c.key in known]:
+                        waiting.remove(config)
+                        show.end(config)
+                    unfinished = {c.key for c in waiting} | {c.key for c, *_ in running.values()}
+                    ready = [c for c in waiting if needs.get(c.key) not in unfinished]
+                    for config, place in zip(ready, list(free)):
+                        waiting.remove(config)
+                        free.remove(place)
+                        pipe, process = _start(config, root, place, logs)
+                        running[pipe] = config, process, place
                 for pipe in wait(list(running), timeout=BUSY_SECONDS) if running else ():
                     config, process, place = running[pipe]
                     try:
