@@ -73,6 +73,7 @@ class AddingTask(Task):
 
     METRIC = "RMSE"
     UNIT = "RMSE"
+    FIXED_SHAPES = True
     R3_SPREAD = 10.0
 
     def __init__(self, *, hidden: int = 128, steps: int = 50, batch: int = 32, tests: int = 4000, seed: int = 0,

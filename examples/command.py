@@ -73,6 +73,7 @@ def parser(task: str) -> argparse.ArgumentParser:
     its = made.add_argument_group("where")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     its.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
+    its.add_argument("--graph", action="store_true", default=None, help="steps as CUDA graphs (adding, navigation)")
     its.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
     its.add_argument("--logs", action="store_true", help="TensorBoard logs in the run's folder under runs/")
     return made
@@ -92,7 +93,7 @@ def config_of(task: str, options: argparse.Namespace) -> Config:
     shape = {name: given[name] for name in ("epochs", "before", "hold", "batches", "lr", "strength", "clip") if name in given}
     preset = module.PRESETS[options.preset]
     preset = replace(preset, **shape, options={**preset.options, **its})
-    settings = {name: given[name] for name in ("inhibitor", "reduction", "r3", "point_damping", "precision", "device")
+    settings = {name: given[name] for name in ("inhibitor", "reduction", "r3", "point_damping", "precision", "device", "graph")
                 if name in given}
     return preset.config(task, options.net, options.seed, options.cut, lottery=options.lottery, **settings)
 

@@ -17,6 +17,7 @@ TASKS = ("navigation", "adding", "language_model", "speech")  # modules beside t
 CUTS = ("all", "recurrent")
 BLOCK_ORDERS = ("manifold", "random")
 REDUCTIONS = ("mean", "sum")
+PLACE = ("device", "graph")  # what of a Config does not change the experiment
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
@@ -46,6 +47,7 @@ class Config:
     lottery: bool = False  # fresh weights on the final mask of the same run without it
     precision: str = "float32"
     device: str = "cpu"
+    graph: bool = False  # steps as CUDA graphs
     cut: str = "all"  # what the schedule is of: all weights of the task together, or its "recurrent" ones alone
     block: int = 1  # side of the blocks that recurrent weights are cut in
     block_order: str = "manifold"  # of the neurons' points, or "random"
@@ -59,12 +61,15 @@ class Config:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.graph and self.device == "cpu":
+            raise ValueError("graph must be False on the CPU, got True; CUDA graphs need --device cuda")
+        if self.graph and not task_class(self.task).FIXED_SHAPES:
+            raise ValueError(f"graph must be False for {self.task}, whose steps differ from each other, got True")
 
     @cached_property
     def key(self) -> str:
-        """Names the experiment, whatever device it runs on."""
-        fields = asdict(self)
-        del fields["device"]
+        """Names the experiment, wherever and however it is computed."""
+        fields = {name: value for name, value in asdict(self).items() if name not in PLACE}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
     def folder(self, root: Path) -> Path:

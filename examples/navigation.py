@@ -123,6 +123,7 @@ class NavigationTask(Task):
     METRIC = "mean error"
     UNIT = "cm"
     DIGITS = 1
+    FIXED_SHAPES = True
 
     def __init__(self, *, hidden: int = 4096, landmarks: int = 512, width_cm: int = 12, steps: int = 50,
                  batch: int = 200, target: str = "difference", loss_at: str = "all", decoder: str = "top3",

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--precision", choices=PRECISIONS, default="float32")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
+    made.add_argument("--graph", action="store_true", help="steps as CUDA graphs (adding, navigation)")
     made.add_argument("--show", action="store_true", help="train nothing, show what the ledger has")
     made.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
     return made
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)
         return 2
     chosen, seeds = [known[name] for name in names], list(range(options.seeds))
-    changes = {"device": options.device, "precision": options.precision}
+    changes = {"device": options.device, "precision": options.precision, "graph": options.graph}
     for task in dict.fromkeys(table.task for table in chosen):
         ledger = Ledger(options.out / "results" / f"{task}.jsonl")
         its = [table for table in chosen if table.task == task]

@@ -8,6 +8,7 @@ and every random state.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from moduli_kernels.env_report import environment
 from . import checkpoint, nets
 from .board import Board
 from .config import Config, Result, finished, task_class
+from .graph import GraphedStep
 from .parts import Parts
 
 REPORT_SECONDS = 0.25
@@ -55,8 +57,10 @@ class Run:
         if self.points:
             groups.append({"params": self.points, "weight_decay": 0.0})  # decay would pull them to the origin
         self.optimizer = self.task.optimizer(groups, config.lr)
+        for group in self.optimizer.param_groups if config.graph else ():
+            group["capturable"] = True
         self.pruner = self._pruner(generator)
-        self.parts = Parts(config.device)
+        self.parts = Parts("cpu" if config.graph else config.device)  # a graph has no parts for events
         self.result = Result()
         if not self._load() and config.lottery:
             self._inherit()
@@ -131,31 +135,16 @@ class Run:
         losses: list[Tensor] = []
         reported = 0.0
         batches = iter(task.batches(config.batches))
+        damping = None if resting else config.point_damping**epoch
+        step = functools.partial(self._step, damping=damping)
+        if config.graph:
+            step = GraphedStep(step, self.optimizer)  # of this epoch's masks and learning rate
         for _ in range(config.batches):
             parts.begin()
             batch = next(batches)
             parts.end("data")
             self._set_learning_rate((epoch * config.batches + len(losses)) / (epochs * config.batches))
-            self.optimizer.zero_grad()
-            with self._precision():
-                loss = task.loss(batch)
-            extra = task.extra_penalty()
-            parts.end("forward")
-            (loss if extra is None else loss + config.strength * extra).backward()
-            parts.end("backward")
-            penalty = torch.zeros_like(loss)
-            if self.penalty is not None:
-                penalty = self.penalty()
-                penalty.backward()
-                for points in self.points:
-                    if not resting:
-                        points.grad *= config.point_damping**epoch
-            parts.end("penalty")
-            if config.clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            self.optimizer.step()
-            parts.end("update")
-            losses.append(torch.stack((loss.detach().float(), penalty.detach().float())))
+            losses.append(step(batch))
             if len(losses) == config.batches or time.perf_counter() - reported > REPORT_SECONDS:
                 _check(losses, epoch, config.batches)  # reads the losses, so on a GPU it waits for them
                 reported = time.perf_counter()
@@ -173,6 +162,31 @@ class Run:
         density = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
         return {"epoch": epoch + 1, "sparsity": sparsity, "density": density, "loss": loss, "penalty": penalty,
                 "lr": self.optimizer.param_groups[0]["lr"], **task.measures()}
+
+    def _step(self, batch: Any, damping: float | None) -> Tensor:
+        """One step; (loss, penalty). damping: of trained points' gradients, None where they rest. Holds nothing that a
+        CUDA graph could not: the host reads no tensor."""
+        config, parts = self.config, self.parts
+        self.optimizer.zero_grad()
+        with self._precision():
+            loss = self.task.loss(batch)
+        extra = self.task.extra_penalty()
+        parts.end("forward")
+        (loss if extra is None else loss + config.strength * extra).backward()
+        parts.end("backward")
+        penalty = torch.zeros_like(loss)
+        if self.penalty is not None:
+            penalty = self.penalty()
+            penalty.backward()
+            if damping is not None:
+                for points in self.points:
+                    points.grad *= damping
+        parts.end("penalty")
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), config.clip)
+        self.optimizer.step()
+        parts.end("update")
+        return torch.stack((loss.detach().float(), penalty.detach().float()))
 
     def _set_learning_rate(self, done: float) -> None:
         rate = self.task.learning_rate(self.config.lr, done, self.result.history)
