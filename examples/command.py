@@ -21,54 +21,61 @@ from .parts import shares
 from .report import with_unit
 from .workers import train_all
 
+COMMON = ("epoch", "sparsity", "density", "loss", "penalty", "lr", "error")  # of a history entry, whatever the task
 HERE = Path(__file__).resolve().parent
 
 
 def parser(task: str) -> argparse.ArgumentParser:
-    """One option for each thing the paper varies, each point where paper and code differ, and each of the task's own."""
+    """Options: what the paper varies, where paper and code differ, what the task has of its own."""
     module = import_module(f"{__package__}.{task}")
     made = argparse.ArgumentParser(
         prog=f"python -m examples.{task}", description=module.__doc__.splitlines()[0],
         epilog="Defaults are the preset's. Stopped or killed, the same command goes on from the last epoch. The result "
                "is a line in the ledger, results/<task>.jsonl.")
-    presets = "; ".join(f"{name}: {preset.what}" for name, preset in module.PRESETS.items())
+    presets = "; ".join(f"{name}: {preset.what}" for name, preset in module.PRESETS.items()).replace("%", "%%")
     made.add_argument("--preset", choices=tuple(module.PRESETS), default="quick", help=f"{presets} (default quick)")
     made.add_argument("--net", choices=tuple(NETS), default="torus", metavar="NET",
                       help=f"points and penalty: {', '.join(NETS)} (default torus)")
-    made.add_argument("--cut", type=float, default=0.0, metavar="SHARE", help="of the weights to prune, e.g. 0.9 (default 0)")
+    made.add_argument("--cut", type=float, default=0.0, metavar="SHARE",
+                      help="of the weights to prune, e.g. 0.9 (default 0)")
     made.add_argument("--lottery", action="store_true",
                       help="fresh weights on the final mask of the same run without --lottery, which is trained first")
     made.add_argument("--seed", type=int, default=0, help="of weights, data and points (default 0)")
 
     its = made.add_argument_group("the penalty")
     its.add_argument("--strength", type=float, help="lambda")
-    its.add_argument("--inhibitor", choices=tuple(INHIBITORS), help="f(distance) (default dog)")
+    its.add_argument("--inhibitor", choices=tuple(INHIBITORS),
+                     help="f(distance) (default dog). The language model's code has `distance` where the paper says "
+                          "sinusoid, and its batch script inverts: distance_inverted, diffusion_inverted")
     its.add_argument("--reduction", choices=REDUCTIONS,
-                     help="lambda multiplies the mean over the entries of W_hh (the authors' code, default) or their sum "
-                          "(the paper's equation: n * n times as strong)")
-    its.add_argument("--r3", choices=R3, help="R^3 as in the paper (default) or in the authors' code: fixed points there "
-                                              "cost nothing, trained ones start normal instead of uniform in a cube")
+                     help="lambda multiplies the mean over the entries of W_hh (the authors' code, default) or their "
+                          "sum (the paper's equation: n * n times as strong)")
+    its.add_argument("--r3", choices=R3,
+                     help="R^3 as in the paper (default) or in the authors' code: fixed points there cost nothing, "
+                          "trained ones start normal instead of uniform in a cube")
     its.add_argument("--point-damping", type=float, metavar="FACTOR",
                      help="trained points' gradients shrink by this factor an epoch (the adding code has 0.99)")
 
     its = made.add_argument_group("training")
     its.add_argument("--epochs", type=int, help="in which the sparsity rises to the cut")
     its.add_argument("--before", type=int, help="epochs at sparsity 0 ahead of them")
-    its.add_argument("--hold", type=int, help="epochs on the final mask after them, in which trained points rest (adding: "
-                                              "10 in the authors' latest code, 3 in an earlier one)")
-    its.add_argument("--batches", type=int, help="an epoch (adding: the paper says 500,000 in all, the code has 313 an epoch)")
+    its.add_argument("--hold", type=int,
+                     help="epochs on the final mask after them, in which trained points rest (adding: 10 in the "
+                          "authors' latest code, 3 in an earlier one)")
+    its.add_argument("--batches", type=int,
+                     help="an epoch (adding: the paper says 500,000 in all, the code has 313 an epoch)")
     its.add_argument("--lr", type=float)
     its.add_argument("--clip", type=float, help="norm the gradient is clipped to")
     its.add_argument("--precision", choices=PRECISIONS, help="tf32 for CUDA; bfloat16: autocast (default float32)")
 
     its = made.add_argument_group("the task")
-    texts, choices = getattr(module, "OPTIONS", {}), getattr(module, "CHOICES", {})
+    texts, choices = module.OPTIONS, getattr(module, "CHOICES", {})
     for name, default in task_options(task).items():
         kind = type(default)
         shown = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if name in choices:
             shown = {"choices": choices[name]}
-        its.add_argument(f"--{name.replace('_', '-')}", **shown, default=None, help=texts.get(name))
+        its.add_argument(f"--{name.replace('_', '-')}", **shown, default=None, help=texts[name].replace("%", "%%"))
 
     its = made.add_argument_group("where")
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,13 +96,16 @@ def config_of(task: str, options: argparse.Namespace) -> Config:
     """The run that the command line asks for."""
     module: ModuleType = import_module(f"{__package__}.{task}")
     given = {name: value for name, value in vars(options).items() if value is not None}
-    its = {name: given[name] for name in task_options(task) if name in given}
-    shape = {name: given[name] for name in ("epochs", "before", "hold", "batches", "lr", "strength", "clip") if name in given}
+    its = _of(given, tuple(task_options(task)))
+    shape = ("epochs", "before", "hold", "batches", "lr", "strength", "clip")
+    settings = ("inhibitor", "reduction", "r3", "point_damping", "precision", "device", "graph")
     preset = module.PRESETS[options.preset]
-    preset = replace(preset, **shape, options={**preset.options, **its})
-    settings = {name: given[name] for name in ("inhibitor", "reduction", "r3", "point_damping", "precision", "device", "graph")
-                if name in given}
-    return preset.config(task, options.net, options.seed, options.cut, lottery=options.lottery, **settings)
+    preset = replace(preset, **_of(given, shape), options={**preset.options, **its})
+    return preset.config(task, options.net, options.seed, options.cut, lottery=options.lottery, **_of(given, settings))
+
+
+def _of(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: given[name] for name in names if name in given}
 
 
 def said(config: Config, result: Result) -> str:
@@ -107,9 +117,9 @@ def said(config: Config, result: Result) -> str:
     if 0 < first < len(result.history) - 1:
         lines.append(f"error as pruning ends: {with_unit(config.task, result.history[first]['error'])}")
     last = result.history[-1]
-    lines.append(f"error at the end: {with_unit(config.task, last['error'])}, {100 * last['density']:.2f} % of W_hh kept")
-    more = {k: v for k, v in last.items() if k not in ("epoch", "sparsity", "density", "loss", "penalty", "lr", "error")}
-    lines += [f"{name}: {value:.4g}" for name, value in more.items()]
+    kept = f"{100 * last['density']:.2f} % of W_hh kept"
+    lines.append(f"error at the end: {with_unit(config.task, last['error'])}, {kept}")
+    lines += [f"{name}: {value:.4g}" for name, value in last.items() if name not in COMMON]
     lines += [f"for comparison, {name}: {with_unit(config.task, value)}" for name, value in result.references.items()]
     lines.append(f"{result.seconds / 60:.1f} minutes; of the training steps: {shares(result.parts)}")
     return "\n".join(lines)

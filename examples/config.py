@@ -17,7 +17,7 @@ TASKS = ("navigation", "adding", "language_model", "speech")  # modules beside t
 CUTS = ("all", "recurrent")
 BLOCK_ORDERS = ("manifold", "random")
 REDUCTIONS = ("mean", "sum")
-PLACE = ("device", "graph")  # what of a Config does not change the experiment
+PLACE = ("device", "graph")  # of a Config, what does not change the experiment; of its options, "data" does not
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
@@ -69,8 +69,14 @@ class Config:
     @cached_property
     def key(self) -> str:
         """Names the experiment, wherever and however it is computed."""
-        fields = {name: value for name, value in asdict(self).items() if name not in PLACE}
+        fields = {name: value for name, value in self.described().items() if name not in PLACE}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+    def described(self) -> dict[str, Any]:
+        """For records, without the folder that the data lay in."""
+        fields = asdict(self)
+        fields["options"].pop("data", None)
+        return fields
 
     def folder(self, root: Path) -> Path:
         """Where this run is kept: another configuration has another folder."""

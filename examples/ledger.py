@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def _record(config: Config, result: Result) -> dict[str, Any]:
     whole = len(history) == len(config.schedule) and not result.collapsed
     pruned = config.sparsities().index(config.schedule[-1])  # the first epoch at the last sparsity
     return {
-        "key": config.key, "config": asdict(config), "error": errors[-1] if whole else None,
+        "key": config.key, "config": config.described(), "error": errors[-1] if whole else None,
         "pruned_error": errors[pruned] if whole else None, "errors": errors, "last": history[-1] if history else None,
         "seconds": round(result.seconds, 1), "parts": {name: round(s, 1) for name, s in result.parts.items()},
         "peak_mib": round(result.peak_mib), "collapsed": result.collapsed, "references": result.references,

@@ -206,18 +206,20 @@ TASK = NavigationTask
 SIZE = {"hidden": 4096, "landmarks": 512, "width_cm": 12, "steps": 50, "batch": 200}  # the authors'
 QUICK = {"hidden": 512, "landmarks": 128, "width_cm": 24, "steps": 20, "batch": 50}  # README.md says why
 PRESETS = {
-    "full": Preset("the authors' size, 30 epochs of 1000 batches", SIZE, epochs=30, batches=1000, lr=1e-4, strength=0.1),
-    "quick": Preset("n = 512, 128 landmarks, 20 steps, 40 epochs of 85 batches: some minutes on a core", QUICK, before=17,
-                    epochs=19, hold=4, batches=85, lr=2e-3, strength=0.1),
+    "full": Preset("the authors' size, 30 epochs of 1000 batches", SIZE, epochs=30, batches=1000, lr=1e-4,
+                   strength=0.1),
+    "quick": Preset("n = 512, 128 landmarks, 20 steps, 40 epochs of 85 batches: some minutes on a core", QUICK,
+                    before=17, epochs=19, hold=4, batches=85, lr=2e-3, strength=0.1),
 }
 OPTIONS = {
-    "hidden": "neurons (paper 4096)", "landmarks": "in the box (paper 512)", "width_cm": "sigma of a landmark (paper 12)",
+    "hidden": "neurons (paper 4096)", "landmarks": "in the box (paper 512)",
+    "width_cm": "sigma of a landmark (paper 12)",
     "steps": "of a walk (paper 50)", "batch": "walks (paper 200)",
-    "target": "activations to be learned: `difference` of two softmaxes (the code's default), `softmax` of -d^2/(2 sigma^2), "
-              "or the paper's literal softmax of the `gaussians`, almost uniform",
+    "target": "activations to be learned: `difference` of two softmaxes (the code's default), `softmax` of "
+              "-d^2/(2 sigma^2), or the paper's literal softmax of the `gaussians`, almost uniform",
     "loss_at": "`all` steps (code) or the `last` one (paper)",
-    "decoder": "`top3`: mean of the 3 most active landmarks (code); `mean`: of all, weighted by their probabilities (a reading "
-               "of the paper's Bayesian decoder)",
+    "decoder": "`top3`: mean of the 3 most active landmarks (code); `mean`: of all, weighted by their probabilities (a "
+               "reading of the paper's Bayesian decoder)",
     "weight_decay": "0 is the paper's Adam (default); the code has AdamW with 0.01",
     "zero_below": "evaluate with |w_hh| below this set to 0 (the code: 1e-3; default 0)",
     "fresh_tests": "new test walks at every evaluation, as the code has it (default: the same ones)",

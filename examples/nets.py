@@ -30,6 +30,9 @@ INHIBITORS = {
     "sinusoid": lambda: mk.Sinusoid(c=SCALE / 2, mu=2.0),
     "ricker": lambda: mk.RickerWavelet(sigma=1.0, c=SCALE),
     "gauss": lambda: mk.TabulatedInhibitor(lambda d: SCALE * torch.exp(-d * d / 3), max_distance=18.0),
+    # As the authors' language-model script has them: the largest entry, that of the torus' farthest points, minus each.
+    "diffusion_inverted": lambda: mk.TabulatedInhibitor(lambda d: (50.0 - d * d).clamp(min=0), max_distance=18.0),
+    "distance_inverted": lambda: mk.TabulatedInhibitor(lambda d: (50.0**0.5 - d).clamp(min=0), max_distance=18.0),
     "constant": lambda: mk.Constant(c=1.0),
 }
 

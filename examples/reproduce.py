@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .command import task_options
 from .config import PRECISIONS, TASKS, Config
 from .ledger import Ledger
 from .table_report import write
@@ -26,14 +27,15 @@ from .workers import train_each
 HERE = Path(__file__).resolve().parent
 
 
-def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, **changes) -> list[Config]:
+def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, rows: str = "",
+            **changes) -> list[Config]:
     """The trials of the tables that no line of the ledger has, each once: of one seed after the other; what is not
-    cut at all comes last, as no claim of the paper rests on it."""
+    cut at all comes last, as no claim of the paper rests on it. rows: only those whose name has this in it."""
     known = ledger.trials()
     found: dict[str, Config] = {}
     for seed in seeds:
         for table in chosen:
-            for config in table.trials_of([seed], preset, **changes):
+            for config in table.trials_of([seed], preset, rows, **changes):
                 if config.key not in known:
                     found.setdefault(config.key, config)
     # a lottery after its antecedent, also where another table brings that
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("table", nargs="+", help=f"{', '.join(tables())}, or all of --task")
     made.add_argument("--task", choices=TASKS, help="with the table `all`")
     made.add_argument("--seeds", type=int, default=5, help="trials a cell, seeds 0, 1, ... (default 5)")
+    made.add_argument("--rows", default="", metavar="TEXT", help="train only rows with this in their name, e.g. 90%%")
     made.add_argument("--jobs", type=int, help="nets at once (default: one a core, two a GPU)")
     made.add_argument("--preset", choices=("full", "quick"), default="full",
                       help="full: the authors' protocol (default); quick: reduced, minutes a net on a core")
@@ -60,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
     made.add_argument("--graph", action="store_true", help="steps as CUDA graphs (adding, navigation)")
+    made.add_argument("--data", default="", help="folder with the data sets (language_model, speech); else fetched")
     made.add_argument("--show", action="store_true", help="train nothing, show what the ledger has")
     made.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
     return made
@@ -75,12 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)
         return 2
     chosen, seeds = [known[name] for name in names], list(range(options.seeds))
-    changes = {"device": options.device, "precision": options.precision, "graph": options.graph}
+    place = {"device": options.device, "precision": options.precision, "graph": options.graph}
     for task in dict.fromkeys(table.task for table in chosen):
         ledger = Ledger(options.out / "results" / f"{task}.jsonl")
         its = [table for table in chosen if table.task == task]
+        changes = {**place, "data": options.data} if "data" in task_options(task) else place
         if not options.show:
-            configs = missing(its, seeds, options.preset, ledger, **changes)
+            configs = missing(its, seeds, options.preset, ledger, options.rows, **changes)
             print(f"{task}: {len(configs)} trials to train", flush=True)
             try:
                 run(configs, ledger, options.out / "runs", options.jobs)

@@ -35,8 +35,8 @@ def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **chan
         if table.paper:
             theirs = [table.paper.get((row, column)) for column in table.columns]
             found.append([row, "paper", *("" if t is None else f"{t[0]:g} ± {t[1]:g}" for t in theirs)])
-        last = [errors(table, row, column, preset, ledger, seeds, "error", **changes) for column in table.columns]
-        first = [errors(table, row, column, preset, ledger, seeds, "pruned_error", **changes) for column in table.columns]
+        last = [errors(table, row, c, preset, ledger, seeds, "error", **changes) for c in table.columns]
+        first = [errors(table, row, c, preset, ledger, seeds, "pruned_error", **changes) for c in table.columns]
         if "lottery" not in row and not row.startswith("0%") and first != last:
             found.append([row, "ours, pruning ends", *(spread(v, digits, c) for v, c in first)])
             found.append([row, "ours, stabilized", *(spread(v, digits, c) for v, c in last)])
@@ -49,8 +49,8 @@ def heading(table: Table, preset: str, what: str, seeds: list[int]) -> str:
     """Which table, of what, how."""
     name = f"Table {table.name}" if table.paper else table.name
     note = f" ({table.note})" if table.note else ""
-    return f"{name}: {table.task}, {table.metric}{note}; preset {preset}: {what}; mean ± standard deviation (trials), " \
-           f"seeds {', '.join(map(str, seeds))}"
+    return (f"{name}: {table.task}, {table.metric}{note}; preset {preset}: {what}; mean ± standard deviation "
+            f"(trials), seeds {', '.join(map(str, seeds))}")
 
 
 def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
@@ -61,7 +61,8 @@ def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
     if judged:
         lines += ["", "Claims of the paper, by Welch's test (two-sided, p < 0.05, at least 5 trials on both sides):", "",
                   "| claim | pair, the better one first | verdict | p | means |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {v.words} | {v.pair.replace('<', 'under')} | {v.verdict} | {_p(v)} | {_means(v)} |" for v in judged]
+        lines += [f"| {v.words} | {v.pair.replace('<', 'under')} | {v.verdict} | {_p(v)} | {_means(v)} |"
+                  for v in judged]
     return "\n".join(lines) + "\n"
 
 
@@ -92,13 +93,15 @@ def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[i
     """A panel a row: a dot for each trial, a bar for their mean, the paper's mean ± standard deviation beside it."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in table.rows if any(errors(table, row, c, preset, ledger, seeds, **changes)[0] for c in table.columns)]
-    figure = Figure(figsize=(max(6.4, 1.1 * len(table.columns) + 1.5), 2.5 * max(1, len(rows)) + 0.8), layout="constrained")
+    ours = {(row, c): errors(table, row, c, preset, ledger, seeds, **changes)[0]
+            for row in table.rows for c in table.columns}
+    rows = [row for row in table.rows if any(ours[row, c] for c in table.columns)]
+    size = (max(6.4, 1.1 * len(table.columns) + 1.5), 2.5 * max(1, len(rows)) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(max(1, len(rows)), 1, squeeze=False)[:, 0]
     for ax, row in zip(axes, rows):
         for x, column in enumerate(table.columns):
-            values, _ = errors(table, row, column, preset, ledger, seeds, **changes)
-            label = x == 0
+            values, label = ours[row, column], x == 0
             if values:
                 ax.plot([x - 0.12] * len(values), values, "o", color=plots.COLOURS[0], alpha=0.55, markersize=5,
                         label="a trial" if label else None)

@@ -58,11 +58,12 @@ class Table:
         its = import_module(f"{__package__}.{self.task}").PRESETS[preset]
         return its.config(self.task, seed=seed, **{**changes, **self.settings(row, column)})
 
-    def trials_of(self, seeds: list[int], preset: str, **changes: Any) -> Iterator[Config]:
-        """All cells of the first seed first; sparse nets before the lotteries that need their masks."""
+    def trials_of(self, seeds: list[int], preset: str, rows: str = "", **changes: Any) -> Iterator[Config]:
+        """All cells of the first seed first; sparse nets before the lotteries that need their masks. rows: only those
+        with this in their name."""
         for seed in seeds:
             for row in sorted(self.rows, key=lambda row: "lottery" in row):
-                for column in self.columns:
+                for column in self.columns if rows in row else ():
                     yield self.config(row, column, seed, preset, **changes)
 
 

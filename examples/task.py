@@ -95,12 +95,14 @@ class Preset:
         """Sparsity at the start of each epoch."""
         return [0.0] * self.before + mk.linear_schedule(cut, self.epochs, variant=self.variant, hold=self.hold)
 
-    def config(self, task: str, net: str, seed: int, cut: float = 0.0, **settings):
-        """The Config of one run. settings: further fields of Config, in place of the preset's."""
+    def config(self, task: str, net: str, seed: int, cut: float = 0.0, data: str = "", **settings):
+        """The Config of one run. data: the task's folder of data sets, if it has that option. settings: further fields
+        of Config, in place of the preset's."""
         from .config import Config
 
+        options = {**self.options, "data": data} if data else self.options
         made = Config(
-            task=task, net=net, seed=seed, options=self.options, schedule=self.schedule(cut), batches=self.batches,
+            task=task, net=net, seed=seed, options=options, schedule=self.schedule(cut), batches=self.batches,
             lr=self.lr, strength=self.strength, clip=self.clip, frozen_epochs=self.hold, **self.settings,
         )
         return replace(made, **settings)

@@ -229,7 +229,7 @@ class Run:
         if loaded is None:
             return False
         tensors, info = loaded
-        if info["config"] != asdict(self.config):
+        if Config(**info["config"]).key != self.config.key:
             message = f"the checkpoint in {self.folder} must be of this configuration, got another; delete it"
             raise RuntimeError(message)
         self._load_parts(tensors)

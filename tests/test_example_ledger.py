@@ -47,8 +47,10 @@ def test_a_collapsed_trial_is_recorded_as_one(tmp_path):
 
 def test_the_device_is_not_part_of_the_key_and_all_else_is():
     assert replace(CONFIG, device="cuda").key == CONFIG.key
-    changes = ({"seed": 1}, {"net": "none"}, {"lottery": True}, {"precision": "tf32"}, {"strength": 1.0}, {"inhibitor": "gauss"},
-               {"options": {**CONFIG.options, "steps": 49}})
+    moved = replace(CONFIG, options={**CONFIG.options, "data": "elsewhere"})
+    assert moved.key == CONFIG.key and "elsewhere" not in str(moved.described())
+    changes = ({"seed": 1}, {"net": "none"}, {"lottery": True}, {"precision": "tf32"}, {"strength": 1.0},
+               {"inhibitor": "gauss"}, {"options": {**CONFIG.options, "steps": 49}})
     assert len({CONFIG.key} | {replace(CONFIG, **change).key for change in changes}) == 8
 
 
@@ -102,6 +104,6 @@ for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 40):
 def test_several_writers_lose_and_mix_no_line(tmp_path):
     path = tmp_path / "adding.jsonl"
     there = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(first)], env=there) for first in (0, 40, 80)]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(k)], env=there) for k in (0, 40, 80)]
     assert [writer.wait(120) for writer in writers] == [0, 0, 0]
     assert {json.loads(line)["config"]["seed"] for line in path.read_text().splitlines()} == set(range(120))

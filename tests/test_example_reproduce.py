@@ -20,7 +20,8 @@ from examples.task import Preset  # noqa: E402
 from test_example_ledger import result  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = Preset("tiny", {"hidden": 8, "steps": 5, "batch": 4, "tests": 20}, epochs=2, hold=1, batches=3, lr=1e-3, strength=1e-3)
+TINY = Preset("tiny", {"hidden": 8, "steps": 5, "batch": 4, "tests": 20}, epochs=2, hold=1, batches=3, lr=1e-3,
+              strength=1e-3)
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared").exists(), reason="shared/ is not here")
@@ -38,11 +39,13 @@ def test_every_cell_of_every_table_is_a_trial():
                 settings = table.settings(row, column)
                 assert settings["net"] in nets.NETS and 0 <= settings["cut"] < 1
     assert known["8"].columns == ("torus", "none", "l1", "l1_matched", "shuffled")
-    assert known["8"].paper["95% sparse", "torus"] == (0.111, 0.035) and ("95% sparse", "l1_matched") not in known["8"].paper
+    assert known["8"].paper["95% sparse", "torus"] == (0.111, 0.035)
+    assert ("95% sparse", "l1_matched") not in known["8"].paper
     assert known["9"].settings("95% lottery", "r3 trained") == {"net": "r3_trained", "cut": 0.95, "lottery": True}
     assert known["9"].settings("0% sparse", "torus fixed") == {"net": "torus", "cut": 0.0, "lottery": False}
     assert known["15"].settings("75% sparse", "diffusion")["inhibitor"] == "diffusion"
-    assert known["17"].settings("l1 90% sparse", "1e-3") == {"net": "l1", "cut": 0.9, "lottery": False, "strength": 1e-3}
+    sweep = known["17"].settings("l1 90% sparse", "1e-3")
+    assert sweep == {"net": "l1", "cut": 0.9, "lottery": False, "strength": 1e-3}
 
 
 def test_tables_share_trials_and_lotteries_follow_their_antecedents(tmp_path):
@@ -77,7 +80,8 @@ def tiny(tmp_path, monkeypatch):
             return Run(config, folder).train()
 
     monkeypatch.setattr(reproduce, "train_each", trained)
-    return lambda *arguments: reproduce.main([*arguments, "--preset", "quick", "--device", "cpu", "--out", str(tmp_path)])
+    here = ["--preset", "quick", "--device", "cpu", "--out", str(tmp_path)]
+    return lambda *arguments: reproduce.main([*arguments, *here])
 
 
 def test_reproduce_trains_what_is_missing_and_shows_it_beside_the_paper(tiny, tmp_path, capsys):
@@ -212,7 +216,7 @@ def test_killed_and_started_again_it_ends_with_one_line_a_trial_and_the_same_err
     broken.wait()
     assert started(tmp_path / "a").wait(200) == 0 and started(tmp_path / "b").wait(200) == 0
     ends = [
-        {t["config"]["net"]: t["errors"] for t in map(json.loads, (tmp_path / side / "adding.jsonl").read_text().splitlines())}
+        {t["config"]["net"]: t["errors"] for t in Ledger(tmp_path / side / "adding.jsonl").trials().values()}
         for side in "ab"
     ]
     assert ends[0] == ends[1] and set(ends[0]) == {"none", "torus"}
