@@ -237,8 +237,8 @@ PRESETS = {
                    variant="language_model"),
     "quick": Preset("128 neurons a layer, a 25th of the corpus (10,495 words), a quarter of the learning rate, since "
                     "so small a net diverges at 20; 5 minutes on a core",
-                    {**SIZE, "hidden": 128, "embedding": 128, "share": 0.04}, epochs=15, batches=120, lr=5.0, strength=0.1,
-                    clip=0.25, variant="language_model"),
+                    {**SIZE, "hidden": 128, "embedding": 128, "share": 0.04}, epochs=15, batches=120, lr=5.0,
+                    strength=0.1, clip=0.25, variant="language_model"),
 }
 OPTIONS = {
     "hidden": "neurons of each layer (paper and code: 650)",
