@@ -203,8 +203,11 @@ class NavigationTask(Task):
 
 
 TASK = NavigationTask
-SIZE = {"hidden": 4096, "landmarks": 512, "width_cm": 12, "steps": 50, "batch": 200}  # the authors'
-QUICK = {"hidden": 512, "landmarks": 128, "width_cm": 24, "steps": 20, "batch": 50}  # README.md says why
+# the authors' size; where paper and code differ: OPTIONS
+SIZE = {"hidden": 4096, "landmarks": 512, "width_cm": 12, "steps": 50, "batch": 200, "target": "difference",
+        "loss_at": "all", "decoder": "top3", "weight_decay": 0.0, "zero_below": 0.0, "fresh_tests": False, "world": -1}
+# README.md says why
+QUICK = {**SIZE, "hidden": 512, "landmarks": 128, "width_cm": 24, "steps": 20, "batch": 50}
 PRESETS = {
     "full": Preset("the authors' size, 30 epochs of 1000 batches", SIZE, epochs=30, batches=1000, lr=1e-4,
                    strength=0.1),

@@ -102,6 +102,9 @@ def test_commit_and_uncommitted_changes(tmp_path, monkeypatch):
     source = tmp_path / "moduli_kernels" / "source.py"
     source.parent.mkdir()
     source.write_text("one = 1\n")
+    ledger = tmp_path / "examples" / "results" / "adding.jsonl"
+    ledger.parent.mkdir(parents=True)
+    ledger.write_text("{}\n")
     monkeypatch.setattr(sys.modules[environment.__module__], "_package_folder", lambda: source.parent)
     assert state() == (None, None)
     git(tmp_path, "init", "-q")
@@ -110,5 +113,7 @@ def test_commit_and_uncommitted_changes(tmp_path, monkeypatch):
     commit = git(tmp_path, "rev-parse", "HEAD")
     (tmp_path / "results.json").touch()
     assert state() == (commit, False)  # new files, results for instance, do not count
+    ledger.write_text("{}\n{}\n")
+    assert state() == (commit, False)  # a run that appends to a tracked record
     source.write_text("one = 2\n")
     assert state() == (commit, True)

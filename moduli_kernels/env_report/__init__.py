@@ -166,10 +166,12 @@ def _compiler() -> str | None:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """(commit, tracked files differ from it) of the checkout around this package, else (None, None)."""
+    """(commit, tracked files differ from it) of the checkout around this package, else (None, None). Results are no
+    source: a run that appends to a tracked record leaves its own checkout clean."""
     root = _package_folder().parent
     if not (root / ".git").exists():
         return None, None
     commit = _run("git", "-C", str(root), "rev-parse", "HEAD")
-    status = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    status = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no",
+                  "--", ".", ":!benchmarks/results", ":!examples/results")
     return commit, bool(status) if commit is not None and status is not None else None
