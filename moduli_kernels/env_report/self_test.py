@@ -1,0 +1,94 @@
+"""A check of some seconds that every backend here agrees with the reference: python -m moduli_kernels.env_report --check"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .._backend import availability, backend
+from ..manifolds import manifold
+from ..penalty import moduli_penalty
+from ..sparse_rnn import SparseRNN
+
+TOLERANCE = 1e-5  # relative, in norm, float32
+NEURONS = 130  # no multiple of what kernels take at a time
+PRESETS = ("torus", "sphere", "klein", "r3")
+DENSITY = 0.1
+
+
+def _case(device: str, seed: int = 0) -> tuple[torch.Generator, Tensor, Tensor]:
+    """(generator, weight (n, n), mask (n, n)) of the case."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(NEURONS, NEURONS, generator=generator, device=device)
+    return generator, weight, torch.rand(NEURONS, NEURONS, generator=generator, device=device) < DENSITY
+
+
+def _penalty(device: str, preset: str, masked: bool) -> list[Tensor]:
+    """Value, weight gradient and point gradient."""
+    generator, weight, mask = _case(device)
+    points = manifold(preset).sample(NEURONS, generator=generator, device=torch.device(device))
+    leaves = [weight.requires_grad_(), points.requires_grad_()]
+    value = moduli_penalty(*leaves, manifold=preset, mask=mask if masked else None)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def _rnn(device: str, nonlinearity: str) -> list[Tensor]:
+    """Outputs of a masked net and every gradient."""
+    generator, _, mask = _case(device)
+    net = SparseRNN(5, NEURONS, nonlinearity=nonlinearity, path="sparse", device=device)
+    bound = NEURONS**-0.5
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    net.set_mask("weight_hh_l0", mask)
+    inputs = torch.randn(7, 3, 5, generator=generator, device=device, requires_grad=True)
+    outputs, _ = net(inputs)
+    into = torch.randn(outputs.shape, generator=generator, device=device)
+    return [outputs.detach(), *torch.autograd.grad(outputs, [inputs, *net.parameters()], into)]
+
+
+def _checks() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
+    for preset in PRESETS:
+        yield f"penalty, {preset}, trained points", lambda device, p=preset: _penalty(device, p, False)
+    yield f"penalty, torus, {DENSITY:.0%} kept", lambda device: _penalty(device, "torus", True)
+    for nonlinearity in ("tanh", "relu"):
+        yield f"SparseRNN, {nonlinearity}, {DENSITY:.0%} kept", lambda device, s=nonlinearity: _rnn(device, s)
+
+
+def self_test(say: Callable[[str], None] = print) -> bool:
+    """Runs every backend there is but the reference against it, a line each; whether all agree.
+
+    The largest relative difference in norm, over value and gradients, must not be above TOLERANCE.
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    serves = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+    present = [name for name, (there, _) in availability().items() if there and serves.get(name) in devices]
+    if not present:
+        say("nothing to check: only the reference is here, and it is what the others are checked against")
+    well = True
+    for name in present:
+        for what, run in _checks():
+            begun = time.perf_counter()
+            try:
+                with backend("reference"):
+                    expected = run(serves[name])
+                with backend(name):
+                    got = run(serves[name])
+                apart = max(_apart(a, b) for a, b in zip(got, expected, strict=True))
+                fine, told = apart <= TOLERANCE, f"{apart:.1e} from the reference"
+            except Exception as error:  # a report says what is wrong and goes on
+                fine, told = False, f"{type(error).__name__}: {error}"
+            well &= fine
+            say(f"{'ok  ' if fine else 'FAIL'}  {name:<7} {what:<32} {told} ({time.perf_counter() - begun:.2f} s)")
+    return well
+
+
+def _apart(got: Tensor, expected: Tensor) -> float:
+    """Relative difference in norm; NaN counts as infinite."""
+    scale = expected.double().norm().item()
+    difference = (got.double() - expected.double()).norm().item()
+    apart = difference / scale if scale else difference
+    return apart if apart == apart else float("inf")
