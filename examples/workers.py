@@ -34,6 +34,8 @@ def places(device: str, jobs: int | None = None) -> list[int | None]:
         return [None] * (jobs or cores())
     import torch
 
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device must be cpu here, got {device}: torch finds no CUDA GPU")
     gpus = list(range(max(1, torch.cuda.device_count())))
     jobs = jobs or min(NETS_A_GPU * len(gpus), cores())
     return [gpus[i % len(gpus)] for i in range(jobs)]
@@ -61,7 +63,7 @@ def train_each(
 
     A lottery run begins when its antecedent has ended. recorded: keys that need no training any more, asked before
     each start. A run that another process holds is left to it; patient: looked at again until it is recorded or free.
-    RuntimeError at the end if some failed.
+    RuntimeError at the end if some failed; two that fail with the same words end it: no other would do better.
     """
     keys = [config.key for config in configs]
     kept = [(key, finished(config, config.folder(root))) for key, config in zip(keys, configs)]
@@ -98,8 +100,9 @@ def train_each(
                         free.append(place)
                         show.end(config)
                         if config.key not in ended and config not in waiting:
-                            failures.setdefault(config.key, f"{config.net}, seed {config.seed}: process ended with "
-                                                              f"exit code {process.exitcode}")
+                            failures.setdefault(config.key, f"process ended with exit code {process.exitcode}")
+                            if list(failures.values()).count(failures[config.key]) > 1:
+                                waiting.clear()
                         continue
                     if kind == "progress":
                         show(config, content)
@@ -112,13 +115,16 @@ def train_each(
                     elif kind == "busy":
                         ended.add(config.key)  # as far as this process goes
                     else:
-                        failures[config.key] = f"{config.net}, seed {config.seed}: {content}"
+                        failures[config.key] = content
                 if not running and waiting:
                     time.sleep(max(0.0, look_again - time.monotonic()))
     finally:
         _stop([process for _, process, _ in running.values()])
     if failures:
-        raise RuntimeError("; ".join(failures.values()))
+        told = {text: [c for c in configs if failures.get(c.key) == text] for text in failures.values()}
+        raise RuntimeError("; ".join(
+            f"{of[0].net}, seed {of[0].seed}{f' and {len(of) - 1} more' if len(of) > 1 else ''}: {text}"
+            for text, of in told.items()))
 
 
 def _start(config: Config, root: Path, place: int | None, logs: bool) -> tuple[Connection, multiprocessing.Process]:
@@ -152,7 +158,7 @@ def _work(config: Config, root: Path, place: int | None, logs: bool, sender: Con
     except BrokenPipeError:  # the parent is gone: nobody waits for the rest
         os._exit(1)
     except Exception as error:
-        if not isinstance(error, RuntimeError):  # those say plainly what is wrong
+        if not isinstance(error, (RuntimeError, OSError)):  # those say plainly what is wrong
             traceback.print_exc()
         sender.send(("failure", f"{type(error).__name__}: {error}"))
 

@@ -221,3 +221,22 @@ def test_killed_and_started_again_it_ends_with_one_line_a_trial_and_the_same_err
     ]
     assert ends[0] == ends[1] and set(ends[0]) == {"none", "torus"}
     assert len((tmp_path / "a" / "adding.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_failure_that_repeats_ends_it_in_one_sentence(tmp_path):
+    missing = "must be a folder"
+    configs = [
+        replace(TINY.config("adding", "none", seed), task="language_model", options={"data": str(tmp_path / "no")})
+        for seed in range(6)
+    ]
+    with pytest.raises(RuntimeError, match=rf"none, seed 0 and 1 more: DataError: .*{missing}") as told:
+        dict(workers.train_each(configs, tmp_path, jobs=2))
+    assert str(told.value).count(missing) == 1
+
+
+def test_a_gpu_that_is_not_there_is_told(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="device must be cpu here, got cuda"):
+        workers.train_all([TINY.config("adding", "none", 0, device="cuda")], tmp_path)
