@@ -1,7 +1,7 @@
 # The commands of this project. `make help` lists them; scripts/setup.sh does the setting up that they share.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu build wheels env clean
+.PHONY: help demo test bench gpu build wheels docs env clean
 
 SETUP := bash scripts/setup.sh
 export PYTHON TORCH
@@ -14,6 +14,7 @@ help:
 	@echo "make gpu      on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, under 9 minutes"
 	@echo "              PART=tests|sanitize|bench   (uses \$$(PYTHON) as it is: no set-up, no network)"
 	@echo "make build    compile the C++ kernels in place     make wheels  wheels in dist/, checked"
+	@echo "make docs     the documentation, in build/site/index.html"
 	@echo "make env      what is installed and active, to paste in a bug report"
 	@echo "make clean    remove what was built (not .venv)"
 	@echo
@@ -43,7 +44,10 @@ build:
 	@$(SETUP)
 
 wheels:
-	@$(SETUP) scripts/wheels.py
+	@MODULI_KERNELS_EXTRAS=wheels $(SETUP) scripts/wheels.py
+
+docs:
+	@MODULI_KERNELS_EXTRAS=docs NO_MKDOCS_2_WARNING=1 $(SETUP) -m mkdocs build --strict
 
 env:
 	@$(SETUP) -m moduli_kernels.env_report

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 TORCH=${TORCH:-torch==2.13.0}
 BUILD=${MODULI_KERNELS_BUILD:-auto}
-EXTRAS="test examples"
+EXTRAS="test examples ${MODULI_KERNELS_EXTRAS:-}"   # of pyproject.toml; more for some commands of the Makefile
 NEEDED_GB=4   # torch's CPU build, the tools and room for pip to unpack them; its CUDA build takes more
 LOG=build/setup.log
 VENV_UNFINISHED=.venv/moduli-setup-unfinished   # the process that sets up; stays behind if that is killed
@@ -105,7 +105,7 @@ install_missing() {   # install_missing PYTHON
     pip_install "$1" "${requirements[@]}"
 }
 
-stamp_key() { { cat pyproject.toml scripts/setup.sh; echo "$TORCH"; } | cksum; }
+stamp_key() { { cat pyproject.toml scripts/setup.sh; echo "$TORCH $EXTRAS"; } | cksum; }
 
 clear_venv() {   # removes a .venv that this script made and that cannot be used, and no other
     local maker
