@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._sharded import check_resharded, is_sharded, shard_of
+
 
 def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
     """The bool mask of a plain parameter, or None where there is none (any more)."""
@@ -21,15 +23,18 @@ def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
 
 
 def zero(tensor: Tensor, mask: Tensor) -> None:
-    """Sets what the mask cuts to 0."""
+    """Sets what the mask cuts to 0; of a sharded tensor, in the rows that this rank holds."""
     # In place and counted by autograd: a backward pass through the weights as they were is rightly an error.
     with torch.no_grad():
+        if is_sharded(tensor):
+            shard = shard_of(tensor)
+            tensor, mask = shard.local, shard.rows_of(mask)
         tensor.masked_fill_(~mask, 0)
 
 
 def attach(module: nn.Module, name: str, optimizer: torch.optim.Optimizer | None) -> None:
     """Hooks the Parameter, and the optimizer if there is one. What is hooked already stays as it is."""
-    _GradientHook.attach(module, name)
+    _attach_gradient_hook(module, name)
     if optimizer is not None:
         _StepHook.attach(module, name, optimizer)
 
@@ -37,12 +42,18 @@ def attach(module: nn.Module, name: str, optimizer: torch.optim.Optimizer | None
 def detach(module: nn.Module, name: str, optimizer: torch.optim.Optimizer | None) -> None:
     """Undoes `attach`; nothing to undo is fine, and so is a Parameter that is gone."""
     parameter = module._parameters.get(name)
-    hooks = [_GradientHook.of(getattr(parameter, "_backward_hooks", None), module, name)]
+    hooks = [_GradientHook.of(getattr(parameter, "_backward_hooks", None), module, name),
+             _ShardGradientHook.of(getattr(parameter, "_post_accumulate_grad_hooks", None), module, name)]
     if optimizer is not None:
         hooks.append(_StepHook.of(optimizer._optimizer_step_post_hooks, module, name))
     for hook in hooks:
         if hook is not None:
             hook.handle.remove()
+
+
+def _attach_gradient_hook(module: nn.Module, name: str) -> None:
+    kind = _ShardGradientHook if is_sharded(module._parameters[name]) else _GradientHook
+    kind.attach(module, name)
 
 
 class _Hook:
@@ -86,6 +97,24 @@ class _GradientHook(_Hook):
         return torch.where(mask, grad, 0) if grad.layout == torch.strided else grad * mask
 
 
+class _ShardGradientHook(_Hook):
+    """Masks .grad of a sharded Parameter after each accumulation, so before clipping: FSDP puts gradients there itself
+    and calls hooks of this kind alone."""
+
+    @classmethod
+    def attach(cls, module: nn.Module, name: str) -> None:
+        """Once a Parameter; again where the module's Parameter was replaced."""
+        parameter = module._parameters[name]
+        if parameter.requires_grad and cls.of(parameter._post_accumulate_grad_hooks, module, name) is None:
+            hook = cls(module, name)
+            hook.handle = parameter.register_post_accumulate_grad_hook(hook)
+
+    def __call__(self, parameter: Tensor) -> None:
+        mask = live_mask(self.module(), self.name)
+        if mask is not None:
+            zero(parameter.grad, mask)
+
+
 class _StepHook(_Hook):
     """Masks the weight after each optimizer step, so that momentum and decay revive nothing."""
 
@@ -93,11 +122,15 @@ class _StepHook(_Hook):
     def attach(cls, module: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> None:
         if cls.of(optimizer._optimizer_step_post_hooks, module, name) is None:
             hook = cls(module, name)
+            hook.sharded = is_sharded(module._parameters[name])
             hook.handle = optimizer.register_step_post_hook(hook)
 
     def __call__(self, *_: Any) -> None:
         module = self.module()
         mask = live_mask(module, self.name)
         if mask is not None:
-            zero(module._parameters[self.name], mask)
-            _GradientHook.attach(module, self.name)
+            parameter = module._parameters[self.name]
+            if self.sharded:  # whole, it is a copy: masking it would leave the rows that were stepped as they are
+                check_resharded(self.name, parameter, sharded=True)
+            zero(parameter, mask)
+            _attach_gradient_hook(module, self.name)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ._mask_hooks import live_mask
+from ._sharded import check_resharded, is_sharded
 
 Pairs = list[tuple[nn.Module, str]]
 
@@ -92,6 +93,7 @@ class Weight:
 
     def __init__(self, key: str, module: nn.Module, name: str):
         self.key, self.owners = key, [(module, name)]
+        self.sharded = is_sharded(module._parameters.get(name))
 
     @property
     def parameter(self) -> Tensor:
@@ -133,6 +135,11 @@ class Weight:
                 f"on {parameter.device} and {tuple(mask.shape)} on {mask.device}; move the module with "
                 "module.to(...), not the parameter alone."
             )
+
+    def check_writable(self) -> None:
+        """Alive, and a sharded Parameter is not, for the moment, a whole copy of itself."""
+        self.check_alive()
+        check_resharded(self.key, self.parameter, self.sharded)
 
 
 def grouped(pairs: Pairs) -> list[Weight]:

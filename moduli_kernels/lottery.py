@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._sharded import is_sharded, shard_of
 from .pruning import MagnitudePruner
 
 
@@ -62,7 +63,7 @@ def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, 
     masks = _mask_keys(model, pruner)
     for key, parameter in model.named_parameters():
         earlier = state_dict.get(key)
-        if isinstance(earlier, Tensor) and earlier.numel() and earlier.data_ptr() == parameter.data_ptr():
+        if isinstance(earlier, Tensor) and _same_memory(earlier, parameter):
             raise ValueError(
                 f"state_dict must hold earlier weights, got the model's own live tensor at {key!r}; save "
                 "copy.deepcopy(model.state_dict()) before training."
@@ -77,6 +78,12 @@ def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, 
             message = f"state_dict must fit the model, pass one saved from this model: {error}"
             raise ValueError(message) from error
         pruner.apply()
+
+
+def _same_memory(earlier: Tensor, parameter: Tensor) -> bool:
+    # a DTensor's own data_ptr() tells no two apart: what this rank holds of it does
+    a, b = (shard_of(t).local if is_sharded(t) else t for t in (earlier, parameter))
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def _mask_keys(model: nn.Module, pruner: MagnitudePruner) -> set[str]:

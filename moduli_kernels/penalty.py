@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from . import _backend, _checks, _encoding, reference
 from ._once import only_once
+from ._sharded import check_plain_points, is_sharded, shard_of, shared_by_ranks, sum_over_ranks
 from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
 from .manifolds import Manifold, manifold as resolve_manifold
 
@@ -30,7 +31,8 @@ def moduli_penalty(
     Args:
         weight: (blocks*R, C), or (R, C, *kernel), where |w| is the L2 norm of the kernel slice. float32, float64,
             bfloat16, float16; any row stride, else one copy. Or (blocks*R, C) torch.sparse_csr: only stored entries
-            count, and the gradient has the same pattern.
+            count, and the gradient has the same pattern. Or a DTensor sharded in rows (fully_shard): each rank
+            computes its rows, and all must call; value and gradients of points are summed over ranks.
         rows: (R, k) points of the rows; cols: (C, k) points of the columns, None = rows.
         manifold: a Manifold or a preset's name. inhibitor: None = DifferenceOfGaussians(); a bare callable d -> f(d)
             or a Manifold subclass runs through the tiled PyTorch path.
@@ -46,8 +48,11 @@ def moduli_penalty(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which, and what to do.
-        NotImplementedError: on a second or a forward-mode derivative. torch.func transforms are not supported.
+        NotImplementedError: on a second or a forward-mode derivative, and for a DTensor cut in another way. torch.func
+            transforms are not supported.
     """
+    if is_sharded(weight):
+        return _of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)
     what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)
     run = runner(what, weight)
     if torch.compiler.is_compiling():
@@ -63,8 +68,34 @@ def moduli_penalty(
     return run.value(weight, rows, cols, mask)
 
 
+def _of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength) -> Tensor:
+    """`moduli_penalty` of a sharded weight. rows, cols and mask are whole and equal on every rank."""
+    check_plain_points(rows, cols)
+    manifold = resolve_manifold(manifold)
+    _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    scale = _checks.finite("strength", strength)
+    if reduction == "mean":  # over the entries of all ranks
+        scale /= max(1, weight.shape[0] * weight.shape[1])
+    shard = shard_of(weight)
+    rows, cols = (None if points is None else shared_by_ranks(points, shard.group) for points in (rows, cols))
+    # a shard may cut through gate blocks: the point of each of its rows, by index
+    row = torch.arange(shard.first, shard.first + shard.local.shape[0], device=rows.device) % max(1, rows.shape[0])
+    value = moduli_penalty(
+        shard.local, rows[row], rows if cols is None else cols, manifold=manifold, inhibitor=inhibitor, power=power,
+        mask=None if mask is None else shard.rows_of(mask), reduction="sum", strength=scale,
+    )
+    return sum_over_ranks(value, shard.group)
+
+
 def checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength):
     """(what is computed, rows, cols) from the arguments of `moduli_penalty`, points in the compute dtype."""
+    if is_sharded(weight):
+        raise NotImplementedError(
+            "weight must be a plain tensor where the penalty works in place, got a DTensor (fully_shard); add "
+            "moduli_penalty(...) to the loss."
+        )
+    check_plain_points(rows, cols)
     manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
     _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)

@@ -41,7 +41,17 @@ class MagnitudePruner:
     `remove_hooks()` ends it. `copy.deepcopy(model)` copies the masks but no hooks: make a new MagnitudePruner
     on the copy (and its optimizer), which takes the masks over. The same goes for a new optimizer.
 
-    Raises TypeError / ValueError for targets, masks or an optimizer that do not fit; nothing is changed then.
+    Under DistributedDataParallel every rank has a pruner and calls `step_to` at the same steps: weights are equal on
+    all ranks, so masks are. Under FSDP2 make the pruner after `fully_shard` (it takes masks over that were there):
+    `step_to` ranks the weights of all ranks together, each rank looking at its own rows, gives the masks of the
+    unsharded net, and must be called on every rank. Masks stay plain tensors of the whole weight's shape, equal on
+    every rank (1 byte an entry): they are saved, loaded and counted as without sharding, on any rank alone, and fit the
+    whole weight that a forward pass sees.
+
+    Raises TypeError / ValueError for targets, masks or an optimizer that do not fit, NotImplementedError for sharded
+    targets in blocks, sharded in unlike ways or not in rows; nothing is changed then. What writes weights (`step_to`,
+    `apply`, `load_state_dict`) raises RuntimeError where a sharded weight is whole at the moment (an FSDP root after a
+    forward pass without gradients): call the root's `reshard()` first.
     """
 
     def __init__(self, targets: Iterable[tuple[nn.Module, str]], *,
@@ -53,6 +63,11 @@ class MagnitudePruner:
             prunable(i, module, name)
         blocks = _prune_blocks.checked_blocks(block, order, pairs)
         self._weights = grouped(pairs)
+        self._sharded = any(weight.sharded for weight in self._weights)
+        if self._sharded:
+            from . import _sharded_prune  # needs torch.distributed
+
+            _sharded_prune.check_targets({w.key: w.parameter for w in self._weights}, block is not None)
         self._blocks = [blocks.get(id(weight.parameter)) for weight in self._weights]
         self.optimizer = optimizer
         self._hooked = True
@@ -84,7 +99,7 @@ class MagnitudePruner:
         weights; then nothing was changed.
         """
         sparsity = fraction("sparsity", sparsity)
-        self._check_alive()
+        self._check_writable()
         total, cut = self._size(), self._cut()
         count = round(sparsity * total)
         if count < cut:
@@ -106,8 +121,12 @@ class MagnitudePruner:
 
     def _masks_at(self, count: int) -> list[Tensor]:
         """Masks with `count` entries cut (of blocks: at most). By selection: sorting takes 7 x longer."""
+        parameters, masks = [w.parameter.detach() for w in self._weights], [w.mask for w in self._weights]
+        if self._sharded:
+            from . import _sharded_prune
+
+            return _sharded_prune.keep(parameters, masks, count)
         if any(self._blocks):
-            parameters, masks = [w.parameter.detach() for w in self._weights], [w.mask for w in self._weights]
             return _prune_blocks.keep(parameters, masks, self._blocks, count)
         dtype = reduce(torch.promote_types, (w.parameter.dtype for w in self._weights), torch.float32)
         shapes = [w.parameter.shape for w in self._weights]
@@ -125,8 +144,14 @@ class MagnitudePruner:
         return [part.view(shape) for part, shape in zip(keep.split(sizes), shapes, strict=True)]
 
     def _check_no_nan(self) -> None:
-        for weight in self._weights:
-            if (weight.parameter.isnan() & weight.mask).any():
+        if self._sharded:
+            from . import _sharded_prune
+
+            found = _sharded_prune.any_nan([w.parameter for w in self._weights], [w.mask for w in self._weights])
+        else:
+            found = ((weight.parameter.isnan() & weight.mask).any() for weight in self._weights)
+        for weight, has_nan in zip(self._weights, found, strict=True):
+            if has_nan:
                 raise ValueError(
                     f"weights must not hold NaN when they are ranked, got NaN in {weight.key}; no mask was "
                     "changed, look at the loss and the learning rate."
@@ -134,11 +159,15 @@ class MagnitudePruner:
 
     def apply(self) -> None:
         """Sets masked weights to 0: after an optimizer step the pruner does not see, or writes by hand."""
-        self._check_alive()
+        self._check_writable()
         for weight in self._weights:
             _mask_hooks.zero(weight.parameter, weight.mask)
             if self._hooked:
                 _mask_hooks.attach(*weight.owners[0], self.optimizer)
+
+    def _check_writable(self) -> None:
+        for weight in self._weights:
+            weight.check_writable()
 
     def _check_alive(self) -> None:
         for weight in self._weights:
@@ -181,6 +210,7 @@ class MagnitudePruner:
 
         Raises ValueError where keys, shapes or dtypes do not fit; then nothing was changed.
         """
+        self._check_writable()
         masks = self.masks
         for key in state_dict:
             if key not in masks:
@@ -220,6 +250,11 @@ class MagnitudePruner:
 
         `<param>_orig` is the same Parameter object, so optimizers go on working. This pruner ends here.
         """
+        if self._sharded:
+            raise NotImplementedError(
+                "targets must be whole to be handed to torch.nn.utils.prune, got sharded ones (fully_shard); hand over "
+                "a net that was loaded without sharding."
+            )
         masks = self.state_dict()
         self.make_permanent()
         for weight in self._weights:

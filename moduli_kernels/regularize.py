@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _several
+from ._sharded import is_sharded
 from .reference import compute_dtype
 from .regularizer import CoefficientRegularizer, ModuliRegularizer
 
@@ -49,10 +50,15 @@ class Regularization(nn.Module):
         """(name of the weight, its regularizer)."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The regularized weights by name."""
+        return dict(self._targets)
+
     def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """The sum where one launch gives it, else None, and the penalty of each weight."""
         weights, regularizers = [_read(self._targets[name]) for name in self._key], list(self.regularizers.values())
-        if _several.share_launches(regularizers, weights):
+        if not any(map(is_sharded, weights)) and _several.share_launches(regularizers, weights):
             return _several.penalties(list(map(_several.layer_of, regularizers, weights)))
         return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._sharded import is_sharded, shard_of, sum_over_ranks
 from .embedding import ManifoldEmbedding
 from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
 from .manifolds import Manifold, manifold as resolve_manifold
@@ -113,7 +114,7 @@ class CoefficientRegularizer(nn.Module):
     """strength * sum or mean of coefficients_ij |w_ij|^power: any coefficient per weight (paper, eq. 5).
 
     coefficients: (R, C), or 0-d for one coefficient everywhere; a buffer. Kernel dimensions of the weight count by
-    their L2 norm. Plain PyTorch, and by autograd.
+    their L2 norm. Plain PyTorch, and by autograd. A weight sharded in rows (fully_shard) as by `moduli_penalty`.
     """
 
     coefficients: Tensor
@@ -128,12 +129,17 @@ class CoefficientRegularizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         _checks.coefficient_arguments(weight, self.coefficients)
+        entries, coefficients, group = weight.shape[0] * weight.shape[1], self.coefficients, None
+        if is_sharded(weight):
+            shard = shard_of(weight)
+            weight, group = shard.local, shard.group
+            coefficients = shard.rows_of(coefficients) if coefficients.dim() else coefficients
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight = weight.float()
         a = weight.abs() if weight.dim() == 2 else torch.linalg.vector_norm(weight.flatten(2), dim=2)
-        cost = self.coefficients.to(weight.dtype) * (a if self.power == 1 else a.pow(self.power))
-        total = cost.sum()
-        return total * (self.strength / max(1, cost.numel()) if self.reduction == "mean" else self.strength)
+        cost = coefficients.to(weight.dtype) * (a if self.power == 1 else a.pow(self.power))
+        total = sum_over_ranks(cost.sum(), group)
+        return total * (self.strength / max(1, entries) if self.reduction == "mean" else self.strength)
 
     def extra_repr(self) -> str:
         return (f"coefficients={tuple(self.coefficients.shape)}, power={self.power}, reduction={self.reduction!r}, "

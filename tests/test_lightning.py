@@ -1,0 +1,396 @@
+"""ModuliCallback: the gradients of loss + penalty in a Lightning Trainer, whatever the Trainer does to them; pruning by
+the schedule; logs; checkpoints. Held against plain loops."""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from penalty_cases import generator
+from torch import Tensor, nn
+
+import moduli_kernels as mk
+
+pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+
+from moduli_kernels.lightning import ModuliCallback
+
+pytestmark = [pytest.mark.filterwarnings("ignore:The '.*' does not have many workers"),
+              pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")]
+
+SETTINGS = {"manifold": "torus", "strength": 0.3}
+EPOCHS, BATCHES = 3, 4
+
+
+class Model(LightningModule):
+    """Encoder, RNN, read-out: (batch, steps, 3) -> (batch, 2)."""
+
+    def __init__(self, rnn: type[nn.RNN] = nn.RNN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.decoder = rnn(3, 8, batch_first=True), nn.Linear(8, 2)
+        self.make, self.reg = optimizer, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.rnn(x)[0][:, -1])
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return self.make([*self.parameters()])
+
+
+class Manual(Model):
+    """Manual optimization, an optimizer for the net and one for the read-out."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return self.make([*self.rnn.parameters()]), self.make([*self.decoder.parameters()])
+
+
+class Skipping(Model):
+    """Half the batches are left out."""
+
+    def training_step(self, batch, index):
+        return None if index % 2 else super().training_step(batch, index)
+
+
+def batches() -> list[list[Tensor]]:
+    g = generator(1, "cpu")
+    return [[torch.randn(5, 6, 3, generator=g), torch.randn(5, 2, generator=g)] for _ in range(BATCHES)]
+
+
+def fit(model: Model, callback: ModuliCallback | None, epochs: int = EPOCHS, resume: str | None = None,
+        **settings) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu",
+             "enable_checkpointing": False, "devices": 1}
+    trainer = Trainer(max_epochs=epochs, callbacks=[] if callback is None else [callback], **quiet | settings)
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    trainer.fit(model, loader, ckpt_path=resume)
+    return trainer
+
+
+def by_hand(model: Model, reg: mk.Regularization, schedule: list[float] | None = None, accumulate: int = 1,
+            clip: float | None = None, skip=lambda k: False) -> None:
+    """The same in a loop, with the penalty in the loss."""
+    optimizer = model.make([*model.parameters()])
+    pruner = mk.MagnitudePruner([(model.rnn, "weight_hh_l0")], optimizer=optimizer) if schedule else None
+    for epoch in range(EPOCHS):
+        if pruner is not None:
+            pruner.step_to(schedule[epoch])
+        optimizer.zero_grad()
+        for k, batch in enumerate(batches()):
+            if skip(k):
+                continue
+            (Model.training_step(model, batch, k) / accumulate).backward()
+            if (k + 1) % accumulate == 0:
+                reg().backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def points_of(seed: int = 5) -> torch.Generator:
+    return generator(seed, "cpu")
+
+
+def assert_same(model: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
+    mine, its = model.state_dict(), other.state_dict()
+    for name in its:
+        assert torch.allclose(mine[name], its[name], rtol=1e-5, atol=atol), name
+    start = Model().state_dict()
+    assert not torch.allclose(mine["rnn.weight_hh_l0"], start["rnn.weight_hh_l0"], atol=1e-3)  # it has learned
+
+
+CASES = {
+    "plain": ({}, {}),
+    "accumulated": ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
+    "clipped": ({"gradient_clip_val": 0.05}, {"clip": 0.05}),
+    "accumulated_clipped": ({"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+                            {"accumulate": 2, "clip": 0.05}),
+}
+
+
+@pytest.mark.parametrize("rnn", [nn.RNN, mk.SparseRNN])
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_of_a_loop_with_the_penalty_in_the_loss(case, rnn):
+    trainer_settings, loop_settings = CASES[case]
+    model, other, schedule = Model(rnn), Model(rnn), mk.linear_schedule(0.5, EPOCHS)
+    callback = ModuliCallback(schedule=schedule, generator=points_of(), **SETTINGS)
+    fit(model, callback, **trainer_settings)
+    by_hand(other, mk.regularize(other, generator=points_of(), **SETTINGS), schedule, **loop_settings)
+    assert_same(model, other)
+    assert callback.pruner.sparsity == 0.5 and model.rnn.weight_hh_l0[~model.rnn.weight_hh_l0_mask].eq(0).all()
+
+
+def test_without_a_schedule_nothing_is_pruned_and_the_penalty_counts():
+    model, other, bare = Model(), Model(), Model()
+    callback = ModuliCallback(generator=points_of(), **SETTINGS)
+    fit(model, callback)
+    by_hand(other, mk.regularize(other, generator=points_of(), **SETTINGS))
+    assert_same(model, other)
+    fit(bare, None)
+    assert callback.pruner is None and not [*model.buffers()]
+    assert callback.regularization() < mk.regularize(bare, generator=points_of(), **SETTINGS)()
+
+
+def test_a_step_that_is_left_out_is_no_step_of_the_penalty():
+    model, other = Skipping(optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), Model(
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(model, ModuliCallback(generator=points_of(), **SETTINGS))
+    by_hand(other, mk.regularize(other, generator=points_of(), **SETTINGS), skip=lambda k: k % 2)
+    assert_same(model, other)
+
+
+def test_manual_optimization_with_two_optimizers():
+    """The penalty is added once, to the optimizer that has the weights."""
+    model, other, schedule = Manual(), Model(), mk.linear_schedule(0.5, EPOCHS)
+    fit(model, ModuliCallback(schedule=schedule, generator=points_of(), **SETTINGS))
+    by_hand(other, mk.regularize(other, generator=points_of(), **SETTINGS), schedule)
+    assert_same(model, other)
+
+
+def with_trained_points(model: Model) -> Model:
+    model.reg = mk.regularize(model.rnn, trainable=True, generator=points_of(), **SETTINGS)
+    return model
+
+
+def test_trained_points():
+    model, other = with_trained_points(Model()), with_trained_points(Model())
+    before = [p.detach().clone() for p in model.reg.parameters()]
+    fit(model, ModuliCallback(model.reg))
+    by_hand(other, other.reg)
+    assert_same(model, other)
+    assert all((p - q).abs().max() > 1e-3 for p, q in zip(before, model.reg.parameters(), strict=True))
+
+
+def test_weights_and_points_in_two_optimizers():
+    """Each gets its gradient at its own step, the second one at the weights that the first has moved."""
+    class Split(Manual):
+        def configure_optimizers(self):
+            return self.make([*self.rnn.parameters(), *self.decoder.parameters()]), self.make([*self.reg.parameters()])
+
+    model, other = with_trained_points(Split()), with_trained_points(Model())
+    fit(model, ModuliCallback(model.reg))
+    groups = [[*other.rnn.parameters(), *other.decoder.parameters()], [*other.reg.parameters()]]
+    optimizers = [other.make(group) for group in groups]
+    for batch in batches() * EPOCHS:
+        other.zero_grad()
+        Model.training_step(other, batch, 0).backward()
+        for optimizer, group in zip(optimizers, groups):
+            for parameter, gradient in zip(group, torch.autograd.grad(other.reg(), group, allow_unused=True)):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            optimizer.step()
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scale(fused):
+    """GradScaler has unscaled the gradients before the penalty's is added, or a fused optimizer will afterwards."""
+    def adam(p):
+        return torch.optim.AdamW(p, lr=0.02, fused=fused)
+
+    def precision(scale: float) -> MixedPrecision:
+        return MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+
+    models = [Model(mk.SparseRNN, optimizer=adam) for _ in range(2)]
+    for model, scale in zip(models, (1.0, 1024.0)):
+        callback = ModuliCallback(generator=points_of(), **SETTINGS | {"reduction": "sum", "strength": 1e-3})
+        trainer = fit(model, callback, plugins=[precision(scale)])
+        assert trainer.scaler.get_scale() == scale  # no step was skipped
+    assert_same(*models, atol=2e-3)  # float16's rounding of the loss's gradients, at another scale
+    bare = Model(mk.SparseRNN, optimizer=adam)
+    fit(bare, None, plugins=[precision(1024.0)])
+    assert not torch.allclose(bare.rnn.weight_hh_l0, models[1].rnn.weight_hh_l0, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions(precision):
+    model = Model(mk.SparseRNN)
+    callback = ModuliCallback(schedule=mk.linear_schedule(0.5, EPOCHS), generator=points_of(), **SETTINGS)
+    before = mk.regularize(model, generator=points_of(), **SETTINGS)().item()
+    trainer = fit(model, callback, precision=precision)
+    assert trainer.callback_metrics["moduli/penalty"] < before and callback.pruner.sparsity == 0.5
+
+
+def test_what_is_logged():
+    model = Model()
+    callback = ModuliCallback(schedule=[0.0, 0.25], targets=["rnn.weight_hh_l0"],
+                              pruned=["rnn.weight_hh_l0", (model.decoder, "weight")], prefix="geometry", **SETTINGS)
+    trainer = fit(model, callback, epochs=EPOCHS)  # longer than the schedule
+    got = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert got["geometry/sparsity"] == callback.pruner.sparsity == 20 / 80
+    masks = {"rnn.weight_hh_l0": model.rnn.weight_hh_l0_mask, "decoder.weight": model.decoder.weight_mask}
+    for name, mask in masks.items():
+        assert got[f"geometry/density/{name}"] == pytest.approx(mask.float().mean().item())
+    assert len(got) == 4 and 0 < got["geometry/penalty"] < 10
+    assert [name for name, _ in callback.regularization.items()] == ["rnn.weight_hh_l0"]
+
+
+@pytest.mark.parametrize("rnn", [nn.RNN, mk.SparseRNN])
+def test_a_run_goes_on_from_a_checkpoint(rnn, tmp_path):
+    """In a new process: other points at first, and a module without masks."""
+    schedule = [0.0, 0.3, 0.6]
+    whole, half, rest = Model(rnn), Model(rnn), Model(rnn)
+    one = ModuliCallback(schedule=schedule, generator=points_of(), **SETTINGS)
+    fit(whole, one)
+    trainer = fit(half, ModuliCallback(schedule=schedule, generator=points_of(), **SETTINGS), epochs=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    other = ModuliCallback(schedule=schedule, generator=points_of(77), **SETTINGS)
+    fit(rest, other, resume=str(tmp_path / "half.ckpt"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(rest.state_dict()[name], tensor), name
+    assert other.pruner.sparsity == round(0.6 * 64) / 64
+    for mine, its in zip(other.regularization.state_dict().values(), one.regularization.state_dict().values()):
+        assert torch.equal(mine, its)
+
+
+def test_the_state_can_come_before_setup_and_two_callbacks_keep_their_own():
+    model, callback = Model(), ModuliCallback(generator=points_of(), **SETTINGS)
+    assert callback.state_dict() == {}
+    fit(model, callback, epochs=1)
+    second = ModuliCallback(generator=points_of(77), prefix="second", **SETTINGS)
+    assert (callback.state_key, second.state_key) == ("ModuliCallback[moduli]", "ModuliCallback[second]")
+    second.load_state_dict(callback.state_dict())
+    fit(model, second, epochs=1)
+    (_, mine), (_, its) = *second.regularization.items(), *callback.regularization.items()
+    assert torch.equal(mine.rows.points, its.rows.points)
+    other = ModuliCallback(manifold="circle")
+    other.load_state_dict(callback.state_dict())
+    with pytest.raises(ValueError, match="manifold of the saved regularizer must equal this one's"):
+        fit(Model(), other, epochs=1)
+
+
+def test_every_process_takes_the_points_of_the_first():
+    first = mk.regularize(Model(), generator=points_of(1), **SETTINGS).state_dict()
+
+    class Second(SingleDeviceStrategy):
+        def broadcast(self, obj, src=0):
+            return first if isinstance(obj, dict) and obj.keys() == first.keys() else obj
+
+    callback = ModuliCallback(generator=points_of(2), **SETTINGS)
+    fit(Model(), callback, epochs=1, strategy=Second(device="cpu"))
+    assert torch.equal(next(callback.regularization.buffers()), first["regularizers.rnn_weight_hh_l0.rows.points"])
+
+
+TWO_PROCESSES = """
+import os, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch import nn
+from lightning.pytorch import Trainer
+import moduli_kernels as mk
+from moduli_kernels.lightning import ModuliCallback
+from test_lightning import Model, batches
+
+model = Model()
+torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # each process draws other points, and sees other data
+for parameter in model.parameters():
+    nn.init.normal_(parameter)
+model.reg = mk.regularize(model.rnn, manifold="torus", strength=0.3, trainable=True)
+trainer = Trainer(max_epochs=3, callbacks=[ModuliCallback(model.reg, schedule=[0.0, 0.3, 0.6])], logger=False,
+                  enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, accelerator="cpu",
+                  devices=2, strategy="ddp", use_distributed_sampler=False)
+mine = batches()[trainer.global_rank::2]
+trainer.fit(model, torch.utils.data.DataLoader(mine, batch_size=None))
+states = [None, None]
+torch.distributed.all_gather_object(states, model.state_dict())
+equal = [torch.equal(states[0][name], states[1][name]) for name in states[0]]
+assert all(equal) and any(name.endswith("points") for name in states[0]), dict(zip(states[0], equal))
+assert (~model.rnn.weight_hh_l0_mask).sum() == round(0.6 * 64)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_ddp_stay_equal(tmp_path):
+    (script := tmp_path / "two.py").write_text(TWO_PROCESSES)
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+REFUSED = {
+    "settings": (lambda: ModuliCallback(mk.regularize(nn.RNN(3, 4)), strength=0.1, targets=["a"]), ValueError,
+                 "regularization must come alone, since it has its settings, got strength, targets beside it"),
+    "no_regularization": (lambda: ModuliCallback(nn.Linear(2, 2)), TypeError,
+                          "regularization must be what mk.regularize returns, got a Linear"),
+    "schedule": (lambda: ModuliCallback(schedule=[]), ValueError, "schedule must hold a sparsity for each epoch"),
+    "fraction": (lambda: ModuliCallback(schedule=[90]), ValueError, "schedule must be in [0, 1], got 90"),
+    "trainable": (lambda: fit(Model(), ModuliCallback(trainable=True)), ValueError,
+                  "trainable points must be in an optimizer, got trainable=True in the callback"),
+    "name": (lambda: fit(Model(), ModuliCallback(targets=["rrn.weight_hh_l0"])), ValueError,
+             "targets must name weights of the LightningModule, got 'rrn.weight_hh_l0'"),
+    "lbfgs": (lambda: fit(Model(optimizer=torch.optim.LBFGS), ModuliCallback()), NotImplementedError,
+              "LBFGS reads the loss's value"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_refuses(case):
+    call, error, words = REFUSED[case]
+    with pytest.raises(error, match=re.escape(words)):
+        call()
+
+
+def test_sharded_weights_are_refused():
+    callback, model = ModuliCallback(), Model()
+    trainer = type("T", (), {"strategy": object.__new__(FSDPStrategy)})
+    with pytest.raises(NotImplementedError, match=re.escape("needs whole weights in each process, got FSDPStrategy")):
+        callback.setup(trainer, model, "fit")
+
+
+def test_the_package_does_not_import_lightning_and_the_older_name_works():
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import moduli_kernels
+assert not any(name.partition(".")[0] in ("lightning", "pytorch_lightning") for name in sys.modules)
+try:
+    import pytorch_lightning
+except ImportError:
+    sys.exit(5)
+from moduli_kernels.lightning import ModuliCallback
+assert issubclass(ModuliCallback, pytorch_lightning.Callback)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode == 5:
+        pytest.skip("pytorch_lightning is not installed")
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_lightning_the_error_says_what_to_do():
+    code = """
+import sys
+sys.modules["lightning"] = sys.modules["pytorch_lightning"] = None
+try:
+    import moduli_kernels.lightning
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("moduli_kernels.lightning needs Lightning, which is not installed; run pip install "
+                                   "lightning.")
