@@ -94,7 +94,7 @@ class ModuliCallback(Callback):
                                  "epochs), or None to prune nothing.")
         self.regularization = regularization
         self.pruner: MagnitudePruner | None = None
-        self._schedule, self.targets, self._pruned, self._settings = schedule, targets, pruned, settings
+        self._schedule, self._targets, self._pruned, self._settings = schedule, targets, pruned, settings
         self._pairs: list[tuple[nn.Module, str]] = []  # what is pruned
         self._block, self._order, self._prefix = block, order, prefix
         self._loaded: dict[str, Any] | None = None
@@ -115,7 +115,7 @@ class ModuliCallback(Callback):
                 f"ModuliCallback needs whole weights in each process, got {strategy}; add reg() to the loss in "
                 "training_step, or use a single device or ddp.")
         if self.regularization is None:
-            targets = None if self.targets is None else [_found(pl_module, t) for t in self.targets]
+            targets = None if self._targets is None else [_found(pl_module, t) for t in self._targets]
             self.regularization = regularize(pl_module, targets, **self._settings)
             if any(True for _ in self.regularization.parameters()):
                 self.regularization = None
