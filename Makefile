@@ -1,7 +1,7 @@
 # The commands of this project. `make help` lists them; scripts/setup.sh does the setting up that they share.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu build wheels docs env clean
+.PHONY: help demo test bench gpu build wheels docs lint sanitize-cpu coverage env clean
 
 SETUP := bash scripts/setup.sh
 export PYTHON TORCH
@@ -15,6 +15,8 @@ help:
 	@echo "              PART=tests|sanitize|bench   (uses \$$(PYTHON) as it is: no set-up, no network)"
 	@echo "make build    compile the C++ kernels in place     make wheels  wheels in dist/, checked"
 	@echo "make docs     the documentation, in build/site/index.html"
+	@echo "make lint     ruff, types, clang-format   FIX=1 mends what it can   make coverage   of the Python package"
+	@echo "make sanitize-cpu   the C++ kernels under AddressSanitizer and UBSan"
 	@echo "make env      what is installed and active, to paste in a bug report"
 	@echo "make clean    remove what was built (not .venv)"
 	@echo
@@ -45,6 +47,15 @@ build:
 
 wheels:
 	@MODULI_KERNELS_EXTRAS=wheels $(SETUP) scripts/wheels.py
+
+lint:
+	@MODULI_KERNELS_EXTRAS="lint lightning" $(SETUP) scripts/lint.py $(if $(FIX),--fix)
+
+sanitize-cpu:
+	@$(SETUP) scripts/sanitize_cpu.py
+
+coverage:
+	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest --cov --cov-report=term $(ARGS)
 
 docs:
 	@MODULI_KERNELS_EXTRAS=docs NO_MKDOCS_2_WARNING=1 $(SETUP) -m mkdocs build --strict

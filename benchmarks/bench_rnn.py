@@ -8,7 +8,6 @@ import pytest
 from .cases_rnn import CASES
 from .contest_rnn import RnnContest
 
-
 # PyTorch warns that its own sparse products are young
 pytestmark = pytest.mark.filterwarnings("default")
 

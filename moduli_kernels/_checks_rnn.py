@@ -7,7 +7,7 @@ what is loaded and for orders.
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -260,7 +260,7 @@ def leakless(its_leak: float) -> None:
             f"leak must be 1 for to_rnn() (torch.nn.RNN knows no leak), got {its_leak!r}; keep the SparseRNN.")
 
 
-def no_gradient(name: str) -> None:
+def no_gradient(name: str) -> NoReturn:
     raise NotImplementedError(
         f"{name} must not require a gradient in a CompressedRNN (it is for inference), got one that does; call it "
         "under torch.no_grad(), or train the SparseRNN it came from (to_sparse_rnn())."
@@ -280,7 +280,7 @@ def compressed_problem(name: str, values: Tensor, columns: Tensor, rows: Tensor,
             "state_dict of a CompressedRNN of the same sizes.")
 
 
-def compressed_file(path: Any, what: str) -> None:
+def compressed_file(path: Any, what: str) -> NoReturn:
     raise ValueError(f"path must be a file written by CompressedRNN.save, got {str(path)!r} {what}; save it again.")
 
 

@@ -31,7 +31,6 @@ import warnings
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
 
 from . import _encoding, reference
 

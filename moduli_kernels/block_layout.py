@@ -82,9 +82,9 @@ def block_layout(mask: Tensor, row_order: Tensor | None = None, column_order: Te
                    *_list(stray_rows, stray_columns, n_rows))
     by_column = Lists(*_list(block_columns, sides[0][block_rows], len(sides[1])),
                       *_list(stray_columns, stray_rows, n_columns))
-    return BlockLayout(side, *(order.int() for order in orders), block_rows.int(), block_columns.int(),
-                       kept.contiguous(), by_row, by_column, stray_rows * n_columns + stray_columns,
-                       _groups(by_row.starts.long(), GROUP // side))
+    return BlockLayout(side, *(order.int() for order in orders), block_rows.int(), block_columns.int(),  # pyright: ignore[reportCallIssue]
+                       kept.contiguous(), by_row, by_column, stray_rows * n_columns + stray_columns,  # pyright: ignore[reportCallIssue]
+                       _groups(by_row.starts.long(), GROUP // side))  # pyright: ignore[reportCallIssue]
 
 
 def gather_blocks(weight: Tensor, layout: BlockLayout) -> Tensor:
@@ -117,7 +117,8 @@ def _padded(order: Tensor | None, n: int, side: int, device: torch.device) -> Te
     return out
 
 
-def _check(mask, row_order, column_order, side, threshold) -> None:
+def _check(mask: Tensor, row_order: Tensor | None, column_order: Tensor | None, side: int,
+           threshold: int | None) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True = kept), got {mask.dtype}; compare it with 0.")
     if mask.dim() != 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks_rnn, _rnn_stack
 from ._rnn_op import Weights
+
+if TYPE_CHECKING:
+    from .sparse_rnn import SparseRNN
 
 METADATA = "moduli_kernels.CompressedRNN"  # of a safetensors file: the settings as JSON
 PARTS = ("values", "columns", "rows")
@@ -35,19 +38,28 @@ class CompressedRNN(nn.Module):
         NotImplementedError: where a gradient is asked for. Else as SparseRNN.
     """
 
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    nonlinearity: str
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    _buffers: dict[str, Any]
     proj_size = 0  # read by nn.RNN's checks, which these are
     check_forward_args, check_input = nn.RNNBase.check_forward_args, nn.RNNBase.check_input
     get_expected_hidden_size, check_hidden_size = nn.RNNBase.get_expected_hidden_size, nn.RNNBase.check_hidden_size
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
                  bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
-                 leak: float = 1.0, device=None, dtype=None):
+                 leak: float = 1.0, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers,
             "nonlinearity": nonlinearity, "bias": bias, "batch_first": batch_first, "dropout": dropout,
             "bidirectional": bidirectional}
-        plain = nn.RNN(**self.settings, device="meta", dtype=dtype)  # its checks, names and shapes
+        plain: Any = nn.RNN(**self.settings, device="meta", dtype=dtype)  # its checks, names and shapes
         for name in self.settings:
             setattr(self, name, getattr(plain, name))
         self.leak = _checks_rnn.leak(leak)
@@ -97,7 +109,7 @@ class CompressedRNN(nn.Module):
         for names in self._names:
             ih, hh = map(self._held, names[:2])
             biases = [self._buffers[name] for name in names[2:]] or [None, None]
-            layers.append(Weights(ih[0], hh[0], *biases, None, None, *ih[1:], *hh[1:]))
+            layers.append(Weights(ih[0], hh[0], *biases, None, None, *ih[1:], *hh[1:]))  # pyright: ignore[reportCallIssue]
         return layers
 
     @property
@@ -107,7 +119,8 @@ class CompressedRNN(nn.Module):
 
     # -- use --
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
+    def forward(self, input: Tensor | PackedSequence,
+                hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
         """(output, h_n), as SparseRNN's. Raises NotImplementedError where input or hx requires a gradient."""
         data = input.data if isinstance(input, PackedSequence) else input
         for name, tensor in (("input", data), ("hx", hx)):
@@ -132,7 +145,7 @@ class CompressedRNN(nn.Module):
                          for name, shape in self._shapes.items() if len(shape) == 2)
         return f"{self.input_size}, {self.hidden_size}, kept {told}"
 
-    def to_sparse_rnn(self):
+    def to_sparse_rnn(self) -> SparseRNN:
         """A SparseRNN with these weights and their masks, to train on or to prune further."""
         from .sparse_rnn import SparseRNN
 
@@ -142,7 +155,7 @@ class CompressedRNN(nn.Module):
         with torch.no_grad():
             for name, shape in self._shapes.items():
                 values, rows, columns = self._held(name)
-                if rows is None:
+                if rows is None or columns is None:
                     getattr(new, name).copy_(values)
                     continue
                 row = torch.arange(shape[0], device=rows.device).repeat_interleave(rows.diff())
@@ -154,7 +167,7 @@ class CompressedRNN(nn.Module):
 
     # -- files --
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: the state_dict, and the settings as metadata. Raises ImportError without
         safetensors."""
         _safetensors()
@@ -163,13 +176,13 @@ class CompressedRNN(nn.Module):
         save_file(self.state_dict(), path, metadata={METADATA: json.dumps(self.settings | {"leak": self.leak})})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> CompressedRNN:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CompressedRNN:
         """From a file that `save` wrote. Raises ValueError for another file, ImportError without safetensors."""
         _safetensors()
         from safetensors import safe_open
 
         with safe_open(path, "pt", device=str(device)) as file:
-            settings = (file.metadata() or {}).get(METADATA)
+            settings: str | None = (file.metadata() or {}).get(METADATA)
             if settings is None:
                 _checks_rnn.compressed_file(path, "without its settings")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -178,7 +191,8 @@ class CompressedRNN(nn.Module):
         new.load_state_dict(tensors, assign=True)
         return new
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              strict: bool, missing_keys: list[str], *rest: Any) -> None:
         """Makes room for as many entries as were saved, after looking at them: indices out of bounds would be read.
         What does not fit is kept away from the buffers, also from those of its shape."""
         state_dict, refused = dict(state_dict), set()
@@ -191,10 +205,10 @@ class CompressedRNN(nn.Module):
             if whole is not None and whole.shape == shape:
                 self._hold(name, own.new_empty(shape))
             elif all(part is not None for part in parts):
-                problem = _checks_rnn.compressed_problem(f"{prefix}{name}", *parts, shape)
+                problem = _checks_rnn.compressed_problem(f"{prefix}{name}", *parts, shape)  # pyright: ignore[reportCallIssue]
                 if problem is None:
-                    self._hold(name, own.new_empty(len(parts[0])),
-                               *(torch.empty_like(part, device=own.device) for part in parts[1:]))
+                    self._hold(name, own.new_empty(len(parts[0])),  # pyright: ignore[reportArgumentType]
+                               *(torch.empty_like(part, device=own.device) for part in parts[1:]))  # pyright: ignore[reportArgumentType]
                     continue
                 rest[-1].append(problem)
                 refused.update(keys)
@@ -219,6 +233,6 @@ def _compressed(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _safetensors() -> None:
     try:
-        import safetensors  # noqa: F401
+        import safetensors  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         _checks_rnn.no_safetensors()

@@ -36,7 +36,7 @@ def accumulate_penalty_grad_(
     for name, tensor in (("weight", weight), ("rows", rows), ("cols", cols)):
         if tensor is not None and tensor.requires_grad and not tensor.is_leaf:
             raise ValueError(
-                f"{name} must be a leaf to have its .grad added to, got the result of {tensor.grad_fn.name()}; call "
+                f"{name} must be a leaf to have its .grad added to, got the result of {tensor.grad_fn.name()}; call "  # pyright: ignore[reportOptionalMemberAccess]
                 "moduli_penalty and let backward() carry the gradient on."
             )
     need_points = any(t is not None and t.requires_grad for t in (rows, cols))

@@ -191,7 +191,7 @@ class TabulatedInhibitor(Inhibitor):
     samples: int = 4096
     values: tuple[float, ...] = field(init=False, repr=False)
 
-    def __post_init__(self, f):
+    def __post_init__(self, f: Callable[[Tensor], Tensor]):
         _checks.positive("max_distance", self.max_distance)
         _checks.positive_int("samples", self.samples, minimum=8)
         d = torch.linspace(0, self.max_distance, self.samples, dtype=torch.float64)
@@ -269,7 +269,7 @@ class CallableInhibitor(Inhibitor):
     def __repr__(self) -> str:
         return f"CallableInhibitor({getattr(self.f, '__qualname__', repr(self.f))})"
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, CallableInhibitor) and other.f == self.f
 
     def __hash__(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,7 +60,8 @@ class Manifold:
         Here by autograd through `squared_distance`; the built-in manifolds write it out."""
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            return torch.autograd.grad(self.squared_distance(x, y), (x, y), slope)
+            dx, dy = torch.autograd.grad(self.squared_distance(x, y), (x, y), slope)
+            return dx, dy
 
     def check_points(self, points: Tensor) -> None:
         """Raises ValueError where finite coordinates (n, ambient_dim) are no point of the manifold."""
@@ -84,7 +86,13 @@ class Manifold:
                           "with the same result and slower.", stacklevel=4)
 
 
-def _draw(n: int, columns: int, kind: str, generator, dtype, device) -> Tensor:
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """Of at least one tensor."""
+    return sum(parts)  # pyright: ignore[reportReturnType]  # 0 where there is none
+
+
+def _draw(n: int, columns: int, kind: str, generator: torch.Generator | None, dtype: torch.dtype | None,
+          device: torch.device | str | None) -> Tensor:
     """(n, columns) uniform in [0, 1) or standard normal; drawn on the generator's device, then moved."""
     _checks.positive_int("n", n, minimum=0)
     source = generator.device if generator is not None else device
@@ -121,7 +129,7 @@ class _Flat(Manifold):
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         _checks.distance_arguments(self, x, y)
-        return sum(self._difference(x, y, c).square() for c in range(self.ambient_dim))
+        return _sum(self._difference(x, y, c).square() for c in range(self.ambient_dim))
 
     def pull_back(self, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         parts = [2 * slope * self._difference(x, y, c) for c in range(self.ambient_dim)]
@@ -130,7 +138,8 @@ class _Flat(Manifold):
     def grid(self, n: int) -> Tensor:
         return _lattice(n, self._sides)
 
-    def sample(self, n, *, generator=None, dtype=None, device=None):
+    def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+               device: torch.device | str | None = None) -> Tensor:
         points = _draw(n, self.ambient_dim, "uniform", generator, dtype, device)
         return points * torch.tensor(self._sides, dtype=points.dtype, device=points.device)
 
@@ -232,15 +241,16 @@ class Sphere(Manifold):
     def ambient_dim(self) -> int:
         return self.dim + 1
 
-    def sample(self, n, *, generator=None, dtype=None, device=None):
+    def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+               device: torch.device | str | None = None) -> Tensor:
         points = _draw(n, self.ambient_dim, "normal", generator, dtype, device)
         return self.radius * points / points.norm(dim=1, keepdim=True)
 
     @staticmethod
     def _chords(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """|x^ - y^| and |x^ + y^| of unit vectors, column by column: nothing n x m x c is made."""
-        minus = sum((x[:, c, None] - y[None, :, c]).square() for c in range(x.shape[1]))
-        plus = sum((x[:, c, None] + y[None, :, c]).square() for c in range(x.shape[1]))
+        minus = _sum((x[:, c, None] - y[None, :, c]).square() for c in range(x.shape[1]))
+        plus = _sum((x[:, c, None] + y[None, :, c]).square() for c in range(x.shape[1]))
         return sqrt_of_square(minus), sqrt_of_square(plus)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
@@ -296,7 +306,8 @@ class KleinBottle(Manifold):
         _checks.positive("width", self.width)
         _checks.positive("height", self.height)
 
-    def sample(self, n, *, generator=None, dtype=None, device=None):
+    def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+               device: torch.device | str | None = None) -> Tensor:
         points = _draw(n, 2, "uniform", generator, dtype, device)
         return points * torch.tensor((self.width, self.height), dtype=points.dtype, device=points.device)
 
@@ -355,12 +366,13 @@ class Product(Manifold):
         """The columns of each factor."""
         return list(points.split([m.ambient_dim for m in self.manifolds], dim=1))
 
-    def sample(self, n, *, generator=None, dtype=None, device=None):
+    def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+               device: torch.device | str | None = None) -> Tensor:
         return torch.cat([m.sample(n, generator=generator, dtype=dtype, device=device) for m in self.manifolds], 1)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         _checks.distance_arguments(self, x, y)
-        return sum(m.squared_distance(a, b) for m, a, b in zip(self.manifolds, self.split(x), self.split(y)))
+        return _sum(m.squared_distance(a, b) for m, a, b in zip(self.manifolds, self.split(x), self.split(y)))
 
     def pull_back(self, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         parts = [m.pull_back(a, b, slope) for m, a, b in zip(self.manifolds, self.split(x), self.split(y))]

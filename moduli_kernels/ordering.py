@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .manifolds import Circle, FlatTorus, KleinBottle, Manifold, Sphere
-from .manifolds import manifold as manifold_of
+from .manifolds import Circle, FlatTorus, KleinBottle, Manifold, Sphere, manifold as manifold_of
 
 # Cuts fall on multiples of this while a piece is larger, so blocks of 16, 32 and 64 stay whole for any n.
 _ALIGNMENT = 64

@@ -1,7 +1,8 @@
 """`moduli_penalty`: the penalty as a differentiable function."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +69,11 @@ def moduli_penalty(
     return run.value(weight, rows, cols, mask)
 
 
-def _of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength) -> Tensor:
+def _of_shard(
+    weight: Tensor, rows: Any, cols: Any, manifold: Manifold | str,
+    inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None, power: float, blocks: int, mask: Tensor | None,
+    reduction: str, strength: float,
+) -> Tensor:
     """`moduli_penalty` of a sharded weight. rows, cols and mask are whole and equal on every rank."""
     check_plain_points(rows, cols)
     manifold = resolve_manifold(manifold)
@@ -78,7 +83,8 @@ def _of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, redu
     if reduction == "mean":  # over the entries of all ranks
         scale /= max(1, weight.shape[0] * weight.shape[1])
     shard = shard_of(weight)
-    rows, cols = (None if points is None else shared_by_ranks(points, shard.group) for points in (rows, cols))
+    rows, cols = cast("tuple[Any, Any]", [
+        None if points is None else shared_by_ranks(points, shard.group) for points in (rows, cols)])
     # a shard may cut through gate blocks: the point of each of its rows, by index
     row = torch.arange(shard.first, shard.first + shard.local.shape[0], device=rows.device) % max(1, rows.shape[0])
     value = moduli_penalty(
@@ -88,7 +94,9 @@ def _of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, redu
     return sum_over_ranks(value, shard.group)
 
 
-def checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength):
+def checked(weight: Tensor, rows: Tensor, cols: Tensor | None, manifold: Manifold | str,
+            inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None, power: float, blocks: int, mask: Tensor | None,
+            reduction: str, strength: float) -> tuple[reference.Penalty, Tensor, Tensor | None]:
     """(what is computed, rows, cols) from the arguments of `moduli_penalty`, points in the compute dtype."""
     if is_sharded(weight):
         raise NotImplementedError(
@@ -113,7 +121,8 @@ class _PenaltyFunction(torch.autograd.Function):
     saved tensors would keep them until the graph dies."""
 
     @staticmethod
-    def forward(ctx, weight, rows, cols, mask, run):
+    def forward(ctx: Any, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+                run: _OpRunner | _ReferenceRunner) -> Tensor:
         ctx.run = run
         ctx.need_weight, ctx.need_points = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(weight, rows, cols, mask)
@@ -125,7 +134,7 @@ class _PenaltyFunction(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is not None:
             grads, ctx.grads = ctx.grads, None
             ctx.run.scale_(grads, grad)
@@ -150,7 +159,7 @@ class _OpRunner:
         self.table_source = what.inhibitor if isinstance(what.inhibitor, TabulatedInhibitor) else None
         self.code = (*code, *inhibitor, what.power, what.blocks, what.scale)
 
-    def arguments(self, weight, rows, cols, mask):
+    def arguments(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
         """Those of the ops, up to what they need."""
         table = None if self.table_source is None else self.table_source.table(rows.dtype, rows.device)
         crow = col = None
@@ -160,44 +169,49 @@ class _OpRunner:
         return (row_strided(weight), rows.contiguous(), None if cols is None else cols.contiguous(),
                 None if mask is None else mask.contiguous(), crow, col, table, *self.code)
 
-    def value(self, *tensors) -> Tensor:
+    def value(self, *tensors: Any) -> Tensor:
         return _penalty(*self.arguments(*tensors))
 
-    def traced(self, *tensors) -> Tensor:
+    def traced(self, *tensors: Any) -> Tensor:
         """By the op with a registered autograd formula. The scale stays outside: shapes and a strength that change from
         step to step are symbols to the compiler, and the op's own numbers are constants."""
         _refuse_traced_csr(tensors[0])
         *arguments, scale = self.arguments(*tensors)
         return _penalty(*arguments, 1.0) * scale
 
-    def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
+    def value_and_grads(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, need_weight: bool,
+                        need_points: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
         value, *grads = _penalty_with_grads(*self.arguments(weight, rows, cols, mask), need_weight, need_points)
         return value, self._present(grads, weight, need_weight, need_points, cols)
 
-    def grads(self, grad, weight, rows, cols, mask, need_weight, need_points):
+    def grads(self, grad: Tensor, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+              need_weight: bool, need_points: bool) -> Sequence[Tensor | None]:
         grads = _penalty_grads(grad, *self.arguments(weight, rows, cols, mask), need_weight, need_points)
         return self._present(grads, weight, need_weight, need_points, cols)
 
-    def accumulate_(self, into, weight, rows, cols, mask, need_points):
+    def accumulate_(self, into: Tensor, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+                    need_points: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         value, drows, dcols = _accumulate_penalty_grad_(into, *self.arguments(weight, rows, cols, mask), need_points)
         return value, drows if need_points else None, dcols if need_points and cols is not None else None
 
-    def proximal_step_(self, weight, rows, cols, mask, step) -> None:
+    def proximal_step_(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+                       step: float) -> None:
         values, *arguments = self.arguments(weight, rows, cols, mask)
         _proximal_step_(values, *arguments, step)
         if values.data_ptr() != stored(weight).data_ptr():  # a weight of other strides went through a copy
             stored(weight).copy_(values)
 
     @staticmethod
-    def _present(grads, weight, need_weight, need_points, cols):
+    def _present(grads: Sequence[Tensor | None], weight: Tensor, need_weight: bool, need_points: bool,
+                 cols: Tensor | None) -> Sequence[Tensor | None]:
         if need_weight and weight.layout == torch.sparse_csr:  # the weight's own pattern
-            grads = (torch.sparse_csr_tensor(weight.crow_indices(), weight.col_indices(), grads[0], weight.shape,
+            grads = (torch.sparse_csr_tensor(weight.crow_indices(), weight.col_indices(), grads[0], weight.shape,  # pyright: ignore[reportArgumentType]
                                              check_invariants=False), *grads[1:])
         present = (need_weight, need_points, need_points and cols is not None)
         return tuple(g if p else None for g, p in zip(grads, present))
 
     @staticmethod
-    def scale_(grads, grad) -> None:
+    def scale_(grads: Sequence[Tensor | None], grad: Tensor) -> None:
         if grad.device.type == "cpu" and grad.item() == 1:  # loss = criterion + penalty: nothing to do
             return
         _scale_grads_([stored(g) for g in grads if g is not None], grad)
@@ -209,31 +223,36 @@ class _ReferenceRunner:
     def __init__(self, what: reference.Penalty):
         self.what = what
 
-    def value(self, weight, rows, cols, mask) -> Tensor:
+    def value(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None) -> Tensor:
         with torch.no_grad():
             return reference.penalty_with_grads(weight, rows, cols, mask, self.what, False, False)[0]
 
-    def traced(self, weight, rows, cols, mask) -> Tensor:
+    def traced(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None) -> Tensor:
         _refuse_traced_csr(weight)
         return reference.penalty_formula(weight, rows, cols, mask, self.what)
 
-    def value_and_grads(self, weight, rows, cols, mask, need_weight, need_points):
+    def value_and_grads(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, need_weight: bool,
+                        need_points: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
         return reference.penalty_with_grads(weight, rows, cols, mask, self.what, need_weight, need_points)
 
-    def grads(self, grad, weight, rows, cols, mask, need_weight, need_points):
+    def grads(self, grad: Tensor, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+              need_weight: bool, need_points: bool) -> Sequence[Tensor | None]:
         what = self.what._replace(scale=self.what.scale * grad)
         return reference.penalty_with_grads(weight, rows, cols, mask, what, need_weight, need_points)[1]
 
-    def accumulate_(self, into, weight, rows, cols, mask, need_points):
-        value, (dweight, *points) = self.value_and_grads(weight, rows, cols, mask, True, need_points)
+    def accumulate_(self, into: Tensor, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+                    need_points: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        value, (dweight, drows, dcols) = self.value_and_grads(weight, rows, cols, mask, True, need_points)
+        assert dweight is not None  # asked for
         into.add_(stored(dweight))
-        return value, *points
+        return value, drows, dcols
 
-    def proximal_step_(self, weight, rows, cols, mask, step) -> None:
+    def proximal_step_(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
+                       step: float) -> None:
         reference.proximal_step_(weight, rows, cols, mask, self.what, step)
 
     @staticmethod
-    def scale_(grads, grad) -> None:
+    def scale_(grads: Sequence[Tensor | None], grad: Tensor) -> None:
         for g in grads:
             if g is not None:
                 stored(g).mul_(grad)

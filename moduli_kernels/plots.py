@@ -18,8 +18,7 @@ from torch import Tensor
 
 from . import _checks
 from ._charts import chart, slice_chart
-from .manifolds import Euclidean, Manifold
-from .manifolds import manifold as manifold_of
+from .manifolds import Euclidean, Manifold, manifold as manifold_of
 from .ordering import fundamental, manifold_order
 
 if TYPE_CHECKING:
@@ -157,12 +156,13 @@ def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | s
         x = picture.part.sample(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
         reference = x[:1]
     else:
-        across, up, x, reference = mesh
+        x, reference = mesh[2:]
     distance = picture.part.distance(torch.from_numpy(reference), torch.from_numpy(x))[0]
     cost = inhibitor(distance).detach().cpu().numpy()
     if mesh is None:
         drawn = ax.scatter(*picture.place(x).T, c=cost, s=8, cmap="viridis", linewidths=0)
     else:
+        across, up = mesh[:2]
         cells = cost.reshape(np.subtract(across.shape, 1))
         drawn = ax.pcolormesh(across, up, cells, cmap="viridis", rasterized=True)
     ax.scatter(*picture.place(reference).T, s=130, marker="*", color="white", edgecolors="black", zorder=4)
@@ -286,7 +286,7 @@ def _neuron(name: str, j: int, n: int) -> int:
     return index
 
 
-def _inhibitor(f) -> None:
+def _inhibitor(f: object) -> None:
     if not callable(f):
         raise TypeError(
             f"inhibitor must be callable on distances, got {f!r}; pass for example DifferenceOfGaussians()."

@@ -56,7 +56,7 @@ class MagnitudePruner:
 
     def __init__(self, targets: Iterable[tuple[nn.Module, str]], *,
                  optimizer: torch.optim.Optimizer | None = None,
-                 block: tuple[int, int] | None = None, order: Mapping | None = None):
+                 block: tuple[int, int] | None = None, order: Mapping[Any, Any] | None = None):
         _optimizer(optimizer)
         pairs = target_pairs(targets)
         for i, (module, name) in enumerate(pairs):

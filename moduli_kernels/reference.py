@@ -89,14 +89,14 @@ def penalty_with_grads(
         v, slope = magnitude(w, kept, what.power, need_weight)
         any_kept = None if kept is None else kept.any(3)  # (b, r, c): an entry masked whole costs nothing, NaN f or not
         term = f * v
-        value += (term if kept is None else torch.where(any_kept, term, torch.zeros_like(term))).sum().double()
+        value += (term if kept is None else torch.where(any_kept, term, torch.zeros_like(term))).sum().double()  # pyright: ignore[reportArgumentType, reportCallIssue]
         if need_weight:
-            g = what.scale * f[None, :, :, None] * slope
+            g = what.scale * f[None, :, :, None] * slope  # pyright: ignore[reportOperatorIssue]
             strips.write(here, g if kept is None else torch.where(kept, g, torch.zeros_like(g)))
         if need_points:
             t = what.scale * what.inhibitor.slope(s).detach() * v.sum(0)
             if kept is not None:
-                t = torch.where(any_kept.any(0), t, torch.zeros_like(t))
+                t = torch.where(any_kept.any(0), t, torch.zeros_like(t))  # pyright: ignore[reportOptionalMemberAccess]
             gx, gy = what.manifold.pull_back(x[here], y, t)
             dx[here] = gx
             dy += gy
@@ -120,7 +120,7 @@ def proximal_step_(weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tens
         f = what.inhibitor.from_squared(what.manifold.squared_distance(x[here], y)).detach()
         a, direction = magnitude(w, kept, 1.0, True)
         left = a - step * what.scale * f
-        shrunk = direction * torch.where((left <= 0) | ((a == 0) & (f == f)), torch.zeros_like(left), left)[..., None]
+        shrunk = direction * torch.where((left <= 0) | ((a == 0) & (f == f)), torch.zeros_like(left), left)[..., None]  # pyright: ignore[reportOptionalOperand]
         strips.write(here, shrunk if kept is None else torch.where(kept, shrunk, w))
     new = strips.gradient()
     (weight if weight.layout == torch.strided else weight.values()).copy_(new if new.layout == torch.strided else new.values())

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +51,12 @@ class Regularization(nn.Module):
         """(name of the weight, its regularizer)."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
-    @property
-    def targets(self) -> dict[str, Target]:
-        """The regularized weights by name."""
-        return dict(self._targets)
-
     def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """The sum where one launch gives it, else None, and the penalty of each weight."""
-        weights, regularizers = [_read(self._targets[name]) for name in self._key], list(self.regularizers.values())
+        weights = [_read(self._targets[name]) for name in self._key]
+        regularizers = cast("list[Any]", list(self.regularizers.values()))
         if not any(map(is_sharded, weights)) and _several.share_launches(regularizers, weights):
-            return _several.penalties(list(map(_several.layer_of, regularizers, weights)))
+            return _several.penalties(list(map(_several.layer_of, regularizers, weights)))  # pyright: ignore[reportReturnType]
         return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
 
     def losses(self) -> dict[str, Tensor]:
@@ -77,7 +74,8 @@ class Regularization(nn.Module):
         return first
 
     def _map(self, make: Callable[[ModuliRegularizer], CoefficientRegularizer]) -> Regularization:
-        return Regularization({name: (self._targets[name], make(r)) for name, r in self.items()})
+        return Regularization(
+            {name: (self._targets[name], make(cast(ModuliRegularizer, r))) for name, r in self.items()})
 
     def shuffled(self, generator: torch.Generator | None = None) -> Regularization:
         """The control with each weight's coefficients permuted at random."""
@@ -89,7 +87,7 @@ class Regularization(nn.Module):
 
 
 def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str]] | None = None,
-               **settings) -> Regularization:
+               **settings: Any) -> Regularization:
     """A module whose call gives the penalty of a model's recurrent weights.
 
     Args:
@@ -113,7 +111,7 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
         _checks.no_target(model)
     names = {id(module): name for name, module in model.named_modules()}
     made: dict[str, tuple[Target, nn.Module]] = {}
-    seen: set[tuple] = set()
+    seen: set[tuple[object, ...]] = set()
     alive: list[Tensor] = []
     for target in found:
         weight = _checks.target_weight(target.module, target.name)
@@ -158,7 +156,7 @@ def _search(model: nn.Module) -> list[Target]:
     return found
 
 
-def _regularizer(target: Target, weight: Tensor, settings: dict) -> ModuliRegularizer:
+def _regularizer(target: Target, weight: Tensor, settings: dict[str, Any]) -> ModuliRegularizer:
     blocks = target.blocks
     _checks.target_blocks(target.name, weight.shape[0], blocks)
     rows = weight.shape[0] // blocks
@@ -166,11 +164,11 @@ def _regularizer(target: Target, weight: Tensor, settings: dict) -> ModuliRegula
     recurrent = target.recurrent
     if recurrent is None:
         recurrent = rows == columns and (target.columns is not None or target.name.startswith("weight_hh"))
-    defaults = {"dtype": compute_dtype(weight), "device": weight.device}
+    defaults: dict[str, Any] = {"dtype": compute_dtype(weight), "device": weight.device}
     return ModuliRegularizer(rows, None if recurrent else columns, blocks=blocks, **{**defaults, **settings})
 
 
-def _unused(name: str, made: dict) -> str:
+def _unused(name: str, made: dict[str, Any]) -> str:
     candidate, k = name, 1
     while candidate in made or any(candidate.replace(".", "_") == other.replace(".", "_") for other in made):
         k += 1

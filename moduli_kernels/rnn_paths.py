@@ -102,7 +102,7 @@ def predicted(device_type: str, dtype: torch.dtype, hidden: int, batch: int, den
     logarithm = 0.0
     for *key, (column, share) in itertools.product(*corners, columns):
         weight = share * math.prod(its_share for _, its_share in key)
-        logarithm += weight * math.log(table.ratios[(*(value for value, _ in key), training)][column])
+        logarithm += weight * math.log(table.ratios[(*(value for value, _ in key), training)][column])  # pyright: ignore[reportArgumentType]
     return math.exp(logarithm)
 
 
@@ -112,7 +112,7 @@ def joint_density(density_ih: float | None, density_hh: float | None, inputs: in
     return (ih * inputs + hh * hidden) / max(1, inputs + hidden)
 
 
-def _between(values: tuple[float, ...], at: float) -> list[tuple[float, float]]:
+def _between(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
     """The neighbours of `at` among the ascending values, each with its share by the logarithm."""
     if at <= values[0]:
         return [(values[0], 1.0)]
@@ -135,7 +135,7 @@ def told(ratio: float, least: float) -> str:
 
 # --- how a masked hidden weight is read on CUDA ----------------------------------------------------------------
 
-def hidden_form(hidden: int, batch: int, density: float, blocks: int | None = None, strays: int = 0) -> str:
+def hidden_form(hidden: int, batch: int, density: float, blocks: float | None = None, strays: int = 0) -> str:
     """"masked" (masked_rnn: the whole weight and its mask) or "blocks" (blocked_rnn: its blocks and stray weights), the
     one that is predicted to be faster on CUDA. Nothing of this has been measured (benchmarks/NOTES.md, "RNN on CUDA").
 

@@ -12,7 +12,7 @@ def fraction(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         kind = type(value).__name__
         raise TypeError(f"{name} must be a number in [0, 1], got a {kind}; pass e.g. {name}=0.9.")
-    if not 0 <= value <= 1:
+    if not 0 <= value <= 1:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} must be in [0, 1], got {value!r}; pass a fraction, e.g. 0.9 for 90 %.")
     return float(value)
 

@@ -1,6 +1,8 @@
 """`SparseRNN`: torch.nn.RNN whose masked weights cost nothing."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -54,7 +56,9 @@ class SparseRNN(PathChoice, nn.RNN):
         ValueError, TypeError: as torch.nn.RNN; leak outside (0, 1]; an unknown path, or "dense" with a leak.
     """
 
-    def __init__(self, *args, leak: float = 1.0, path: str = "auto", **kwargs):
+    weight_hh_l0: Tensor
+
+    def __init__(self, *args: Any, leak: float = 1.0, path: str = "auto", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._leak = _checks_rnn.leak(leak)
         self._path = _checks_rnn.path(path, self._leak)
@@ -87,7 +91,8 @@ class SparseRNN(PathChoice, nn.RNN):
 
     # -- forward --
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None):
+    def forward(self, input: Tensor | PackedSequence,
+                hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
         """(output, h_n), of the shapes of torch.nn.RNN. Raises as torch.nn.RNN does."""
         if torch.compiler.is_compiling():
             return self._forward(input, hx)
@@ -96,11 +101,11 @@ class SparseRNN(PathChoice, nn.RNN):
         self._update_flat_weights()
         return self._forward_untraced(input, hx)
 
-    def _forward(self, input, hx):
+    def _forward(self, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
         weight = self.weight_hh_l0
         batch = _rnn_stack.batch_of(self, input, hx, weight)
         training = torch.is_grad_enabled() and (
-            batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self._parameters.values()))
+            batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self._parameters.values()))  # pyright: ignore[reportOptionalMemberAccess]
         dtype = autocast_dtype(weight.device.type, weight) or weight.dtype
         if torch.compiler.is_compiling():
             from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -118,7 +123,7 @@ class SparseRNN(PathChoice, nn.RNN):
             if not torch.compiler.is_compiling():
                 same = all(weight is own for weight, own in zip(weights, self._flat_weights))
                 self._straight = self._case_of(input) if same else None
-            output, h_n = _rnn_stack.dense(self, batch, weights)
+            output, h_n = _rnn_stack.dense(self, batch, weights)  # pyright: ignore[reportArgumentType]
         return _rnn_stack.results(self, batch, output, h_n)
 
     _forward_untraced = untraced(_forward)
@@ -179,7 +184,7 @@ class SparseRNN(PathChoice, nn.RNN):
         return CompressedRNN.from_layers(_settings(self), self.leak, self._layers())
 
 
-def _settings(rnn: nn.RNN) -> dict:
+def _settings(rnn: nn.RNN) -> dict[str, Any]:
     names = ("input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout",
              "bidirectional")
     return {name: getattr(rnn, name) for name in names} | {"dtype": rnn.weight_hh_l0.dtype}
@@ -187,7 +192,7 @@ def _settings(rnn: nn.RNN) -> dict:
 
 def _copy_weights(source: nn.RNN, to: nn.RNN) -> None:
     """Copies of the weights of `source`, masked ones 0, into a module on the meta device; and which are trained."""
-    to.to_empty(device=source.weight_hh_l0.device).train(source.training)
+    to.to_empty(device=source.weight_hh_l0.device).train(source.training)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         for name in source._flat_weights_names:
             weight = source._parameters.get(name)

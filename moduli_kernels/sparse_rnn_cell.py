@@ -57,8 +57,9 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
         ValueError, TypeError: as torch.nn.RNNCell; leak outside (0, 1].
     """
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh", device=None,
-                 dtype=None, *, leak: float = 1.0):
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh",
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+                 leak: float = 1.0):
         super().__init__(input_size, hidden_size, bias, nonlinearity, device=device, dtype=dtype)
         self._leak = _checks_rnn.leak(leak)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import pathlib
 
-
 RUN = 10  # neighbours that stay together: powers and dtypes of one test, which share compiled kernels
 
 

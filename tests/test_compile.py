@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from penalty_cases import (
     BACKENDS,
     INHIBITORS,
@@ -18,7 +19,6 @@ from penalty_cases import (
     on_device,
     relative_error,
 )
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("safetensors")
 
+from test_example_ledger import result  # noqa: E402
+
 from examples import adding, checkpoint, nets, reproduce, table_report, verdicts, workers  # noqa: E402
 from examples.ledger import Ledger  # noqa: E402
 from examples.tables import REFERENCE, tables  # noqa: E402
 from examples.task import Preset  # noqa: E402
-from test_example_ledger import result  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Preset("tiny", {"hidden": 8, "steps": 5, "batch": 4, "tests": 20}, epochs=2, hold=1, batches=3, lr=1e-3,

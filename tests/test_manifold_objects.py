@@ -12,7 +12,6 @@ from test_manifolds import every_manifold, sample
 import moduli_kernels as mk
 from moduli_kernels.manifolds import PRESETS
 
-
 # --- sampling and grids ----------------------------------------------------------------------------------
 
 def uniform_on(values, low, high):

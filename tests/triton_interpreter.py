@@ -30,7 +30,7 @@ from penalty_cases import (
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import _backend, _library
+from moduli_kernels import _backend
 from moduli_kernels.triton import launch, launch_table
 
 # NumPy, of what is right here: log2(0), and inf - inf and 0 / 0 of poisoned points

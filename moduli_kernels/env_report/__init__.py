@@ -162,7 +162,7 @@ def _compiler() -> str | None:
     candidates = [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]
     command = next((each for each in candidates if shutil.which(each[0])), None)
     version = _run(*command, "--version") if command else None
-    return f"{' '.join(command)}: {version.splitlines()[0]}" if version else None
+    return f"{' '.join(command)}: {version.splitlines()[0]}" if command and version else None
 
 
 def _git_state() -> tuple[str | None, bool | None]:

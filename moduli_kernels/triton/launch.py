@@ -10,10 +10,9 @@ from collections import namedtuple
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import _library
 from . import distance, inhibitor

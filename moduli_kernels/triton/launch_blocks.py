@@ -3,9 +3,8 @@ contracts: moduli_kernels/_library_blocks.py. As launch_rnn.py, with states alon
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
+from torch import Tensor
 
 from .. import _library_blocks
 from .._library_blocks import along_the_batch, unflat

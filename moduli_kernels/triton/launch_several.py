@@ -7,10 +7,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import _library
 from . import distance, inhibitor

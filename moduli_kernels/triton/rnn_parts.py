@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 # --- the barrier of the programs of one part of the batch ------------------------------------------------------
 
 @triton.jit
