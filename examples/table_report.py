@@ -37,7 +37,7 @@ def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **chan
             found.append([row, "paper", *("" if t is None else f"{t[0]:g} ± {t[1]:g}" for t in theirs)])
         last = [errors(table, row, c, preset, ledger, seeds, "error", **changes) for c in table.columns]
         first = [errors(table, row, c, preset, ledger, seeds, "pruned_error", **changes) for c in table.columns]
-        if "lottery" not in row and not row.startswith("0%") and first != last:
+        if _held(table, row, preset):
             found.append([row, "ours, pruning ends", *(spread(v, digits, c) for v, c in first)])
             found.append([row, "ours, stabilized", *(spread(v, digits, c) for v, c in last)])
         else:
@@ -59,7 +59,8 @@ def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
     lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in body]
     if judged:
-        lines += ["", "Claims of the paper, by Welch's test (two-sided, p < 0.05, at least 5 trials on both sides):", "",
+        lines += ["", "Claims of the paper, by Welch's test (two-sided, p < 0.05, at least 5 trials on both sides):",
+                  "",
                   "| claim | pair, the better one first | verdict | p | means |", "| --- | --- | --- | --- | --- |"]
         lines += [f"| {v.words} | {v.pair.replace('<', 'under')} | {v.verdict} | {_p(v)} | {_means(v)} |"
                   for v in judged]
@@ -89,36 +90,52 @@ def _means(verdict: Verdict) -> str:
     return "" if verdict.means is None else f"{verdict.means[0]:.3g}, {verdict.means[1]:.3g}"
 
 
+MOMENTS = {"pruned_error": ("as pruning ends", "s", plots.COLOURS[1]), "error": ("at the end", "o", plots.COLOURS[0])}
+
+
 def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[int], **changes) -> Figure:
-    """A panel a row: a dot for each trial, a bar for their mean, the paper's mean ± standard deviation beside it."""
+    """A panel a row: a mark for each trial at both measuring points, a bar for their mean, and the paper's mean ±
+    standard deviation beside them."""
     from matplotlib.figure import Figure
 
-    ours = {(row, c): errors(table, row, c, preset, ledger, seeds, **changes)[0]
-            for row in table.rows for c in table.columns}
-    rows = [row for row in table.rows if any(ours[row, c] for c in table.columns)]
+    ours = {(row, c, moment): errors(table, row, c, preset, ledger, seeds, moment, **changes)[0]
+            for row in table.rows for c in table.columns for moment in MOMENTS}
+    rows = [row for row in table.rows if any(ours[row, c, "error"] for c in table.columns)]
     size = (max(6.4, 1.1 * len(table.columns) + 1.5), 2.5 * max(1, len(rows)) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(max(1, len(rows)), 1, squeeze=False)[:, 0]
     for ax, row in zip(axes, rows):
+        top = 0.0
         for x, column in enumerate(table.columns):
-            values, label = ours[row, column], x == 0
-            if values:
-                ax.plot([x - 0.12] * len(values), values, "o", color=plots.COLOURS[0], alpha=0.55, markersize=5,
-                        label="a trial" if label else None)
-                mean = statistics.fmean(values)
-                ax.plot([x - 0.27, x + 0.03], [mean, mean], color=plots.COLOURS[0], linewidth=2,
-                        label="mean of ours" if label else None)
+            for place, (moment, (when, marker, colour)) in zip((x - 0.3, x - 0.05), MOMENTS.items()):
+                values = ours[row, column, moment]
+                if not values or moment != "error" and not _held(table, row, preset):
+                    continue
+                ax.plot([place] * len(values), values, marker, color=colour, alpha=0.6, markersize=5,
+                        label=f"a trial, {when}")
+                ax.plot([place - 0.1, place + 0.1], [statistics.fmean(values)] * 2, color=colour, linewidth=2,
+                        label=f"mean, {when}")
+                top = max(top, *values)
             theirs = table.paper.get((row, column))
             if theirs is not None:
-                ax.errorbar(x + 0.2, theirs[0], yerr=theirs[1], fmt="D", color="0.35", markersize=4, capsize=3,
-                            label="paper" if label else None)
-        ax.set(title=row, ylabel=task_class(table.task).METRIC, ylim=(0, None), xlim=(-0.6, len(table.columns) - 0.4))
+                ax.errorbar(x + 0.22, theirs[0], yerr=theirs[1], fmt="D", color="0.35", markersize=4, capsize=3,
+                            label="paper, mean ± standard deviation")
+                top = max(top, sum(theirs))
+        ax.set(title=row, ylabel=task_class(table.task).METRIC)
+        ax.set(ylim=(0, 1.08 * top), xlim=(-0.6, len(table.columns) - 0.4))
         ax.set_xticks(range(len(table.columns)), table.columns)
         ax.spines[["top", "right"]].set_visible(False)
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": "small"}
+    figure.legend(handles.values(), handles.keys(), **place)
     figure.suptitle(title, fontsize="small", wrap=True)
     return figure
+
+
+def _held(table: Table, row: str, preset: str) -> bool:
+    """Whether a row's nets train on after pruning."""
+    config = table.config(row, table.columns[0], 0, preset)
+    return not config.lottery and 0 < config.schedule.index(config.schedule[-1]) < len(config.schedule) - 1
 
 
 def write(folder: Path, table: Table, preset: str, what: str, ledger: Ledger, seeds: list[int],
