@@ -1,4 +1,4 @@
-"""The RNN's cases: sizes, masks, and the figures they are to reach against torch.nn.RNN with the same masked weights."""
+"""The RNN's cases: sizes, masks, and the figures to reach against torch.nn.RNN with the same masked weights."""
 from __future__ import annotations
 
 import dataclasses
@@ -66,8 +66,8 @@ class RnnCase:
 def _both(name: str, n: int, batch: int, densities: dict[float | None, float | None], steps: int = 50, inputs: int = 2,
           layers: int = 1, nonlinearity: str = "relu", modes: tuple[bool, ...] = (True, False),
           mask_inputs: bool = False) -> list[RnnCase]:
-    return [RnnCase(f"{name}-{'dense' if d is None else f'{100 - 100 * d:g}'}{'' if training else '-forward'}", n, batch,
-                    steps, inputs, layers, nonlinearity, d, mask_inputs, training, goal)
+    return [RnnCase(f"{name}-{'dense' if d is None else f'{100 - 100 * d:g}'}{'' if training else '-forward'}", n,
+                    batch, steps, inputs, layers, nonlinearity, d, mask_inputs, training, goal)
             for d, goal in densities.items() for training in modes]
 
 

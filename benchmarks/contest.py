@@ -173,7 +173,8 @@ def cpu_seconds() -> tuple[float, float, float] | None:
         fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
         return None
-    ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]  # user nice system idle iowait irq softirq steal
+    # user nice system idle iowait irq softirq steal
+    ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
     own = os.times()
     return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own.user + own.system
 

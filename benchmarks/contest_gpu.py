@@ -49,7 +49,7 @@ class Stopwatch:
 
     def seconds(self, name: str, call: Callable[[], None], after: Callable[[], None] = lambda: None) -> float:
         """Of one call; `after` runs outside. Taken again where the device had to wait for the host."""
-        for attempt in range(ATTEMPTS):
+        for _attempt in range(ATTEMPTS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             begun = time.perf_counter()

@@ -123,8 +123,8 @@ class RnnContest:
             others = round(max(0.0, busy - own) / machine, 3)
         return {
             "case": case.name, "n": case.n, "batch": case.batch, "steps": case.steps, "inputs": case.inputs,
-            "layers": case.layers, "nonlinearity": case.nonlinearity, "density": case.density, "training": case.training,
-            "path": path, "rounds": self.round,
+            "layers": case.layers, "nonlinearity": case.nonlinearity, "density": case.density,
+            "training": case.training, "path": path, "rounds": self.round,
             "others_cpu": others, "errors": self.errors,
             "contestants": [{"name": name, "time": quartiles(list(taken.values())),
                              "ratio": quartiles([seconds / ours[r] for r, seconds in taken.items()])}

@@ -157,10 +157,10 @@ def _verdict(reached: bool, quick: bool = False) -> str:
 
 def contestants(penalty: list[Record]) -> list[str]:
     """share: of the bandwidth of the copy in the same run, which like the floor reads and writes n x n once."""
-    lines = ["The share of the copy's bandwidth is copy time over time: 100 % is the floor of reading W and writing its "
-             "gradient once. Page faults: median of a call.", "",
-             "| case | malloc | contestant | ms [quartiles] | its time / ours | share of copy bandwidth | page faults |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["The share of the copy's bandwidth is copy time over time: 100 % is the floor of reading W and writing "
+             "its gradient once. Page faults: median of a call.", "",
+             "| case | malloc | contestant | ms [quartiles] | its time / ours | share of copy bandwidth "
+             "| page faults |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for record in penalty:
         copy = next(one for one in record["contestants"] if one["name"] == "copy into a buffer")["time"][1]
         for index, one in enumerate(record["contestants"]):

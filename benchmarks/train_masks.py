@@ -40,8 +40,8 @@ BLOCK = 16  # side of the blocks of the pruning mode "block"
 def config(penalty: str, hidden: int, sparsities: tuple[float, ...], seed: int = 0, **settings) -> Config:
     net, strength = PENALTIES[penalty]
     schedule = BEFORE + [sparsity for sparsity in sparsities for _ in range(EPOCHS_AT_EACH)]
-    return Config(task="navigation", net=net, seed=seed, options={**WORLD, "hidden": hidden}, schedule=schedule, batches=85,
-                  lr=2e-3, strength=strength, cut="recurrent", **settings)
+    return Config(task="navigation", net=net, seed=seed, options={**WORLD, "hidden": hidden}, schedule=schedule,
+                  batches=85, lr=2e-3, strength=strength, cut="recurrent", **settings)
 
 
 def runs(only: str | None) -> dict[str, Config]:
@@ -57,7 +57,8 @@ def runs(only: str | None) -> dict[str, Config]:
             made[f"quality-n512-block1-seed{seed}"] = base
             for block in (8, 16, 32):
                 for order in ("manifold", "random"):
-                    made[f"quality-n512-block{block}-{order}-seed{seed}"] = replace(base, block=block, block_order=order)
+                    name = f"quality-n512-block{block}-{order}-seed{seed}"
+                    made[name] = replace(base, block=block, block_order=order)
     if only != "quality":
         made["torus-0.5-n1536-plain"] = config("torus-0.5", 1536, SPARSITIES)
         made["torus-0.5-n1536-block"] = config("torus-0.5", 1536, SPARSITIES, block=BLOCK)

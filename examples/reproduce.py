@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 def missing(chosen: list[Table], seeds: list[int], preset: str, ledger: Ledger, rows: str = "",
             **changes) -> list[Config]:
     """The trials of the tables that no line of the ledger has, each once: of one seed after the other; what is not
-    cut at all comes last, as no claim of the paper rests on it. rows: only those in whose name this pattern is found."""
+    cut at all comes last, as no claim of the paper rests on it. rows: only those in whose name this pattern is found.
+    """
     known = ledger.trials()
     found: dict[str, Config] = {}
     for seed in seeds:
@@ -55,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("table", nargs="+", help=f"{', '.join(tables())}, or all of --task")
     made.add_argument("--task", choices=TASKS, help="with the table `all`")
     made.add_argument("--seeds", type=int, default=5, help="trials a cell, seeds 0, 1, ... (default 5)")
-    made.add_argument("--rows", default="", metavar="PATTERN", help="train only rows in whose name this regular expression "
-                      "is found, e.g. '9.%% sparse'")
+    made.add_argument("--rows", default="", metavar="PATTERN",
+                      help="train only rows in whose name this regular expression is found, e.g. '9.%% sparse'")
     made.add_argument("--jobs", type=int, help="nets at once (default: one a core, two a GPU)")
     made.add_argument("--preset", choices=("full", "quick"), default="full",
                       help="full: the authors' protocol (default); quick: reduced, minutes a net on a core")

@@ -284,8 +284,8 @@ PRESETS = {
     "quick": Preset(
         "8 epochs of Mini LibriSpeech; 256 units, 8 channels, 40 bands, a step every 40 ms, no dropout, batches of 8, "
         "200 test clips, learning rate up to 2e-3 and back", epochs=8, batches=261, lr=2e-3, strength=1e-2, clip=5.0,
-        options={**SIZE, "n_mels": 40, "stride": 4, "channels": 8, "hidden": 256, "dropout": 0.0, "batch": 8, "tests": 200,
-                 "annealing": "one_cycle"},
+        options={**SIZE, "n_mels": 40, "stride": 4, "channels": 8, "hidden": 256, "dropout": 0.0, "batch": 8,
+                 "tests": 200, "annealing": "one_cycle"},
     ),
 }
 

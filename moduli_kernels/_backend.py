@@ -42,15 +42,23 @@ def _check(name: str) -> str:
         )
     available, reason = availability()[name]
     if not available:
-        raise RuntimeError(f"backend {name!r} is not available: {reason}; python -m moduli_kernels.env_report says more.")
+        raise RuntimeError(
+            f"backend {name!r} is not available: {reason}; python -m moduli_kernels.env_report says more.")
     return name
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the package's ops on one backend inside a `with` block: "reference" (plain PyTorch), "cpp", "triton"
-    or "cuda". Process-wide, also for the environment variable MODULI_KERNELS_BACKEND. Raises ValueError for an
-    unknown name and RuntimeError for one that is not available here."""
+    """Run the package's ops on one backend inside a `with` block. Process-wide, as is the environment variable
+    MODULI_KERNELS_BACKEND.
+
+    Args:
+        name: "reference" (plain PyTorch), "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that is not available here; inside the block, tensors on a device it does not serve.
+    """
     global _forced
     before, _forced = _forced, _check(name)
     try:

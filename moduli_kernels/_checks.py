@@ -295,7 +295,8 @@ def no_projection(module: Any) -> None:
 
 def no_module(model: Any) -> None:
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {_kind(model)}; pass the model, and single weights as targets=.")
+        raise TypeError(
+            f"model must be an nn.Module, got {_kind(model)}; pass the model, and single weights as targets=.")
 
 
 def no_pair(target: Any) -> None:
@@ -308,7 +309,8 @@ def no_pair(target: Any) -> None:
 def target_weight(module: Any, name: str) -> torch.Tensor:
     """The weight a target names; errors where there is none."""
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"targets must hold (module, name) pairs or mk.Target, got {_kind(module)} as module; pass the nn.Module.")
+        raise TypeError(
+            f"targets must hold (module, name) pairs or mk.Target, got {_kind(module)} as module; pass the nn.Module.")
     weight = getattr(module, name, None) if isinstance(name, str) else None
     if not isinstance(weight, torch.Tensor):
         known = ", ".join(repr(n) for n, _ in module.named_parameters(recurse=False)) or "none"
@@ -328,5 +330,6 @@ def target_blocks(name: str, rows: int, blocks: int) -> None:
 def target_columns(name: str, columns: Any) -> None:
     if columns is not None and (not isinstance(columns, slice) or columns.step not in (None, 1)):
         raise TypeError(
-            f"columns of target {name!r} must be None or a slice with step 1, got {columns!r}; pass for example slice(2, None)."
+            f"columns of target {name!r} must be None or a slice with step 1, got {columns!r}; pass for example "
+            "slice(2, None)."
         )

@@ -87,7 +87,8 @@ def _penalty_with_grads(weight, rows, cols, mask, crow, col, table, factors, fac
     none_weight, none_points = weight.new_empty(0), rows.new_empty(0)
     dweight = grads.weight if crow is None or grads.weight is None else grads.weight.values()
     return (value, none_weight if dweight is None else dweight,
-            none_points if grads.rows is None else grads.rows, none_points.clone() if grads.cols is None else grads.cols)
+            none_points if grads.rows is None else grads.rows,
+            none_points.clone() if grads.cols is None else grads.cols)
 
 
 def _penalty(*arguments):

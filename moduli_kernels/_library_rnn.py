@@ -22,10 +22,11 @@ MASKS = "Tensor? mask_ih, Tensor? mask_hh"
 STEP = "str nonlinearity, float leak, bool reverse"
 NEEDS = "bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias"
 SCHEMAS = {
-    "masked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? crow_ih, Tensor? col_ih, "
-                  f"Tensor? crow_hh, Tensor? col_hh, Tensor? lengths, {STEP}, bool keep) -> (Tensor, Tensor, Tensor)",
-    "masked_rnn_grads": f"(Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, Tensor? lengths, "
-                        f"Tensor output, Tensor activations, {STEP}, {NEEDS}) "
+    "masked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? crow_ih, "
+                  f"Tensor? col_ih, Tensor? crow_hh, Tensor? col_hh, Tensor? lengths, {STEP}, bool keep) "
+                  "-> (Tensor, Tensor, Tensor)",
+    "masked_rnn_grads": f"(Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
+                        f"Tensor? lengths, Tensor output, Tensor activations, {STEP}, {NEEDS}) "
                         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():

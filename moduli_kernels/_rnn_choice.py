@@ -106,7 +106,12 @@ class PathChoice(OrderedModule):
         """In words: which path each layer and direction takes, why, what share of its weights is kept, and on CUDA
         how the hidden weight is read.
 
-        batch, steps: of the input it would be for; None: those of the last one (before any: 32 and 50).
+        Args:
+            batch: size of the batch it would be for; None: that of the last input (before any: 32).
+            steps: length of the sequence it would be for; None: that of the last input (before any: 50).
+
+        Raises:
+            RuntimeError: a backend asked for by `mk.backend` or MODULI_KERNELS_BACKEND does not serve this device.
         """
         batch, steps = self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps
         weight = self.weight_hh_l0
@@ -135,6 +140,17 @@ class PathChoice(OrderedModule):
         7 runs of each, in alternation. Remembered on this module, also through copies and pickles but not in the
         state_dict, for inputs of its device, dtype, mode, batch size and densities (the nearest powers of 2).
         Leaves gradients and random numbers as they were. With a leak there is the sparse path alone.
+
+        Args:
+            input: as of a call: a tensor or a PackedSequence of the sizes to come.
+            hx: as of a call.
+
+        Returns:
+            `path`, the faster one; `seconds`, {path: median time of a pass}; `training`, whether backward is in it.
+
+        Raises:
+            ValueError, RuntimeError: input or hx does not fit, in the words of torch.nn.RNN; RuntimeError also as by
+                `explain`.
         """
         weight = self.weight_hh_l0
         device, parameters = weight.device, [p for p in self.parameters() if p.requires_grad]

@@ -111,16 +111,17 @@ class MaskedModule(nn.Module):
         """Sets the mask of the weight `name` ("weight_hh_l0", "weight_ih_l1_reverse", ...), and masked weights to 0.
 
         Args:
-            name: a weight's or a bias's name. mask: bool, of its shape, True = kept; copied to the weight's device.
-                None takes the mask away; masked weights stay 0 until they are trained.
+            name: a weight's or a bias's name.
+            mask: bool, of its shape, True = kept; copied to the weight's device. None takes the mask away; masked
+                weights stay 0 until they are trained.
 
         The mask is the bool buffer `<name>_mask`, as MagnitudePruner keeps it; one that is there is written in place.
         An optimizer that has gathered momentum before goes on moving masked weights, without effect on outputs and
         gradients; MagnitudePruner with `optimizer=` holds them at 0.
 
         Raises:
-            ValueError, TypeError: name is no weight of this module or pruned by torch.nn.utils.prune; mask is no bool
-            tensor of the weight's shape.
+            ValueError: name is no weight of this module or pruned by torch.nn.utils.prune; mask has another shape.
+            TypeError: mask is no bool tensor.
         """
         _checks_rnn.maskable(self, name, self._weight_names())
         weight, buffer = getattr(self, name), f"{name}_mask"
@@ -166,15 +167,17 @@ class OrderedModule(MaskedModule):
         """Sets the order of the neurons in which the hidden weight `name` ("weight_hh_l0", ...) is laid out in blocks.
 
         Args:
-            name: a hidden weight's name. order: int64, (hidden_size,), a permutation such as `mk.manifold_order` gives;
-                copied to the weight's device. None takes it away.
+            name: a hidden weight's name.
+            order: int64, (hidden_size,), a permutation such as `mk.manifold_order` gives; copied to the weight's
+                device. None takes it away.
 
         It changes speed, never results: on CUDA a large masked weight is multiplied in blocks of neighbours in this
         order, which are few where the mask is local. The order is the buffer `<name>_order`: it moves with the module,
         and is saved and loaded as a mask is.
 
         Raises:
-            ValueError, TypeError: name is no hidden weight of this module; order is no int64 permutation.
+            ValueError: name is no hidden weight of this module; order is no permutation of the neurons.
+            TypeError: order is no int64 tensor.
         """
         _checks_rnn.hidden_weight(self, name, self._hidden_names())
         buffer = f"{name}_order"

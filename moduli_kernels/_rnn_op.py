@@ -133,7 +133,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _below_autograd() -> contextlib.AbstractContextManager:
-    """Straight to the kernel: the op's own derivative, for torch.compile, is written in Python and takes 50 us to pass."""
+    """Straight to the kernel: the op's own derivative, for torch.compile, is in Python and takes 50 us to pass."""
     return torch.no_grad() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 

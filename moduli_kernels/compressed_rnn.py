@@ -23,8 +23,8 @@ PARTS = ("values", "columns", "rows")
 class CompressedRNN(nn.Module):
     """What `SparseRNN.compress()` returns: the same outputs from the kept weights alone, without gradients.
 
-    Args: as torch.nn.RNN, and leak as SparseRNN. A new one keeps no weight; `load_state_dict` fills it, without a dense
-    matrix on the way. `save` and `load` take a safetensors file that knows the settings, too.
+    A new one keeps no weight; `load_state_dict` fills it, without a dense matrix on the way. `save` and `load` take a
+    safetensors file that knows the settings, too.
 
     Each weight that a mask cuts is held as torch.sparse_csr holds it: `<weight>_values` (entries,) in the net's dtype,
     `<weight>_columns` (entries,) int16 where they fit, else int32, and `<weight>_rows` (hidden_size + 1,) int32, the
@@ -34,8 +34,22 @@ class CompressedRNN(nn.Module):
 
     It stays in eval mode: there is no dropout between its layers. `to_sparse_rnn()` goes back.
 
+    Args:
+        input_size: as torch.nn.RNN.
+        hidden_size: as torch.nn.RNN.
+        num_layers: as torch.nn.RNN.
+        nonlinearity: "tanh" or "relu".
+        bias: as torch.nn.RNN.
+        batch_first: as torch.nn.RNN.
+        dropout: kept for `to_sparse_rnn()`.
+        bidirectional: as torch.nn.RNN.
+        leak: share of the new state, in (0, 1], as SparseRNN.
+        device: of the buffers.
+        dtype: of values and biases.
+
     Raises:
-        NotImplementedError: where a gradient is asked for. Else as SparseRNN.
+        ValueError, TypeError: as SparseRNN.
+        NotImplementedError: where a gradient is asked for, in a call or by `requires_grad_()`.
     """
 
     input_size: int
@@ -121,7 +135,12 @@ class CompressedRNN(nn.Module):
 
     def forward(self, input: Tensor | PackedSequence,
                 hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
-        """(output, h_n), as SparseRNN's. Raises NotImplementedError where input or hx requires a gradient."""
+        """(output, h_n), as SparseRNN's.
+
+        Raises:
+            NotImplementedError: input or hx requires a gradient.
+            ValueError, RuntimeError: input or hx does not fit, in the words of torch.nn.RNN.
+        """
         data = input.data if isinstance(input, PackedSequence) else input
         for name, tensor in (("input", data), ("hx", hx)):
             if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
@@ -135,7 +154,11 @@ class CompressedRNN(nn.Module):
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> CompressedRNN:
-        """Raises NotImplementedError for True."""
+        """The module itself; there is nothing to train.
+
+        Raises:
+            NotImplementedError: for True.
+        """
         if requires_grad:
             _checks_rnn.no_gradient("weights")
         return self
@@ -168,8 +191,11 @@ class CompressedRNN(nn.Module):
     # -- files --
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: the state_dict, and the settings as metadata. Raises ImportError without
-        safetensors."""
+        """Writes a safetensors file: the state_dict, and the settings as metadata.
+
+        Raises:
+            ImportError: safetensors is not installed.
+        """
         _safetensors()
         from safetensors.torch import save_file
 
@@ -177,7 +203,12 @@ class CompressedRNN(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CompressedRNN:
-        """From a file that `save` wrote. Raises ValueError for another file, ImportError without safetensors."""
+        """From a file that `save` wrote.
+
+        Raises:
+            ValueError: another safetensors file.
+            ImportError: safetensors is not installed.
+        """
         _safetensors()
         from safetensors import safe_open
 

@@ -18,10 +18,17 @@ class ManifoldEmbedding(nn.Module):
         layout: "uniform" draws i.i.d. uniform points, "grid" takes a regular lattice (flat manifolds, 2-sphere).
         trainable: `.points` is a Parameter, trained with the weights, else a buffer. Give it weight_decay 0 in the
             optimizer: decay would pull coordinates to the arbitrary origin.
-        generator: for reproducible points. dtype, device: of the points.
+        generator: for reproducible points.
+        dtype: of the points; None = that of the given ones, else torch's default.
+        device: of the points; None = that of the given ones, else the generator's, else the CPU.
 
     Share one instance between layers where rows of one weight and columns of another are the same neurons
-    (paper, App. I.1). Raises ValueError / TypeError for points that do not fit.
+    (paper, App. I.1).
+
+    Raises:
+        ValueError: n < 0, an unknown preset or layout, points of another shape, not finite or a zero vector on a
+            sphere, layout "grid" on a manifold that has none.
+        TypeError: n is no integer, points are no floating-point tensor.
     """
 
     points: Tensor

@@ -34,8 +34,12 @@ def kept_by_distance(mask: Tensor, points: Tensor, manifold: Manifold | str, *, 
 
     Args:
         mask: (blocks*R, C) or (R, C, *kernel): bool, True = kept, or weights, non-zero = kept; a kernel is kept where
-            any of it is. points: (R, ambient_dim), of the rows. cols: (C, ambient_dim), None = points.
-        bins: of equal width, from 0 to the largest distance. blocks: gate blocks stacked in rows that share the points.
+            any of it is.
+        points: (R, ambient_dim), of the rows.
+        manifold: a Manifold or a preset's name.
+        cols: (C, ambient_dim), of the columns, None = points.
+        bins: how many of equal width, from 0 to the largest distance.
+        blocks: gate blocks stacked in rows that share the points.
 
     Returns:
         KeptByDistance, on the CPU. Looks at 256 rows at a time, in float64, twice: first for the largest distance.
@@ -85,8 +89,10 @@ def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pru
     at the left whatever the manifold's shape. With pruner also the scalar "sparsity".
 
     Args:
-        writer: torch.utils.tensorboard.SummaryWriter. reg: of mk.regularize; a control (shuffled, matched) has no
-            points: pass the regularization it was made from. step: the epoch, say.
+        writer: torch.utils.tensorboard.SummaryWriter.
+        reg: of mk.regularize; a control (shuffled, matched) has no points: pass the regularization it was made from.
+        step: the epoch, say.
+        pruner: whose sparsity to write, None = none.
         bins: as `kept_by_distance`.
 
     Kept is what the weight's mask (`<name>_mask`) keeps; without a mask, what is not 0. A histogram's min, max and sums

@@ -22,14 +22,15 @@ def accumulate_penalty_grad_(
     as `moduli_penalty(...).backward()`, without a graph and without a second matrix for the gradient. Call it after
     the loss's backward and before the optimizer's step.
 
-    Args: those of `moduli_penalty`; weight, rows and cols are leaves where they require grad. A `.grad` that is None
-        is made; one of another layout than row-major is added to by way of a copy.
+    The arguments are those of `moduli_penalty`; weight, rows and cols are leaves where they require grad. A `.grad`
+    that is None is made; one of another layout than row-major is added to by way of a copy.
 
     Returns:
         0-d tensor, without a graph. The version counters of what is written go up.
 
     Raises:
         ValueError, TypeError: as `moduli_penalty`; and where what requires grad is not a leaf.
+        NotImplementedError: for a DTensor.
     """
     what, row_points, column_points = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction,
                                               strength)
@@ -69,10 +70,14 @@ def proximal_step_(
     Makes exact zeros, where the penalty's gradient only makes small weights. With a learning rate as the step it takes
     the place of the penalty in the loss (ISTA).
 
-    Args: those of `moduli_penalty`, power aside; step: >= 0. Entries that a mask leaves out stay as they are.
+    All arguments but step are those of `moduli_penalty`. Entries that a mask leaves out stay as they are.
+
+    Args:
+        step: at least 0 and finite, say the learning rate.
 
     Raises:
         ValueError, TypeError: as `moduli_penalty`; step < 0 or not finite.
+        NotImplementedError: for a DTensor.
     """
     step = _checks.finite("step", step)
     if step < 0:

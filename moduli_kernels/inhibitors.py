@@ -55,13 +55,23 @@ class Inhibitor:
 
 @dataclass(frozen=True)
 class DifferenceOfGaussians(Inhibitor):
-    """The experiments' default. sigma1 < sigma2 are the paper's: they divide d^2 and are squared lengths.
+    """The experiments' default (paper, App. E, eq. 7).
 
         f(d) = offset - c (exp(-d^2/sigma2) - exp(-d^2/sigma1))
         df/ds = c (exp(-s/sigma2)/sigma2 - exp(-s/sigma1)/sigma1)
 
     offset = c in the paper's equation 7; with `zero_min` it is the maximum of the difference, so that the cheapest
     distance, d^2 = ln(sigma2/sigma1) / (1/sigma1 - 1/sigma2), costs 0 (the authors' code).
+
+    Args:
+        c: the height, positive; in the unit of f.
+        sigma1: of the narrow Gaussian, positive. As the paper's, it divides d^2 and is a squared length.
+        sigma2: of the wide Gaussian, likewise; sigma1 < sigma2.
+        zero_min: the cheapest distance costs 0; else offset = c.
+
+    Raises:
+        ValueError: c, sigma1 or sigma2 is not positive or not finite, or sigma1 >= sigma2.
+        TypeError: c, sigma1 or sigma2 is no number.
     """
 
     c: float = 100.0
@@ -76,6 +86,7 @@ class DifferenceOfGaussians(Inhibitor):
 
     @property
     def offset(self) -> float:
+        """c, or with `zero_min` the maximum of c (exp(-d^2/sigma2) - exp(-d^2/sigma1)) over d: then min f = 0."""
         if not self.zero_min:
             return self.c
         s = math.log(self.sigma2 / self.sigma1) / (1 / self.sigma1 - 1 / self.sigma2)
@@ -85,13 +96,26 @@ class DifferenceOfGaussians(Inhibitor):
         return self.offset - self.c * (torch.exp(-s / self.sigma2) - torch.exp(-s / self.sigma1))
 
     def slope(self, s: Tensor) -> Tensor:
-        return (self.c / self.sigma2) * torch.exp(-s / self.sigma2) - (self.c / self.sigma1) * torch.exp(-s / self.sigma1)
+        wide, narrow = torch.exp(-s / self.sigma2), torch.exp(-s / self.sigma1)
+        return (self.c / self.sigma2) * wide - (self.c / self.sigma1) * narrow
 
 
 @dataclass(frozen=True)
 class Diffusion(Inhibitor):
-    """f(d) = c d^exponent; df/ds = c (exponent/2) s^(exponent/2 - 1), taken as 0 at s = 0 where it diverges
-    (exponent < 2). Monotone: not for trained embeddings."""
+    """A cost that grows with the distance (paper, App. E, eq. 7-8):
+
+        f(d) = c d^exponent,   df/ds = c (exponent/2) s^(exponent/2 - 1),
+
+    the slope taken as 0 at s = 0 where it diverges (exponent < 2). Monotone: not for trained embeddings.
+
+    Args:
+        c: the cost at distance 1, positive.
+        exponent: positive.
+
+    Raises:
+        ValueError: c or exponent is not positive or not finite.
+        TypeError: c or exponent is no number.
+    """
 
     c: float = 1.0
     exponent: float = 2.0
@@ -113,7 +137,20 @@ class Diffusion(Inhibitor):
 
 @dataclass(frozen=True)
 class Sinusoid(Inhibitor):
-    """f(d) = c + c cos(mu d); df/ds = -(c mu^2/2) sin(mu d)/(mu d), which is -c mu^2/2 at 0."""
+    """A cost that is periodic in the distance (paper, App. E, eq. 7-8):
+
+        f(d) = c + c cos(mu d),   df/ds = -(c mu^2/2) sin(mu d)/(mu d),
+
+    the slope -c mu^2/2 at d = 0.
+
+    Args:
+        c: half of the largest cost, positive.
+        mu: radians a unit of distance, positive.
+
+    Raises:
+        ValueError: c or mu is not positive or not finite.
+        TypeError: c or mu is no number.
+    """
 
     c: float = 10.0
     mu: float = 2.0
@@ -131,9 +168,20 @@ class Sinusoid(Inhibitor):
 
 @dataclass(frozen=True)
 class RickerWavelet(Inhibitor):
-    """The wavelet psi(d) = A (1 - u) exp(-u/2), u = d^2/sigma^2, A = 2/sqrt(3 sigma sqrt(pi)), below its peak:
+    """The Ricker wavelet, upside down (paper, App. E, eq. 7-8):
 
+        psi(d) = A (1 - u) exp(-u/2),   u = d^2/sigma^2,   A = 2/sqrt(3 sigma sqrt(pi)),
         f(d) = c (psi(0) - psi(d)),   df/ds = c A (3 - u) exp(-u/2) / (2 sigma^2).
+
+    Distance 0 costs nothing, d = sqrt(3) sigma costs most.
+
+    Args:
+        sigma: the width, positive; a length, in the manifold's unit.
+        c: a factor, positive.
+
+    Raises:
+        ValueError: sigma or c is not positive or not finite.
+        TypeError: sigma or c is no number.
     """
 
     sigma: float = 1.0
@@ -159,7 +207,15 @@ class RickerWavelet(Inhibitor):
 
 @dataclass(frozen=True)
 class Constant(Inhibitor):
-    """f(d) = c: the penalty is plain L_l. A non-finite point still makes it NaN."""
+    """f(d) = c: the penalty is plain L_l. A non-finite point still makes it NaN.
+
+    Args:
+        c: the cost at every distance, positive.
+
+    Raises:
+        ValueError: c is not positive or not finite.
+        TypeError: c is no number.
+    """
 
     c: float = 1.0
     trainable: ClassVar[bool] = False
@@ -182,8 +238,16 @@ class TabulatedInhibitor(Inhibitor):
 
         f(d) = v_i h00(t) + m_i h10(t) + v_i+1 h01(t) + m_i+1 h11(t),   df/ds = f'(d) / (2 d), taken as 0 at d = 0.
 
-    f: callable on a float64 tensor of distances, elementwise; only its samples are kept. max_distance: choose at least the manifold's
-    diameter. Two tables are equal when their samples are. Raises ValueError where f is not finite.
+    Two tables are equal when max_distance and samples are, and the values of f there.
+
+    Args:
+        f: callable on a float64 tensor of distances, elementwise; only its samples are kept.
+        max_distance: positive, best at least the manifold's diameter.
+        samples: how many distances f is asked for, at least 8.
+
+    Raises:
+        ValueError: max_distance is not positive or not finite, samples < 8, f is not finite on [0, max_distance].
+        TypeError: max_distance is no number, samples no integer.
     """
 
     f: InitVar[Callable[[Tensor], Tensor]]
@@ -203,7 +267,7 @@ class TabulatedInhibitor(Inhibitor):
 
     @classmethod
     def from_values(cls, values: list[float], max_distance: float) -> TabulatedInhibitor:
-        """The table whose samples are `values`."""
+        """The table whose samples at equidistant distances in [0, max_distance] are `values`, at least 8."""
         return cls(lambda d: torch.tensor(values, dtype=torch.float64), max_distance, len(values))
 
     def table(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:

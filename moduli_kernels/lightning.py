@@ -51,7 +51,8 @@ class ModuliCallback(Callback):
         targets: the weights to penalize, as `mk.regularize` takes them, or their names in the LightningModule:
             "rnn.weight_hh_l0". None: every recurrent weight.
         pruned: the weights to prune, (module, name) pairs or names; None: those that are penalized.
-        block, order: as `mk.MagnitudePruner` takes them.
+        block: as `mk.MagnitudePruner` takes it.
+        order: as `mk.MagnitudePruner` takes it.
         prefix: of what is logged; callbacks with different prefixes keep states of their own.
         **settings: keyword arguments of `mk.ModuliRegularizer`: manifold, strength, inhibitor, ...
 

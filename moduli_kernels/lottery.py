@@ -20,12 +20,16 @@ def reinitialize_(model: nn.Module, pruner: MagnitudePruner,
     """The lottery: fresh weights, same masks. Make a new optimizer afterwards, and a new pruner on it.
 
     Args:
+        model: the net, of which the pruner's modules are a part.
+        pruner: whose masks stay.
         init_fn: called with the model; None calls every submodule's `reset_parameters()`, children first, so
             that a parent may refine them. Frozen parameters of modules without one stay as they are.
         generator: makes torch's draws reproducible and leaves the global generators (CPU, CUDA) as they were.
 
-    Raises ValueError where the pruner's modules are not in the model, or where a trainable parameter was not
-    set afresh; then the model is as it was.
+    Raises:
+        ValueError: the pruner's modules are not in the model; without init_fn, a trainable parameter was not set
+            afresh; generator for a model outside CPU and CUDA. The model is then as it was, also where init_fn raises.
+        TypeError: generator is no torch.Generator.
     """
     _mask_keys(model, pruner)
     with _restored_on_error(model), _drawing_from(generator, model):
@@ -55,10 +59,16 @@ def _reset(model: nn.Module) -> None:
 
 @torch.no_grad()
 def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, Any]) -> None:
-    """Earlier weights, same masks. Masks in `state_dict` are ignored; all else must fit the model exactly.
+    """Earlier weights, same masks.
 
-    Raises ValueError where it does not, where `state_dict` holds the model's own live tensors (a state_dict()
-    that was not copied), or where the pruner's modules are not in the model; then the model is as it was.
+    Args:
+        model: the net, of which the pruner's modules are a part.
+        pruner: whose masks stay.
+        state_dict: a copy of an earlier `model.state_dict()`. Masks in it are ignored; all else must fit exactly.
+
+    Raises:
+        ValueError: state_dict does not fit, or holds the model's own live tensors (a state_dict() that was not
+            copied); the pruner's modules are not in the model. The model is then as it was.
     """
     masks = _mask_keys(model, pruner)
     for key, parameter in model.named_parameters():

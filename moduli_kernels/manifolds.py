@@ -44,15 +44,32 @@ class Manifold:
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
                device: torch.device | str | None = None) -> Tensor:
-        """n points, uniform on the manifold where that exists: (n, ambient_dim)."""
+        """n points, uniform on the manifold where that exists: (n, ambient_dim).
+
+        Args:
+            n: number of points, at least 0.
+            generator: for reproducible points; drawn on its device.
+            dtype: None = torch's default.
+            device: None = the generator's, else the CPU.
+
+        Raises:
+            ValueError: n < 0.
+            TypeError: n is no integer.
+        """
         raise NotImplementedError
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Squared geodesic distances of all pairs, (n, c), (m, c) -> (n, m); differentiable."""
+        """Squared geodesic distances of all pairs, (n, c), (m, c) -> (n, m); differentiable.
+
+        Raises:
+            TypeError: x or y is no floating-point tensor.
+            ValueError: another shape, or two devices.
+        """
         raise NotImplementedError
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Geodesic distances of all pairs, (n, c), (m, c) -> (n, m); gradient 0 where d = 0."""
+        """Geodesic distances of all pairs, (n, c), (m, c) -> (n, m); gradient 0 where d = 0. Errors are those of
+        `squared_distance`."""
         return sqrt_of_square(self.squared_distance(x, y))
 
     def pull_back(self, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,10 +81,18 @@ class Manifold:
             return dx, dy
 
     def check_points(self, points: Tensor) -> None:
-        """Raises ValueError where finite coordinates (n, ambient_dim) are no point of the manifold."""
+        """Refuses finite coordinates (n, ambient_dim) that are no point of the manifold.
+
+        Raises:
+            ValueError: there are any.
+        """
 
     def grid(self, n: int) -> Tensor:
-        """n points spread regularly, (n, ambient_dim), float64."""
+        """n points spread regularly, (n, ambient_dim), float64.
+
+        Raises:
+            ValueError: this manifold has no regular points (spheres but the 2-sphere, products).
+        """
         raise ValueError(
             f"layout must be 'uniform' for {self}, got 'grid' (only flat manifolds and the 2-sphere have one); "
             "use 'uniform' or pass points="
@@ -157,6 +182,15 @@ class Circle(_Flat):
     """The circle of the given radius. A point is its arc length, taken modulo 2 pi radius:
 
         d(x, y) = |wrap(x - y, 2 pi radius)|  =  radius * angle.
+
+    wrap(d, p) is the nearest to 0 of d, d - p and d + p.
+
+    Args:
+        radius: positive; its unit is that of all distances.
+
+    Raises:
+        ValueError: radius is not positive or not finite.
+        TypeError: radius is no number.
     """
 
     radius: float = 5.0
@@ -174,6 +208,15 @@ class FlatTorus(_Flat):
     """R^k modulo a rectangular lattice; any real coordinate is valid.
 
         d(x, y)^2 = sum_c wrap(x_c - y_c, periods_c)^2.
+
+    wrap(d, p) is the nearest to 0 of d, d - p and d + p.
+
+    Args:
+        periods: k of them, one a coordinate, positive; their unit is that of all distances.
+
+    Raises:
+        ValueError: periods are none, or one is not positive or not finite.
+        TypeError: periods are no sequence of numbers.
     """
 
     periods: tuple[float, ...] = (10.0, 10.0)
@@ -197,7 +240,16 @@ class FlatTorus(_Flat):
 
 @dataclass(frozen=True)
 class Euclidean(_Flat):
-    """R^dim, d(x, y) = |x - y|. Not compact: points are drawn uniformly from the cube [0, side]^dim."""
+    """R^dim, d(x, y) = |x - y|. Not compact: points are drawn uniformly from the cube [0, side]^dim.
+
+    Args:
+        dim: at least 1.
+        side: of the cube, positive; its unit is that of all distances.
+
+    Raises:
+        ValueError: dim < 1, or side is not positive or not finite.
+        TypeError: dim is no integer, side no number.
+    """
 
     dim: int = 3
     side: float = 10.0
@@ -228,6 +280,14 @@ class Sphere(Manifold):
         ds/dx = -2 radius^2 theta / sin(theta) (y^ - cos(theta) x^) / |x|;
 
     the factor is 2 radius^2 at theta = 0 and diverges at pi, where 0 is returned.
+
+    Args:
+        dim: of the sphere, at least 1; points have dim + 1 coordinates.
+        radius: positive; its unit is that of all distances.
+
+    Raises:
+        ValueError: dim < 1, or radius is not positive or not finite.
+        TypeError: dim is no integer, radius no number.
     """
 
     dim: int = 2
@@ -296,6 +356,14 @@ class KleinBottle(Manifold):
         s = min(s1, s2);
 
     s1 is taken at a tie. Any real coordinate is valid (the identity is periodic in (2 width, height)).
+
+    Args:
+        width: of the rectangle, positive; its unit is that of all distances.
+        height: of the rectangle, positive.
+
+    Raises:
+        ValueError: width or height is not positive or not finite.
+        TypeError: width or height is no number.
     """
 
     width: float = 10.0
@@ -340,16 +408,26 @@ class KleinBottle(Manifold):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Product(Manifold):
-    """The Riemannian product: columns concatenated in the order given, s = sum_i s_i."""
+    """The Riemannian product: columns concatenated in the order given, s = sum_i s_i.
+
+    Args:
+        *manifolds: at least one; products among them are taken apart.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: one is no Manifold.
+    """
 
     manifolds: tuple[Manifold, ...]
 
     def __init__(self, *manifolds: Manifold):
         if not manifolds:
-            raise ValueError("manifolds must hold at least one manifold, got none; pass for example Sphere(), FlatTorus().")
+            raise ValueError(
+                "manifolds must hold at least one manifold, got none; pass for example Sphere(), FlatTorus().")
         for i, m in enumerate(manifolds):
             if not isinstance(m, Manifold):
-                raise TypeError(f"manifolds[{i}] must be a Manifold, got {type(m).__name__}; pass for example Sphere().")
+                raise TypeError(
+                    f"manifolds[{i}] must be a Manifold, got {type(m).__name__}; pass for example Sphere().")
         object.__setattr__(self, "manifolds", tuple(f for m in manifolds for f in m.factors()))
 
     def __repr__(self) -> str:
@@ -396,7 +474,16 @@ PRESETS: dict[str, Manifold] = {
 
 
 def manifold(name: str | Manifold) -> Manifold:
-    """The paper's preset of that name (see PRESETS); a Manifold is handed back as it is."""
+    """The paper's preset of that name; a Manifold is handed back as it is.
+
+    Args:
+        name: "torus" (FlatTorus of periods 10 and 10), "torus6" (six periods of 10), "circle" (radius 5), "sphere" (the
+            2-sphere of radius 5), "s3" (the 3-sphere of radius 5), "klein" (KleinBottle, 10 by 10), "r3" (Euclidean,
+            points in a cube of side 10), "mixed" (Product of "sphere" and "torus"); or a Manifold.
+
+    Raises:
+        ValueError: name is neither.
+    """
     if isinstance(name, Manifold):
         return name
     if not isinstance(name, str) or name not in PRESETS:

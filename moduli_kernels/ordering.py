@@ -16,8 +16,8 @@ _ALIGNMENT = 64
 
 
 def manifold_order(points: Tensor, manifold: Manifold | str) -> Tensor:
-    """The order of points (n, ambient_dim) along a balanced bisection curve of the manifold: (n,), int64, a
-    permutation on the points' device. `weight[order][:, order]` is the weight matrix in manifold order.
+    """The order of points along a balanced bisection curve of the manifold: `weight[order][:, order]` is the weight
+    matrix in manifold order.
 
     All points are cut in two halves across the coordinate in which they reach farthest, each half again,
     and so on down to single points; the second half of every cut is walked backwards in the other
@@ -35,8 +35,16 @@ def manifold_order(points: Tensor, manifold: Manifold | str) -> Tensor:
     Ties are broken by index. A Manifold subclass of one's own is cut along its columns as they are. O(n
     log^2 n), on the CPU: 0.04 s for 16384 points of a torus.
 
-    Raises TypeError for points that are no floating-point tensor and ValueError for a wrong shape, non-finite
-    points, a zero vector on a sphere or an unknown preset.
+    Args:
+        points: (n, ambient_dim), floating point.
+        manifold: a Manifold or a preset's name.
+
+    Returns:
+        (n,), int64, a permutation on the points' device.
+
+    Raises:
+        TypeError: points are no floating-point tensor.
+        ValueError: a wrong shape, non-finite points, a zero vector on a sphere or an unknown preset.
     """
     m = manifold_of(manifold)
     is_points = isinstance(points, Tensor) and points.dim() > 0

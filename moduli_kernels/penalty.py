@@ -34,10 +34,12 @@ def moduli_penalty(
             bfloat16, float16; any row stride, else one copy. Or (blocks*R, C) torch.sparse_csr: only stored entries
             count, and the gradient has the same pattern. Or a DTensor sharded in rows (fully_shard): each rank
             computes its rows, and all must call; value and gradients of points are summed over ranks.
-        rows: (R, k) points of the rows; cols: (C, k) points of the columns, None = rows.
-        manifold: a Manifold or a preset's name. inhibitor: None = DifferenceOfGaussians(); a bare callable d -> f(d)
-            or a Manifold subclass runs through the tiled PyTorch path.
-        power: l >= 1. blocks: gate blocks stacked in rows that share the points (LSTM 4, GRU 3).
+        rows: (R, k) points of the rows.
+        cols: (C, k) points of the columns, None = rows.
+        manifold: a Manifold or a preset's name; a subclass of one's own runs through the tiled PyTorch path.
+        inhibitor: None = DifferenceOfGaussians(); a bare callable d -> f(d) runs through the tiled PyTorch path.
+        power: l >= 1.
+        blocks: gate blocks stacked in rows that share the points (LSTM 4, GRU 3).
         mask: bool, weight's shape: True entries count, the others cost nothing.
         reduction: "mean" divides by blocks*R*C, with or without a mask; "sum" is eq. 6.
         strength: lambda, finite.
@@ -49,8 +51,8 @@ def moduli_penalty(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which, and what to do.
-        NotImplementedError: on a second or a forward-mode derivative, and for a DTensor cut in another way. torch.func
-            transforms are not supported.
+        NotImplementedError: on a second or a forward-mode derivative, for a torch.sparse_csr weight under
+            torch.compile, and for a DTensor cut in another way. torch.func transforms are not supported.
     """
     if is_sharded(weight):
         return _of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)

@@ -1,9 +1,9 @@
 """Pictures of what a penalty and pruning made of a weight matrix (matplotlib, imported on first use).
 
-Every function draws on `ax`, or on the one axes of a new `matplotlib.figure.Figure` where ax is None, and
-returns the axes: `plot_...(...).figure.savefig("picture.png")`. Neither a display nor pyplot is needed.
-Weights are recurrent matrices (n, n), `weight[j, k]` from neuron k into neuron j; of stacked gate blocks
-pass one. Distances and coordinates are in the units of the manifold's radius or period.
+Every function draws on `ax`, or on the one axes of a new `matplotlib.figure.Figure` where ax is None, and returns the
+axes: `plot_...(...).figure.savefig("picture.png")`. Neither a display nor pyplot is needed; ImportError says where
+matplotlib is missing. Weights are recurrent matrices (n, n), `weight[j, k]` from neuron k into neuron j; of stacked
+gate blocks pass one. Distances and coordinates are in the units of the manifold's radius or period.
 """
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ _TILE = 256  # rows looked at together: nothing n x n is made
 
 def plot_connections(mask: Tensor, points: Tensor, manifold: Manifold | str,
                      neurons: Sequence[int] | None = None, ax: Axes | None = None) -> Axes:
-    """The kept connections into a few neurons, each along the shortest geodesic to its source (paper,
-    Fig. 1c).
+    """The kept connections into a few neurons, each along the shortest geodesic to its source (paper, Fig. 1c).
+    Flat tori and the Klein bottle are drawn in the rectangle, links cut where they cross its border; circles as a ring;
+    the 2-sphere on an equal-area map; of anything else the first two coordinates (of a product its first factor).
 
-    mask (n, n): bool, True = kept, or weights, non-zero = kept. points (n, ambient_dim). neurons: indices;
-    None takes four spread over the picture. Flat tori and the Klein bottle are drawn in the rectangle,
-    links cut where they cross its border; circles as a ring; the 2-sphere on an equal-area map; of anything
-    else the first two coordinates (of a product its first factor), as the title says. Raises TypeError or
-    ValueError for arguments that do not fit.
+    Args:
+        mask: (n, n), bool, True = kept, or weights, non-zero = kept.
+        points: (n, ambient_dim), of the neurons.
+        manifold: a Manifold or a preset's name.
+        neurons: indices from 0 to n - 1; None takes four spread over the picture.
+        ax: to draw on, None = new ones.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
     m = manifold_of(manifold)
     n = _check("mask", mask, points, m)
@@ -57,25 +62,28 @@ def plot_connections(mask: Tensor, points: Tensor, manifold: Manifold | str,
         sources = mask[j].detach().cpu().ne(0).nonzero()[:, 0].numpy()
         total += len(sources)
         lines = picture.links(np.broadcast_to(x[j], (len(sources), x.shape[1])), x[sources])
-        links = LineCollection(lines, colors=colour, linewidths=0.8, alpha=0.6, zorder=2)
-        ax.add_collection(links, autolim=False)
+        ax.add_collection(LineCollection(lines, colors=colour, linewidths=0.8, alpha=0.6, zorder=2), autolim=False)
         ax.scatter(*place[sources].T, s=10, color=colour, linewidths=0, zorder=3)
         ax.scatter(*place[j], s=130, marker="*", color=colour, edgecolors="black", linewidths=0.8, zorder=4,
                    label=f"neuron {j}: {len(sources)}")
     if chosen:
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="kept connections into")
-    neurons_word = "neuron" if len(chosen) == 1 else "neurons"
-    ax.set_title(f"{total} kept connections into {len(chosen)} {neurons_word}\n{picture.label}")
+    ax.set_title(f"{total} kept connections into {len(chosen)} neuron{'s' * (len(chosen) != 1)}\n{picture.label}")
     return ax
 
 
-def plot_weight_heatmap(weight: Tensor, points: Tensor, manifold: Manifold | str,
-                        ax: Axes | None = None) -> Axes:
-    """|W| as an image, rows and columns in manifold order; of a bool mask, the fraction kept.
+def plot_weight_heatmap(weight: Tensor, points: Tensor, manifold: Manifold | str, ax: Axes | None = None) -> Axes:
+    """|W| as an image, rows and columns in manifold order; of a bool mask, the fraction kept. Above 256 neurons, cells
+    of neighbouring rows and columns are averaged to 256 x 256. The colours end at the image's 99.5th percentile.
 
-    weight (n, n), points (n, ambient_dim). Above 256 neurons, cells of neighbouring rows and columns are
-    averaged to 256 x 256. The colour scale ends at the 99.5th percentile of the image. Raises TypeError or
-    ValueError for arguments that do not fit.
+    Args:
+        weight: (n, n), real or bool.
+        points: (n, ambient_dim), of the neurons.
+        manifold: a Manifold or a preset's name.
+        ax: to draw on, None = new ones.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
     m = manifold_of(manifold)
     n = _check("weight", weight, points, m)
@@ -94,15 +102,20 @@ def plot_weight_heatmap(weight: Tensor, points: Tensor, manifold: Manifold | str
 
 
 def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold | str,
-                               inhibitor: Callable[[Tensor], Tensor], ax: Axes | None = None,
-                               bins: int = 30) -> Axes:
-    """The fraction of connections kept against the geodesic distance of their two neurons, and over it, on
-    an axis of its own, the inhibitor f: what costs little should be kept.
+                               inhibitor: Callable[[Tensor], Tensor], ax: Axes | None = None, bins: int = 30) -> Axes:
+    """The fraction of connections kept against the geodesic distance of their two neurons, and over it, on an axis of
+    its own, the inhibitor f: what costs little should be kept. Looks at 256 rows at a time.
 
-    mask (n, n): bool, True = kept, or weights, non-zero = kept. points (n, ambient_dim). inhibitor:
-    distances -> costs. bins of equal width reach from 0 to the largest distance; a bin of fewer than 50
-    pairs is left out, and the line broken there. Looks at 256 rows at a time. Raises TypeError or
-    ValueError for arguments that do not fit.
+    Args:
+        mask: (n, n), bool, True = kept, or weights, non-zero = kept.
+        points: (n, ambient_dim), of the neurons.
+        manifold: a Manifold or a preset's name.
+        inhibitor: distances -> costs.
+        ax: to draw on, None = new ones.
+        bins: how many of equal width from 0 to the largest distance; the line is broken at those of under 50 pairs.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
     m = manifold_of(manifold)
     n = _check("mask", mask, points, m)
@@ -119,7 +132,6 @@ def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold 
     middle = (np.arange(bins) + 0.5) * largest / bins
     fraction = np.where(pairs >= MIN_PAIRS, kept / np.maximum(pairs, 1), np.nan)
     density = kept.sum() / n**2
-
     ax = _axes(ax)
     ax.plot(middle, fraction, "o-", color=COLOURS[0], markersize=4, label="kept")
     ax.axhline(density, color=COLOURS[0], linestyle=":", label=f"kept overall: {100 * density:.2g} %")
@@ -131,21 +143,23 @@ def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold 
     cost.plot(d.numpy(), inhibitor(d).detach().cpu().numpy(), "--", color=COLOURS[1], label="inhibitor f")
     cost.set_ylabel("inhibitor f(distance): cost of |w|", color=COLOURS[1])
     handles = ax.get_legend_handles_labels()[0] + cost.get_legend_handles_labels()[0]
-    cost.legend(handles=handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3,
-                fontsize="small")
+    cost.legend(handles=handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small")
     ax.set_title(f"Connections kept against distance\n{_name(m)}", pad=24)
     return ax
 
 
-def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | str,
-                   ax: Axes | None = None) -> Axes:
-    """f(distance from a reference point), drawn over the manifold as an image (paper, Fig. 6); a star marks
-    the point.
+def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | str, ax: Axes | None = None) -> Axes:
+    """f(distance from a reference point), drawn over the manifold as an image (paper, Fig. 6); a star marks the point.
+    Of more dimensions a slice through it is drawn: the first two coordinates, a great 2-sphere, the first factor of a
+    product; of a Manifold subclass of one's own, 2000 sampled points.
 
-    Of a manifold with more dimensions a slice through the reference point is drawn: the first two
-    coordinates, a great 2-sphere, the first factor of a product; of a Manifold subclass of one's own, 2000
-    sampled points. Raises TypeError where the inhibitor cannot be called and ValueError for an unknown
-    preset.
+    Args:
+        inhibitor: f, distances -> costs.
+        manifold: a Manifold or a preset's name.
+        ax: to draw on, None = new ones.
+
+    Raises:
+        TypeError, ValueError: inhibitor cannot be called, or an unknown preset.
     """
     picture = slice_chart(manifold_of(manifold))
     _inhibitor(inhibitor)
@@ -173,11 +187,18 @@ def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | s
 
 def plot_neuron_weights(weight: Tensor, points: Tensor, manifold: Manifold | str, neuron: int,
                         ax: Axes | None = None) -> Axes:
-    """The weights into one neuron, each drawn at the neuron it comes from (paper, Fig. 7); zeros are small
-    grey dots and a star marks the neuron itself.
+    """The weights into one neuron, each drawn at the neuron it comes from (paper, Fig. 7), as in `plot_connections`;
+    zeros are small grey dots and a star marks the neuron itself.
 
-    weight (n, n), points (n, ambient_dim). Drawn as in `plot_connections`. Raises TypeError or ValueError for
-    arguments that do not fit.
+    Args:
+        weight: (n, n), real or bool.
+        points: (n, ambient_dim), of the neurons.
+        manifold: a Manifold or a preset's name.
+        neuron: its index, from 0 to n - 1.
+        ax: to draw on, None = new ones.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
     m = manifold_of(manifold)
     n = _check("weight", weight, points, m)
@@ -204,9 +225,7 @@ def _axes(ax: Axes | None) -> Axes:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            "plots need matplotlib, which is not installed; run pip install matplotlib."
-        ) from None
+        raise ImportError("plots need matplotlib, which is not installed; run pip install matplotlib.") from None
     return Figure(figsize=(6.4, 4.8), layout="constrained").subplots()
 
 
@@ -222,18 +241,15 @@ def _name(m: Manifold) -> str:
 
 
 def _spread_out(place: np.ndarray) -> list[int]:
-    """The neurons nearest to the middles of the four quarters of a picture, from their places (n, 2) in
-    it."""
+    """The neurons nearest to the middles of the four quarters of a picture, from their places (n, 2) in it."""
     quarters = manifold_order(torch.from_numpy(place), Euclidean(2)).tensor_split(4)
     middles = [(q.numpy(), place[q].mean(0)) for q in quarters if len(q)]
     return [int(q[((place[q] - middle) ** 2).sum(1).argmin()]) for q, middle in middles]
 
 
 def _block_means(weight: Tensor, order: Tensor) -> np.ndarray:
-    """Means of |weight[order][:, order]| over at most MAX_CELLS x MAX_CELLS cells whose sides differ by one
-    at most."""
-    n = len(order)
-    cells = min(n, MAX_CELLS)
+    """Means of |weight[order][:, order]| over at most MAX_CELLS x MAX_CELLS cells, of sides within 1 of each other."""
+    n, cells = len(order), min(len(order), MAX_CELLS)
     cell = torch.arange(n) * cells // n
     sums = torch.zeros(cells, cells, dtype=torch.float64)
     for t in range(0, n, _TILE):
@@ -244,19 +260,15 @@ def _block_means(weight: Tensor, order: Tensor) -> np.ndarray:
     return (sums / count[:, None] / count).numpy()
 
 
-# --- arguments ---------------------------------------------------------------------------------------------
-
 def _check(name: str, weight: Tensor, points: Tensor, m: Manifold) -> int:
     """A square matrix and one point for each of its n rows; n."""
     if not isinstance(weight, Tensor):
         raise TypeError(
-            f"{name} must be a tensor (n, n), got a {type(weight).__name__}; pass torch.as_tensor({name})."
-        )
+            f"{name} must be a tensor (n, n), got a {type(weight).__name__}; pass torch.as_tensor({name}).")
     if weight.dim() != 2 or weight.shape[0] != weight.shape[1] or not len(weight):
         raise ValueError(
-            f"{name} must have shape (n, n) with n at least 1, got {tuple(weight.shape)}; of stacked gate "
-            f"blocks pass one, such as {name}[:n]."
-        )
+            f"{name} must have shape (n, n) with n at least 1, got {tuple(weight.shape)}; of stacked gate blocks pass "
+            f"one, such as {name}[:n].")
     if weight.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {weight.layout}; pass {name}.to_dense().")
     if weight.is_complex():
@@ -269,9 +281,7 @@ def _neurons(neurons: Sequence[int], n: int) -> list[int]:
     try:
         return [_neuron("neurons", j, n) for j in neurons]
     except TypeError:
-        raise TypeError(
-            f"neurons must be a sequence of integers, got {neurons!r}; pass for example [0, 7]."
-        ) from None
+        raise TypeError(f"neurons must be a sequence of integers, got {neurons!r}; pass for example [0, 7].") from None
 
 
 def _neuron(name: str, j: int, n: int) -> int:
@@ -280,14 +290,11 @@ def _neuron(name: str, j: int, n: int) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {j!r}; pass an index such as 0.") from None
     if not 0 <= index < n:
-        raise ValueError(
-            f"{name} must be from 0 to {n - 1} for {n} neurons, got {index}; pick a row of the matrix."
-        )
+        raise ValueError(f"{name} must be from 0 to {n - 1} for {n} neurons, got {index}; pick a row of the matrix.")
     return index
 
 
 def _inhibitor(f: object) -> None:
     if not callable(f):
         raise TypeError(
-            f"inhibitor must be callable on distances, got {f!r}; pass for example DifferenceOfGaussians()."
-        )
+            f"inhibitor must be callable on distances, got {f!r}; pass for example DifferenceOfGaussians().")

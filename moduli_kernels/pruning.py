@@ -26,12 +26,13 @@ class MagnitudePruner:
         optimizer: with it, gradients are masked as they arrive (before accumulation and clipping, as
             torch.nn.utils.prune does) and weights after each `optimizer.step()`, so momentum and decay revive
             nothing. Without it only gradients are masked: call `apply()` after each step.
-        block, order: to cut matrices in blocks of `block` = (rows, columns) entries, which SparseRNN runs faster
-            than scattered weights. order: {(module, name): (row_permutation, column_permutation)}, int64, puts
-            each matrix in an order first, best `mk.manifold_order` of its neurons' points (a recurrent weight
-            takes the same permutation twice); blocks at the far edges may be smaller. Blocks rank by mean |w|,
-            together with the single weights of targets that `order` does not name. Controls without points borrow
-            the order of the penalized net. Neither is saved: give both again when a checkpoint is loaded.
+        block: (rows, columns) of the blocks to cut matrices in, which SparseRNN runs faster than scattered weights;
+            those at the far edges may be smaller. Blocks rank by mean |w|, together with the single weights of
+            targets that `order` does not name.
+        order: {(module, name): (row_permutation, column_permutation)}, int64, of the matrices to cut in blocks: each
+            is put in this order first, best `mk.manifold_order` of its neurons' points (a recurrent weight takes the
+            same permutation twice). Controls without points borrow the order of the penalized net. Neither block
+            nor order is saved: give both again when a checkpoint is loaded.
 
     Each module gets a bool buffer `<param>_mask` (True = kept), saved in its state_dict; one that is there
     already (an earlier pruner's) is taken over, and the weights it cuts are set to 0. To load a checkpoint
@@ -48,10 +49,11 @@ class MagnitudePruner:
     every rank (1 byte an entry): they are saved, loaded and counted as without sharding, on any rank alone, and fit the
     whole weight that a forward pass sees.
 
-    Raises TypeError / ValueError for targets, masks or an optimizer that do not fit, NotImplementedError for sharded
-    targets in blocks, sharded in unlike ways or not in rows; nothing is changed then. What writes weights (`step_to`,
-    `apply`, `load_state_dict`) raises RuntimeError where a sharded weight is whole at the moment (an FSDP root after a
-    forward pass without gradients): call the root's `reshard()` first.
+    Raises:
+        TypeError, ValueError: targets, masks, block, order or an optimizer that do not fit; nothing is changed then.
+        NotImplementedError: sharded targets in blocks, sharded in unlike ways or not in rows; nothing is changed then.
+        RuntimeError: from what writes weights (`step_to`, `apply`, `load_state_dict`), where a sharded weight is whole
+            at the moment (an FSDP root after a forward pass without gradients): call the root's `reshard()` first.
     """
 
     def __init__(self, targets: Iterable[tuple[nn.Module, str]], *,
@@ -95,8 +97,9 @@ class MagnitudePruner:
         that leaves at most round(sparsity * N) masked, so a little less than asked. If weights have changed, the
         same sparsity asked again may cut what then fits in.
 
-        Raises ValueError for a sparsity outside [0, 1] or below what is already cut, and for NaN among the
-        weights; then nothing was changed.
+        Raises:
+            ValueError: sparsity outside [0, 1] or below what is already cut, NaN among the weights; nothing is changed.
+            TypeError: sparsity is no number.
         """
         sparsity = fraction("sparsity", sparsity)
         self._check_writable()
@@ -208,7 +211,8 @@ class MagnitudePruner:
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Takes the masks of `state_dict()`, sparser or denser than now, and sets masked weights to 0.
 
-        Raises ValueError where keys, shapes or dtypes do not fit; then nothing was changed.
+        Raises:
+            ValueError: keys, shapes or dtypes do not fit; nothing is changed.
         """
         self._check_writable()
         masks = self.masks
@@ -249,6 +253,9 @@ class MagnitudePruner:
         """Hands the masks to torch.nn.utils.prune: `<param>_orig`, `<param>_mask` and a forward pre-hook.
 
         `<param>_orig` is the same Parameter object, so optimizers go on working. This pruner ends here.
+
+        Raises:
+            NotImplementedError: sharded targets.
         """
         if self._sharded:
             raise NotImplementedError(
@@ -266,8 +273,10 @@ class MagnitudePruner:
         """Takes over what torch.nn.utils.prune has pruned: all of a model, or the given targets.
 
         The Parameter object that was `<param>_orig` becomes `<param>` again, so optimizers go on working.
-        Targets that torch has not pruned start with nothing cut. Raises ValueError where it has pruned none
-        of them, or where a mask holds anything but 0 and 1; then nothing was changed.
+        Targets that torch has not pruned start with nothing cut. optimizer is that of the constructor.
+
+        Raises:
+            ValueError: torch has pruned none of them, or a mask holds anything but 0 and 1; nothing is changed.
         """
         _optimizer(optimizer)
         return cls(_torch_prune.take_over(targets_or_model), optimizer=optimizer)

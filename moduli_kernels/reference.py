@@ -123,7 +123,8 @@ def proximal_step_(weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tens
         shrunk = direction * torch.where((left <= 0) | ((a == 0) & (f == f)), torch.zeros_like(left), left)[..., None]  # pyright: ignore[reportOptionalOperand]
         strips.write(here, shrunk if kept is None else torch.where(kept, shrunk, w))
     new = strips.gradient()
-    (weight if weight.layout == torch.strided else weight.values()).copy_(new if new.layout == torch.strided else new.values())
+    own, new = (t if t.layout == torch.strided else t.values() for t in (weight, new))
+    own.copy_(new)
 
 
 def penalty_formula(

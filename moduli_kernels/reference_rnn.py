@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """What is computed, the tensors aside. nonlinearity: "tanh" or "relu"; leak in (0, 1]; reverse: from the last step."""
+    """What is computed, the tensors aside. nonlinearity: "tanh" or "relu"; leak in (0, 1]; reverse: last step first."""
 
     nonlinearity: str
     leak: float

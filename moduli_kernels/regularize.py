@@ -18,12 +18,16 @@ _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell":
 
 @dataclass(frozen=True)
 class Target:
-    """One weight to regularize.
+    """One weight to regularize. What is given is checked by `regularize`.
 
-    module, name: the weight is getattr(module, name), read afresh at each call. columns: a slice of the columns (a
-    cell on concatenated input and state: slice(input_size, None)). blocks: gate blocks stacked in rows.
-    recurrent: rows and columns are the same neurons and share one embedding. None decides: True for weight_hh of
-    recurrent modules and where `columns` picks a square matrix, else False.
+    Args:
+        module: the module that owns the weight.
+        name: the weight is getattr(module, name), read afresh at each call.
+        columns: a slice of the columns with step 1 (a cell on concatenated input and state: slice(input_size, None));
+            None takes all.
+        blocks: gate blocks stacked in rows (LSTM 4, GRU 3).
+        recurrent: rows and columns are the same neurons and share one embedding. None decides: True for a square
+            block whose name begins with weight_hh or whose `columns` are given, else False.
     """
 
     module: nn.Module
@@ -39,6 +43,9 @@ class Regularization(nn.Module):
 
     reg() -> 0-d tensor; reg.losses() -> {name: 0-d}; reg.items() -> (name, regularizer) pairs; reg.shuffled() and
     reg.matched() -> the same with the controls.
+
+    Args:
+        regularizers: {name: (target, its regularizer)}; `regularize` makes it.
     """
 
     def __init__(self, regularizers: dict[str, tuple[Target, nn.Module]]):
@@ -78,7 +85,11 @@ class Regularization(nn.Module):
             {name: (self._targets[name], make(cast(ModuliRegularizer, r))) for name, r in self.items()})
 
     def shuffled(self, generator: torch.Generator | None = None) -> Regularization:
-        """The control with each weight's coefficients permuted at random."""
+        """The control with each weight's coefficients permuted at random.
+
+        Args:
+            generator: for reproducible permutations; drawn on its device.
+        """
         return self._map(lambda r: r.shuffled(generator))
 
     def matched(self) -> Regularization:
@@ -100,8 +111,12 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
     made on the weight's device, in float64 for float64 weights, else float32.
 
     Raises:
-        ValueError: no matching weight, a name that is none, an LSTM with proj_size. TypeError: unknown settings.
+        ValueError: no matching weight, a name that is none, blocks that do not divide the rows, an LSTM with proj_size
+            (found by the search), a setting that ModuliRegularizer refuses.
+        TypeError: model is no nn.Module, targets are no pairs or Targets, columns no slice with step 1, a weight is
+            neither dense nor torch.sparse_csr or not floating point; unknown settings.
 
+    Examples:
         >>> reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
         >>> loss = criterion(model(x), y) + reg()
     """

@@ -22,13 +22,27 @@ class ModuliRegularizer(nn.Module):
     Args:
         rows: number of rows (of one block), or a ManifoldEmbedding to share.
         cols: the same for the columns; None where rows and columns are the same neurons (recurrent weights).
-        manifold, inhibitor, power, blocks, reduction, strength: as `moduli_penalty`. `strength` may be changed
-            between steps.
-        trainable: train the points made here (given embeddings keep what they are). generator, dtype, device: for
-            the points made here.
+        manifold: a Manifold or a preset's name.
+        inhibitor: f; None = DifferenceOfGaussians(), a bare callable d -> f(d) does as well.
+        power: l >= 1.
+        blocks: gate blocks stacked in rows that share the points (LSTM 4, GRU 3).
+        reduction: "mean" over entries, or "sum" (eq. 6).
+        strength: lambda, finite. The attribute may be changed between steps.
+        trainable: train the points made here (given embeddings keep what they are).
+        generator: for reproducible points; like dtype and device, for points made here.
+        dtype: of the points, None = torch's default.
+        device: of the points, None = the generator's, else the CPU.
 
-    The state dict holds the points and what manifold, inhibitor and power they were used with, and refuses to load
-    into a regularizer that differs.
+    The state dict holds the points and what manifold, inhibitor and power they were used with; loading it into a
+    regularizer that differs raises ValueError.
+
+    Raises:
+        ValueError: an unknown preset or reduction, power < 1, blocks < 1, rows or cols < 0, strength not finite, an
+            embedding in another manifold.
+        TypeError: an argument of another type.
+
+    Warns:
+        UserWarning: points are trained under a monotone inhibitor (`inhibitor.trainable` is False).
     """
 
     def __init__(self, rows: int | ManifoldEmbedding, cols: int | ManifoldEmbedding | None = None, *,
@@ -58,7 +72,8 @@ class ModuliRegularizer(nn.Module):
             _checks.warn_untrainable(self.inhibitor)
 
     def forward(self, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The penalty of `weight`, 0-d; see `moduli_penalty`."""
+        """The penalty of `weight`, 0-d, of which entries under a `mask` that is False cost nothing; shapes, dtypes and
+        errors are those of `moduli_penalty`."""
         return moduli_penalty(
             weight, self.rows.points, None if self.cols is self.rows else self.cols.points, manifold=self.manifold,
             inhibitor=self.inhibitor, power=self.power, blocks=self.blocks, mask=mask, reduction=self.reduction,
@@ -67,7 +82,7 @@ class ModuliRegularizer(nn.Module):
 
     @torch.no_grad()
     def coefficients(self) -> Tensor:
-        """f(d(rows_i, cols_j)), dense: (R, C)."""
+        """f(d(rows_i, cols_j)), dense: (R, C), of one block, without a graph."""
         return self.inhibitor.from_squared(self.manifold.squared_distance(self.rows.points, self.cols.points))
 
     def _with(self, coefficients: Tensor) -> CoefficientRegularizer:
@@ -75,7 +90,11 @@ class ModuliRegularizer(nn.Module):
 
     def shuffled(self, generator: torch.Generator | None = None) -> CoefficientRegularizer:
         """The control of the paper: the same coefficients, permuted at random over all entries. Gate blocks share
-        one permutation."""
+        one permutation.
+
+        Args:
+            generator: for a reproducible permutation; drawn on its device.
+        """
         c = self.coefficients()
         device = c.device if generator is None else generator.device
         order = torch.randperm(c.numel(), generator=generator, device=device).to(c.device)
@@ -87,8 +106,8 @@ class ModuliRegularizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """JSON in bytes (a tensor, so that safetensors can hold it)."""
-        text = json.dumps({"manifold": repr(self.manifold), "inhibitor": _describe(self.inhibitor), "power": self.power})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        used = {"manifold": repr(self.manifold), "inhibitor": _describe(self.inhibitor), "power": self.power}
+        return torch.tensor(list(json.dumps(used).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         saved = json.loads(bytes(state.tolist()).decode())
@@ -113,8 +132,18 @@ def _describe(inhibitor: Inhibitor) -> str:
 class CoefficientRegularizer(nn.Module):
     """strength * sum or mean of coefficients_ij |w_ij|^power: any coefficient per weight (paper, eq. 5).
 
-    coefficients: (R, C), or 0-d for one coefficient everywhere; a buffer. Kernel dimensions of the weight count by
-    their L2 norm. Plain PyTorch, and by autograd. A weight sharded in rows (fully_shard) as by `moduli_penalty`.
+    Kernel dimensions of the weight count by their L2 norm. Plain PyTorch, and by autograd. A weight sharded in rows
+    (fully_shard) as by `moduli_penalty`.
+
+    Args:
+        coefficients: (R, C), or 0-d for one coefficient everywhere; floating point, copied into a buffer.
+        power: l >= 1.
+        reduction: "mean" over entries, or "sum" (eq. 5).
+        strength: lambda, finite. The attribute may be changed between steps.
+
+    Raises:
+        ValueError: coefficients of another shape, power < 1, an unknown reduction, strength not finite.
+        TypeError: coefficients that are no floating-point tensor; power or strength that is no number.
     """
 
     coefficients: Tensor
@@ -128,6 +157,15 @@ class CoefficientRegularizer(nn.Module):
         self.register_buffer("coefficients", coefficients.detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
+        """strength * sum or mean of coefficients_ij |w_ij|^power, 0-d: float64 for float64 weights, else float32.
+
+        Args:
+            weight: (R, C), or (R, C, *kernel), on the coefficients' device; any such shape for a 0-d coefficient.
+
+        Raises:
+            ValueError, TypeError: weight does not fit; the message says how.
+            NotImplementedError: for a DTensor that is not cut in rows.
+        """
         _checks.coefficient_arguments(weight, self.coefficients)
         entries, coefficients, group = weight.shape[0] * weight.shape[1], self.coefficients, None
         if is_sharded(weight):

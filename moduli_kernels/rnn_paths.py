@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 MARGIN = 1.3  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
-MARGIN_OF_MASKED_TRAINING = 1.0  # there the dense path has to mask weights and gradients as well, which the table leaves out
+# There the dense path has to mask weights and gradients as well, which the table leaves out.
+MARGIN_OF_MASKED_TRAINING = 1.0
 FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
 AXES = ("hidden", "batch", "steps")
 

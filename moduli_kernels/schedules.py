@@ -20,11 +20,19 @@ def fraction(name: str, value: Any) -> float:
 def linear_schedule(target: float, epochs: int, *, variant: str = "paper", hold: int = 0) -> list[float]:
     """Sparsity at the start of each epoch k = 1 ... epochs, rising to exactly `target` in the last one.
 
-    variant "paper": (k - 1) target / (epochs - 1); with one epoch, target at once.
-    variant "language_model" (the authors' code for it): 0 in epoch 1, then k target / epochs.
-    hold: further epochs at target (the adding problem's code has 10).
+    Args:
+        target: share of all weights to be cut in the end, in [0, 1].
+        epochs: over which it rises, at least 1.
+        variant: "paper": (k - 1) target / (epochs - 1); with one epoch, target at once. "language_model" (the authors'
+            code for it): 0 in epoch 1, then k target / epochs; with one epoch, target.
+        hold: further epochs at target (the adding problem's code has 10).
 
-    Raises ValueError / TypeError for target outside [0, 1], epochs < 1, hold < 0 or an unknown variant.
+    Returns:
+        epochs + hold shares in [0, 1], for `MagnitudePruner.step_to`.
+
+    Raises:
+        ValueError: target outside [0, 1], epochs < 1, hold < 0 or an unknown variant.
+        TypeError: target is no number, epochs or hold no integer.
     """
     target = fraction("target", target)
     _checks.positive_int("epochs", epochs)

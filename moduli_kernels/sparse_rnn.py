@@ -25,7 +25,8 @@ class SparseRNN(PathChoice, nn.RNN):
     only where there are any.
 
     Args:
-        *args, **kwargs: as torch.nn.RNN.
+        *args: as torch.nn.RNN.
+        **kwargs: as torch.nn.RNN.
         leak: share of the new state, in (0, 1]; 1 is torch.nn.RNN.
         path: "auto", "dense" (torch's own RNN over masked weights; needs leak=1) or "sparse" (the masked kernel).
             "auto" takes what `tune` has measured, else the shipped table of rnn_paths.py.
@@ -65,7 +66,12 @@ class SparseRNN(PathChoice, nn.RNN):
 
     @property
     def leak(self) -> float:
-        """Share of the new state, in (0, 1]."""
+        """Share of the new state, in (0, 1]; may be set.
+
+        Raises:
+            ValueError: when set outside (0, 1], or to less than 1 while the path is "dense".
+            TypeError: when set to what is no number.
+        """
         return self._leak
 
     @leak.setter
@@ -76,7 +82,11 @@ class SparseRNN(PathChoice, nn.RNN):
 
     @property
     def path(self) -> str:
-        """"auto", "dense" or "sparse"."""
+        """"auto", "dense" or "sparse"; may be set.
+
+        Raises:
+            ValueError: when set to anything else, or to "dense" while leak is not 1.
+        """
         return self._path
 
     @path.setter
@@ -93,7 +103,11 @@ class SparseRNN(PathChoice, nn.RNN):
 
     def forward(self, input: Tensor | PackedSequence,
                 hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
-        """(output, h_n), of the shapes of torch.nn.RNN. Raises as torch.nn.RNN does."""
+        """(output, h_n), of the shapes of torch.nn.RNN.
+
+        Raises:
+            ValueError, RuntimeError: input or hx does not fit, in the words of torch.nn.RNN.
+        """
         if torch.compiler.is_compiling():
             return self._forward(input, hx)
         if self._straight is not None and self._straight == self._case_of(input):
@@ -105,7 +119,8 @@ class SparseRNN(PathChoice, nn.RNN):
         weight = self.weight_hh_l0
         batch = _rnn_stack.batch_of(self, input, hx, weight)
         training = torch.is_grad_enabled() and (
-            batch.data.requires_grad or batch.hx.requires_grad or any(p.requires_grad for p in self._parameters.values()))  # pyright: ignore[reportOptionalMemberAccess]
+            batch.data.requires_grad or batch.hx.requires_grad
+            or any(p.requires_grad for p in self._parameters.values()))  # pyright: ignore[reportOptionalMemberAccess]
         dtype = autocast_dtype(weight.device.type, weight) or weight.dtype
         if torch.compiler.is_compiling():
             from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -158,8 +173,16 @@ class SparseRNN(PathChoice, nn.RNN):
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, *, path: str = "auto") -> SparseRNN:
         """A SparseRNN that computes what rnn does, with copies of its weights and masks (MagnitudePruner's or
-        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak and orders are kept. Raises TypeError for what is no
-        nn.RNN."""
+        torch.nn.utils.prune's) and no hooks; a SparseRNN's leak and orders are kept.
+
+        Args:
+            rnn: a torch.nn.RNN, or a SparseRNN.
+            path: of the new net.
+
+        Raises:
+            TypeError: rnn is no nn.RNN.
+            ValueError: an unknown path, or "dense" with a leak.
+        """
         _checks_rnn.rnn_module(rnn)
         new = cls(**_settings(rnn), leak=getattr(rnn, "leak", 1.0), path=path, device="meta")
         _copy_weights(rnn, new)
@@ -173,7 +196,11 @@ class SparseRNN(PathChoice, nn.RNN):
 
     def to_rnn(self) -> nn.RNN:
         """A plain torch.nn.RNN with copies of the weights, 0 where they are masked, for ONNX, torch.export and the
-        like. Raises ValueError where leak is not 1."""
+        like.
+
+        Raises:
+            ValueError: leak is not 1.
+        """
         _checks_rnn.leakless(self.leak)
         new = nn.RNN(**_settings(self), device="meta")
         _copy_weights(self, new)

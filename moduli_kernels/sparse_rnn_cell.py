@@ -18,11 +18,16 @@ def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tens
     """h' = (1 - leak) h + leak s((mask_ih * w_ih) x + b_ih + (mask_hh * w_hh) h + b_hh)
 
     Args:
-        x: (B, I) or (I,). h: (B, H) or (H,), with a batch as x.
-        w_ih: (H, I). w_hh: (H, H). b_ih, b_hh: (H,) or None. float32, float64, bfloat16 or float16, all alike.
-        mask_ih, mask_hh: bool like the weights, True = kept, None = all. What stands at masked weights, NaN included,
-            does not matter.
-        nonlinearity: s, "tanh" or "relu". leak: in (0, 1].
+        x: (B, I) or (I,); float32, float64, bfloat16 or float16, as are all but the masks, outside autocast all alike.
+        h: (B, H) or (H,), with a batch as x.
+        w_ih: (H, I).
+        w_hh: (H, H).
+        b_ih: (H,) or None.
+        b_hh: (H,) or None.
+        mask_ih: bool, (H, I), True = kept, None = all. What stands at masked weights, NaN included, does not matter.
+        mask_hh: bool, (H, H), likewise.
+        nonlinearity: s, "tanh" or "relu".
+        leak: share of the new state, in (0, 1].
 
     Returns:
         h' of the shape of h: in x's dtype, under autocast in autocast's. Computed in float32, for float64 weights in
@@ -49,12 +54,22 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
 
         h' = (1 - leak) h + leak s((mask_ih * W_ih) x + b_ih + (mask_hh * W_hh) h + b_hh)
 
-    Args: as torch.nn.RNNCell, and leak, the share of the new state, in (0, 1]. A mask is a bool buffer `<weight>_mask`
-    (True = kept), made by `set_mask("weight_hh", mask)`, MagnitudePruner or load_state_dict, and treated as SparseRNN
-    treats it. Without masks and leak it runs torch.nn.RNNCell itself. Whole sequences are SparseRNN's.
+    A mask is a bool buffer `<weight>_mask` (True = kept), made by `set_mask("weight_hh", mask)`, MagnitudePruner or
+    load_state_dict, and treated as SparseRNN treats it. Without masks and leak it runs torch.nn.RNNCell itself. Whole
+    sequences are SparseRNN's.
+
+    Args:
+        input_size: as torch.nn.RNNCell, I.
+        hidden_size: as torch.nn.RNNCell, H.
+        bias: as torch.nn.RNNCell.
+        nonlinearity: s, "tanh" or "relu".
+        device: of the weights.
+        dtype: of the weights.
+        leak: share of the new state, in (0, 1]; 1 is torch.nn.RNNCell.
 
     Raises:
-        ValueError, TypeError: as torch.nn.RNNCell; leak outside (0, 1].
+        ValueError: leak outside (0, 1].
+        TypeError: leak is no number.
     """
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh",
@@ -65,7 +80,12 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
 
     @property
     def leak(self) -> float:
-        """Share of the new state, in (0, 1]."""
+        """Share of the new state, in (0, 1]; may be set.
+
+        Raises:
+            ValueError: when set outside (0, 1].
+            TypeError: when set to what is no number.
+        """
         return self._leak
 
     @leak.setter
@@ -79,7 +99,11 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
         return super().extra_repr() + (f", leak={self.leak}" if self.leak != 1 else "")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """h' (B, hidden_size) of input (B, input_size) and hx (B, hidden_size), None = 0; or all without B."""
+        """h' (B, hidden_size) of input (B, input_size) and hx (B, hidden_size), None = 0; or all without B.
+
+        Raises:
+            ValueError, RuntimeError: input or hx does not fit, or an unknown nonlinearity, as torch.nn.RNNCell.
+        """
         masks = {name: mask_of(self, name, getattr(self, name)) for name in self._weight_names()}
         if self.leak == 1 and all(mask is None for mask in masks.values()):
             return super().forward(input, hx)

@@ -59,8 +59,9 @@ def measure(record: pathlib.Path, seconds: float, log: pathlib.Path, arguments: 
         try:
             status = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rsf",
-                 "benchmarks/bench_penalty_gpu.py", "benchmarks/bench_rnn_gpu.py", *arguments], cwd=ROOT, env=environment(**variables), stdout=out,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=seconds).returncode
+                 "benchmarks/bench_penalty_gpu.py", "benchmarks/bench_rnn_gpu.py", *arguments],
+                cwd=ROOT, env=environment(**variables), stdout=out, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             status = None
     return outcome(status, record, log)

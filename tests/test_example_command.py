@@ -84,8 +84,8 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(command, "train_all", train_all)
 
 
-TINY = ("--hidden", "8", "--steps", "5", "--batch", "4", "--tests", "20", "--before", "0", "--epochs", "2", "--hold", "1",
-        "--batches", "3", "--cut", "0.5", "--device", "cpu")
+TINY = ("--hidden", "8", "--steps", "5", "--batch", "4", "--tests", "20", "--before", "0", "--epochs", "2",
+        "--hold", "1", "--batches", "3", "--cut", "0.5", "--device", "cpu")
 
 
 def test_a_run_is_a_line_in_the_ledger_and_says_what_came_of_it(in_this_process, tmp_path, capsys):

@@ -78,7 +78,8 @@ def test_accumulate_as_backward(case, dtype, has_grad):
     want = penalty_and_gradients(weight, rows, cols, **settings)
     before = draw_weight(*weight.shape, seed=9, dtype=dtype) if has_grad else None
     points_before = torch.ones_like(rows) if has_grad else None
-    value, dweight, drows, dcols = accumulated(weight, rows, cols, before=before, points_before=points_before, **settings)
+    value, dweight, drows, dcols = accumulated(weight, rows, cols, before=before, points_before=points_before,
+                                               **settings)
     assert relative_error(value, want.value) <= 1e-6
     assert relative_error(dweight, want.weight + (before if has_grad else 0)) <= CLOSE[dtype]
     assert relative_error(drows, want.rows + (points_before if has_grad else 0)) <= 1e-5
@@ -148,7 +149,8 @@ def test_accumulate_moves_the_version_counter():
 
 def test_accumulate_refuses_what_is_no_leaf():
     weight, rows, _, settings = make("square")
-    with pytest.raises(ValueError, match="weight must be a leaf to have its .grad added to, got the result of MulBackward0"):
+    message = "weight must be a leaf to have its .grad added to, got the result of MulBackward0"
+    with pytest.raises(ValueError, match=message):
         mk.accumulate_penalty_grad_(weight.requires_grad_() * 2, rows, **settings)
 
 

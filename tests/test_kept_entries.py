@@ -95,8 +95,8 @@ def test_compressed_gate_blocks(blocks, index):
 
 
 def test_stored_zeros_are_entries():
-    weight = torch.sparse_csr_tensor(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1]), torch.tensor([0.0, 2.0, -1.0]), (2, 2),
-                                     check_invariants=True)
+    weight = torch.sparse_csr_tensor(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1]), torch.tensor([0.0, 2.0, -1.0]),
+                                     (2, 2), check_invariants=True)
     points = draw_points("torus", 2)
     got = of_csr(weight, points, manifold="torus", power=2)
     want = expected(weight.to_dense(), points, manifold="torus", power=2)

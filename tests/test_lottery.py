@@ -71,7 +71,7 @@ def test_reinitialize_gives_fresh_weights_on_the_same_masks():
 
 
 def test_a_generator_makes_it_repeatable_and_spares_the_global_one():
-    results, states = [], []
+    results = []
     for global_seed in (1, 2):
         net, pruner = trained()
         torch.manual_seed(global_seed)

@@ -157,7 +157,7 @@ def test_a_row_for_each_run_and_sparsity(folder):
     masks, points = mask_table.read(folder / "torus-0.5-n768-plain.npz")
     order = mk.manifold_order(points, "torus").numpy()
     distance = mk.manifold("torus").distance(points, points).numpy()
-    for row, (cut, mask) in zip(rows, masks.items()):
+    for row, mask in zip(rows, masks.values()):
         assert row["density"] == mask.mean() and row["near"] == 1 and row["neurons"] == 80 and row["block"] == 1
         assert row["near_by_chance"] == (distance <= 2).mean()
         assert row["idle"] == np.mean([not mask[i].any() and not mask[:, i].any() for i in range(80)])

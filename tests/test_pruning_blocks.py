@@ -174,7 +174,8 @@ def test_means_are_of_exact_sums(dtype, large):
 
 
 def test_blocks_and_single_weights_are_compared_in_float64():
-    module = Weights(torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor([1 + 2**-40, 1 - 2**-40], dtype=torch.float64))
+    module = Weights(torch.ones(2, 2, dtype=torch.bfloat16),
+                     torch.tensor([1 + 2**-40, 1 - 2**-40], dtype=torch.float64))
     pruner = MagnitudePruner(module.targets(), block=(2, 2), order={(module, "w0"): (torch.arange(2),) * 2})
     pruner.step_to(1 / 6)
     assert module.w1_mask.tolist() == [True, False] and module.w0_mask.all()

@@ -352,7 +352,7 @@ def test_controls():
     reg = regularize(model, strength=0.1, power=2.0)
     for control in (reg.matched(), reg.shuffled(generator(5))):
         assert list(control.losses()) == list(reg.losses()) and list(control.parameters()) == []
-        for (name, c), (_, r) in zip(control.items(), reg.items()):
+        for (_, c), (_, r) in zip(control.items(), reg.items()):
             assert isinstance(c, mk.CoefficientRegularizer)
             assert (c.strength, c.power, c.reduction) == (0.1, 2.0, "mean")
             assert float(c.coefficients.mean()) == pytest.approx(float(r.coefficients().mean()), rel=1e-6)

@@ -1,4 +1,4 @@
-"""The C++ loops of the masked RNN against the reference: every instruction set, width of strip, and number of threads."""
+"""The C++ loops of the masked RNN against the reference: every instruction set, width of strip, number of threads."""
 import os
 import subprocess
 import sys
@@ -10,7 +10,8 @@ from moduli_kernels import _library, _library_rnn
 
 pytestmark = pytest.mark.skipif(_library.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
 
-# T, B, I, H: each width of a strip with and without lanes that are filled up, blocks of columns, rows that fill no panel
+# T, B, I, H: each width of a strip with and without lanes that are filled up, blocks of columns, rows that fill no
+# panel
 SIZES = [(3, 1, 2, 5), (2, 3, 3, 17), (4, 4, 7, 18), (2, 8, 5, 33), (2, 13, 1, 16), (3, 20, 33, 65), (2, 32, 16, 32),
          (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1)]
 STEPS = [("tanh", 1.0, False), ("relu", 1.0, True), ("tanh", 0.5, True), ("relu", 0.3, False)]
@@ -73,8 +74,8 @@ def test_other_instruction_sets(isa):
     program = ("import torch, test_rnn_cpp as t\n"
                "for sizes in t.SIZES:\n    t.check(torch.float64, sizes); t.check(torch.float32, sizes)\n")
     settings = {"MODULI_KERNELS_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(__file__), capture_output=True, text=True,
-                          env=os.environ | settings)
+    done = subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(__file__), capture_output=True,
+                          text=True, env=os.environ | settings)
     assert done.returncode == 0, done.stderr
 
 

@@ -125,7 +125,8 @@ def test_cut_locus_of_the_torus(either, periods, inhibitor, dtype):
           inhibitor=INHIBITORS[inhibitor])
 
 
-@pytest.mark.parametrize("row, col, delta", [(0, 5, -5), (5, 0, 5), (0, -5, -5), (15, 0, 5), (2.5, 17.5, -5), (7.5, -7.5, 5)])
+@pytest.mark.parametrize("row, col, delta", [(0, 5, -5), (5, 0, 5), (0, -5, -5), (15, 0, 5), (2.5, 17.5, -5),
+                                             (7.5, -7.5, 5)])
 def test_side_of_the_cut_locus(either, row, col, delta):
     """At exactly half a period the difference of the reduced coordinates stays as it is, so two points pull at
     each other with opposite gradients."""

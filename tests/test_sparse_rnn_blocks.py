@@ -104,7 +104,7 @@ def masked_run(net: mk.SparseRNN, *arguments) -> Run:
 @pytest.mark.parametrize("case", SETTINGS)
 def test_as_the_masked_form(laid_out, monkeypatch, case, packed, backend):
     net = net_of(4, 40, densities=(0.5, 0.2), dtype=torch.float64, **SETTINGS[case])
-    for k, name in enumerate(net._hidden_names()):
+    for name in net._hidden_names():
         net.set_order(name, torch.randperm(40))
     x = draw(*((3, 5) if net.batch_first else (5, 3)), 4, dtype=torch.float64)
     hx = draw(len(net._all_weights), 3, 40, seed=1, dtype=torch.float64)

@@ -17,18 +17,14 @@ pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is
 
 def test_in_the_interpreter(tmp_path):
     """All of them at once."""
-    running = []
+    running = {}
     for name in ("rnn", "blocks", "barrier", "sparse_rnn"):
-        log = open(tmp_path / name, "w+")
-        running.append((log, subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / f"triton_interpreter_{name}.py"],
-            env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)))
-    failed = []
-    for log, process in running:
-        if process.wait():
-            log.seek(0)
-            failed.append(log.read()[-4000:])
-        log.close()
+        with open(tmp_path / name, "w") as log:  # the process keeps its own handle
+            running[name] = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                 HERE / f"triton_interpreter_{name}.py"],
+                env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)
+    failed = [(tmp_path / name).read_text()[-4000:] for name, process in running.items() if process.wait()]
     assert not failed, "\n".join(failed)
 
 

@@ -1,4 +1,7 @@
-"""A check of some seconds that every backend here agrees with the reference: python -m moduli_kernels.env_report --check"""
+"""A check of some seconds that every backend here agrees with the reference:
+
+    python -m moduli_kernels.env_report --check
+"""
 
 from __future__ import annotations
 

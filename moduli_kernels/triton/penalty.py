@@ -10,8 +10,8 @@ stored whole. What a thread sums stays in its registers:
     rows of dE     over the columns of a tile at once, 3 shuffles a coordinate; the sums of tile i are kept by lane i
                    of the 8 that share a row, over all blocks of the group: no memory but at the end
 
-Under a mask the mask is read whole, a byte an entry; a tile of which nothing is kept costs no more, and of others W, and
-a gradient that is added to, is touched in the sectors of 32 bytes with a kept entry.
+Under a mask the mask is read whole, a byte an entry; a tile of which nothing is kept costs no more, and of others W,
+and a gradient that is added to, is touched in the sectors of 32 bytes with a kept entry.
 
 Parts: value (strips, groups); rows (groups, coordinates, R); columns (strips, coordinates, C). finish.py adds them.
 """

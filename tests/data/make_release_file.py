@@ -1,4 +1,4 @@
-"""Writes release_<version>.pt: what this release saves, for later ones to load (tests/test_training_loops.py). Once a
+"""Writes release_<version>.pt: what this release saves, for later ones to load (tests/test_release_files.py). Once a
 release, from the root of the checkout: python tests/data/make_release_file.py
 
 State dicts, and what the modules that saved them computed. Tensors, numbers and strings only, so that
