@@ -58,6 +58,11 @@ class Regularization(nn.Module):
         """(name of the weight, its regularizer)."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The regularized weights by name."""
+        return dict(self._targets)
+
     def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """The sum where one launch gives it, else None, and the penalty of each weight."""
         weights = [_read(self._targets[name]) for name in self._key]
