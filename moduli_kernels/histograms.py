@@ -107,7 +107,7 @@ def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pru
                 f"reg must hold ModuliRegularizers, which have points, got a {type(regularizer).__name__} for {name}; "
                 "pass the regularization that the control was made from.")
         cols = None if regularizer.cols is regularizer.rows else regularizer.cols.points
-        counted = kept_by_distance(_kept(reg._targets[name]), regularizer.rows.points, regularizer.manifold, cols=cols,
+        counted = kept_by_distance(_kept(reg.targets[name]), regularizer.rows.points, regularizer.manifold, cols=cols,
                                    bins=bins, blocks=regularizer.blocks)
         share = counted.fraction.nan_to_num(0)
         _add(writer, f"kept connections by distance/{name}", counted.edges, (share * counted.counts).round(), step)
