@@ -122,6 +122,8 @@ class LanguageModelTask(Task):
     """
 
     METRIC = "test perplexity"
+    PAPERS_MEASURE = "paper_perplexity"
+    PAPERS_METRIC = "2^loss"
     DIGITS = 1
 
     def __init__(self, *, hidden: int = 650, embedding: int = 650, layers: int = 3, batch: int = 20, bptt: int = 35,

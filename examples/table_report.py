@@ -42,6 +42,10 @@ def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **chan
             found.append([row, "ours, stabilized", *(spread(v, digits, c) for v, c in last)])
         else:
             found.append([row, "ours", *(spread(v, digits, c) for v, c in last)])
+        its = task_class(table.task)
+        if its.PAPERS_METRIC:
+            theirs = [errors(table, row, c, preset, ledger, seeds, "paper", **changes) for c in table.columns]
+            found.append([row, f"ours, {its.PAPERS_METRIC} as the paper", *(spread(v, digits, c) for v, c in theirs)])
     return found
 
 
@@ -90,7 +94,8 @@ def _means(verdict: Verdict) -> str:
     return "" if verdict.means is None else f"{verdict.means[0]:.3g}, {verdict.means[1]:.3g}"
 
 
-MOMENTS = {"pruned_error": ("as pruning ends", "s", plots.COLOURS[1]), "error": ("at the end", "o", plots.COLOURS[0])}
+# in the paper's measure
+MOMENTS = {"pruned_error": ("as pruning ends", "s", plots.COLOURS[1]), "paper": ("at the end", "o", plots.COLOURS[0])}
 
 
 def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[int], **changes) -> Figure:
@@ -100,7 +105,7 @@ def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[i
 
     ours = {(row, c, moment): errors(table, row, c, preset, ledger, seeds, moment, **changes)[0]
             for row in table.rows for c in table.columns for moment in MOMENTS}
-    rows = [row for row in table.rows if any(ours[row, c, "error"] for c in table.columns)]
+    rows = [row for row in table.rows if any(ours[row, c, "paper"] for c in table.columns)]
     size = (max(6.4, 1.1 * len(table.columns) + 1.5), 2.5 * max(1, len(rows)) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(max(1, len(rows)), 1, squeeze=False)[:, 0]
@@ -109,7 +114,7 @@ def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[i
         for x, column in enumerate(table.columns):
             for place, (moment, (when, marker, colour)) in zip((x - 0.3, x - 0.05), MOMENTS.items()):
                 values = ours[row, column, moment]
-                if not values or moment != "error" and not _held(table, row, preset):
+                if not values or moment != "paper" and not _held(table, row, preset):
                     continue
                 ax.plot([place] * len(values), values, marker, color=colour, alpha=0.6, markersize=5,
                         label=f"a trial, {when}")
@@ -121,7 +126,8 @@ def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[i
                 ax.errorbar(x + 0.22, theirs[0], yerr=theirs[1], fmt="D", color="0.35", markersize=4, capsize=3,
                             label="paper, mean ± standard deviation")
                 top = max(top, sum(theirs))
-        ax.set(title=row, ylabel=task_class(table.task).METRIC)
+        its = task_class(table.task)
+        ax.set(title=row, ylabel=its.PAPERS_METRIC or its.METRIC)
         ax.set(ylim=(0, 1.08 * top), xlim=(-0.6, len(table.columns) - 0.4))
         ax.set_xticks(range(len(table.columns)), table.columns)
         ax.spines[["top", "right"]].set_visible(False)

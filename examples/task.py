@@ -24,6 +24,8 @@ class Task:
     METRIC = "error"  # of `error`, for tables
     UNIT = ""  # behind the number
     DIGITS = 3
+    PAPERS_MEASURE = "error"  # of `measures`: what the paper's tables show
+    PAPERS_METRIC = ""  # its name, where it is not "error"
     FIXED_SHAPES = False  # every batch has the same, and a step leaves nothing behind but weights: CUDA graphs
     R3_SPREAD = 1.0  # standard deviation of the authors' initial trained points in R^3
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from .config import task_class
 from .ledger import Ledger
 from .tables import Table, tables
 
@@ -74,11 +75,17 @@ class Verdict:
 
 def errors(table: Table, row: str, column: str, preset: str, ledger: Ledger, seeds: list[int], point: str = "error",
            **changes) -> tuple[list[float], int]:
-    """(errors of the seeds that are recorded, how many more collapsed)."""
+    """(errors of the seeds that are recorded, how many more collapsed). point: "error", "pruned_error", or "paper": at
+    the end, in the paper's measure."""
     trials = ledger.trials()
     found = [trials.get(table.config(row, column, seed, preset, **changes).key) for seed in seeds]
     recorded = [trial for trial in found if trial is not None]
-    return [t[point] for t in recorded if t[point] is not None], sum(t[point] is None for t in recorded)
+    whole = [trial for trial in recorded if trial["error"] is not None]
+    if point == "paper":
+        found = [trial["last"][task_class(table.task).PAPERS_MEASURE] for trial in whole]
+    else:
+        found = [trial[point] for trial in whole]
+    return found, len(recorded) - len(whole)
 
 
 def judged(words: str, pair: str, better: list[float], worse: list[float]) -> Verdict:

@@ -241,3 +241,18 @@ def test_a_gpu_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="device must be cpu here, got cuda"):
         workers.train_all([TINY.config("adding", "none", 0, device="cuda")], tmp_path)
+
+
+def test_a_table_shows_what_the_papers_measure_says_beside_the_headline(tmp_path):
+    pytest.importorskip("pooch")
+    ledger, table = Ledger(tmp_path / "language_model.jsonl"), tables()["4"]
+    config = table.config("90% sparse", "torus", 0, "quick")
+    its = result(config)
+    its.history[-1] |= {"error": 449.8, "paper_perplexity": 69.0}
+    ledger.append(config, its)
+    assert verdicts.errors(table, "90% sparse", "torus", "quick", ledger, [0], "paper") == ([69.0], 0)
+    lines = table_report.lines_of(table, "quick", ledger, [0])
+    shown = {(row, which): cells[0] for row, which, *cells in lines}
+    assert shown["90% sparse", "ours"] == "449.8 (1)"
+    assert shown["90% sparse", "ours, 2^loss as the paper"] == "69.0 (1)"
+    assert shown["90% sparse", "paper"] == "43.41 ± 7.53"
