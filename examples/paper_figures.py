@@ -81,7 +81,7 @@ class Saved:
         return f"{self.config.task}, {self.config.net}, seed {self.config.seed}: {error} at {100 * self.sparsity:g} %"
 
     def record(self) -> dict[str, Any]:
-        return {"folder": self.folder.name, "config": asdict(self.config), "end": self.result.history[-1],
+        return {"folder": self.folder.name, "config": self.config.described(), "end": self.result.history[-1],
                 "trained_at": self.result.environment}
 
 
