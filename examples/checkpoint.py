@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ def save(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """(tensors on the CPU, info), or None where there is no checkpoint; RuntimeError for a damaged one."""
+    return _read(folder, lambda file: {key: file.get_tensor(key) for key in file.keys()})
+
+
+def load_info(folder: Path) -> dict[str, Any] | None:
+    """The info alone, from the file's header: a full-size net's tensors take seconds. As `load` otherwise."""
+    read = _read(folder, lambda file: {})
+    return None if read is None else read[1]
+
+
+def _read(folder: Path, tensors: Callable[[Any], dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     from safetensors import SafetensorError, safe_open
 
     path = folder / NAME
@@ -56,8 +66,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads(file.metadata()["info"])
-            return {key: file.get_tensor(key) for key in file.keys()}, info
+            return tensors(file), json.loads(file.metadata()["info"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"the checkpoint {path} must be a whole safetensors file of this trainer, got a damaged one "

@@ -112,7 +112,7 @@ def said(config: Config, result: Result) -> str:
     """The result in some lines."""
     if result.collapsed:
         return f"COLLAPSED: {result.collapsed}. The last good checkpoint stays."
-    first = config.sparsities().index(config.schedule[-1])
+    first = config.pruned_at()
     lines = []
     if 0 < first < len(result.history) - 1:
         lines.append(f"error as pruning ends: {with_unit(config.task, result.history[first]['error'])}")

@@ -88,6 +88,10 @@ class Config:
         """The run whose mask a lottery run has."""
         return replace(self, lottery=False)
 
+    def pruned_at(self) -> int:
+        """The first epoch (from 0) at the last sparsity: pruning ends with it."""
+        return self.sparsities().index(self.schedule[-1])
+
     def sparsities(self) -> list[float]:
         """Of each epoch: a lottery run is at the schedule's last all along."""
         return self.schedule[-1:] * len(self.schedule) if self.lottery else self.schedule
@@ -108,6 +112,6 @@ class Result:
 
 def finished(config: Config, folder: Path) -> Result | None:
     """The result of a run that has nothing left to train, without making its net."""
-    loaded = checkpoint.load(folder)
-    result = Result(**loaded[1]["result"]) if loaded is not None else Result()
+    info = checkpoint.load_info(folder)
+    result = Result(**info["result"]) if info is not None else Result()
     return result if len(result.history) == len(config.schedule) else None

@@ -11,17 +11,16 @@ import argparse
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-import moduli_kernels as mk
-
 from . import report
 from .config import Config, Result
 from .trainer import Run
-from .workers import cores, train_all
+from .workers import places, train_all
 
 HERE = Path(__file__).resolve().parent
 CONTROLS = ("torus", "l1_matched", "none")
@@ -39,36 +38,21 @@ class Mode:
 
 
 def modes(task: str) -> dict[str, Mode]:
+    preset = import_module(f"{__package__}.{task}").PRESETS["quick"]
     if task == "navigation":
-        wanted = (0.0, 0.5, 0.75, 0.9)
-        world = {"landmarks": 128, "width_cm": 24, "batch": 50}
-        common = {"lr": 2e-3, "strength": 0.1}
-        settings = {
-            **common, "batches": 85, "options": {**world, "hidden": 512, "steps": 20},
-            # Steps of 5 %, so that every sparsity wanted is met; before them, at 0 until the task is learned.
-            "schedule": [0.0] * 17 + mk.linear_schedule(0.9, 19, hold=4),
-        }
-        tiny = {
-            **common, "batches": 40, "options": {**world, "hidden": 128, "steps": 10},
-            "schedule": [0.0] * 6 + mk.linear_schedule(0.9, 19),
-        }
+        # Steps of 5 %, so that every sparsity wanted is met; before them, at 0 until the task is learned.
+        cut, wanted = 0.9, (0.0, 0.5, 0.75, 0.9)
+        tiny = replace(preset, batches=40, before=6, hold=0, options={**preset.options, "hidden": 128, "steps": 10})
         size = "n = 512, 128 landmarks, 20 steps"
         quick = "n = 128, 10 steps"
         full = CONTROLS + ("shuffled",)
     else:
-        wanted = (0.0, 0.5, 0.75, 0.9, 0.95)
-        common = {"lr": 3e-4, "strength": 1e-3, "clip": 0.5, "frozen_epochs": 10, "point_damping": 0.99}
-        settings = {
-            **common, "batches": 313, "options": {"hidden": 128, "steps": 50, "batch": 32},
-            "schedule": [0.0] * 14 + mk.linear_schedule(0.95, 20, hold=10),
-        }
-        tiny = {
-            **common, "batches": 60, "options": {"hidden": 64, "steps": 20, "batch": 32},
-            "schedule": [0.0] * 14 + mk.linear_schedule(0.95, 20, hold=10),
-        }
+        cut, wanted = 0.95, (0.0, 0.5, 0.75, 0.9, 0.95)
+        tiny = replace(preset, batches=60, options={**preset.options, "hidden": 64, "steps": 20})
         size = "n = 128, 50 steps"
         quick = "n = 64, 20 steps"
         full = CONTROLS + ("shuffled", "torus_trained")
+    settings, tiny = preset.fields(cut), tiny.fields(cut)
     return {
         "demo": Mode(f"reduced size ({size})", settings, wanted),
         "quick": Mode(f"far too short to judge by, a check that all works ({quick})", tiny, wanted),
@@ -104,7 +88,7 @@ def run(
 
 
 def _announce(task: str, mode: Mode, configs: list[Config], device: str, runs: Path) -> None:
-    at_once = min(len(configs), cores() if device == "cpu" else 2)
+    at_once = min(len(configs), len(places(device)))
     print(f"{task}: {len(configs)} nets, {at_once} at once, on {device}, {mode.what}")
     kept = [c for c in configs if c.folder(runs).exists()]
     if kept:

@@ -66,10 +66,10 @@ def _record(config: Config, result: Result) -> dict[str, Any]:
     history = result.history
     errors = [float(f"{entry['error']:.6g}") for entry in history]
     whole = len(history) == len(config.schedule) and not result.collapsed
-    pruned = config.sparsities().index(config.schedule[-1])  # the first epoch at the last sparsity
     return {
         "key": config.key, "config": config.described(), "error": errors[-1] if whole else None,
-        "pruned_error": errors[pruned] if whole else None, "errors": errors, "last": history[-1] if history else None,
+        "pruned_error": errors[config.pruned_at()] if whole else None, "errors": errors,
+        "last": history[-1] if history else None,
         "seconds": round(result.seconds, 1), "parts": {name: round(s, 1) for name, s in result.parts.items()},
         "peak_mib": round(result.peak_mib), "collapsed": result.collapsed, "references": result.references,
         "environment": result.environment, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

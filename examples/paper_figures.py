@@ -87,18 +87,15 @@ class Saved:
 
 def saved(folder: Path) -> Saved:
     """The finished run in a folder; Missing says what is wrong with it."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise Missing("checkpoints need safetensors, which is not installed; run pip install safetensors") from None
     path = folder / checkpoint.NAME
     if not path.is_file():
         raise Missing(f"run must be a folder with a {checkpoint.NAME}, got {folder}; train a net, e.g. with {PRUNE}")
     try:
-        with safe_open(path, framework="pt") as file:  # its header alone: a full-size net's tensors take seconds
-            info = json.loads(file.metadata()["info"])
+        info = checkpoint.load_info(folder)
         made = Saved(folder, Config(**info["config"]), Result(**info["result"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except ImportError:
+        raise Missing("checkpoints need safetensors, which is not installed; run pip install safetensors") from None
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise Missing(f"run must be a checkpoint of this trainer, got {path} ({error}); train the net again") from error
     done, of = len(made.result.history), len(made.config.schedule)
     if done < of:

@@ -141,7 +141,7 @@ def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[i
 def _held(table: Table, row: str, preset: str) -> bool:
     """Whether a row's nets train on after pruning."""
     config = table.config(row, table.columns[0], 0, preset)
-    return not config.lottery and 0 < config.schedule.index(config.schedule[-1]) < len(config.schedule) - 1
+    return 0 < config.pruned_at() < len(config.schedule) - 1
 
 
 def write(folder: Path, table: Table, preset: str, what: str, ledger: Ledger, seeds: list[int],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -102,9 +102,12 @@ class Preset:
         of Config, in place of the preset's."""
         from .config import Config
 
-        options = {**self.options, "data": data} if data else self.options
-        made = Config(
-            task=task, net=net, seed=seed, options=options, schedule=self.schedule(cut), batches=self.batches,
-            lr=self.lr, strength=self.strength, clip=self.clip, frozen_epochs=self.hold, **self.settings,
-        )
-        return replace(made, **settings)
+        made = self.fields(cut)
+        if data:
+            made["options"] = {**self.options, "data": data}
+        return Config(**{"task": task, "net": net, "seed": seed, **made, **settings})
+
+    def fields(self, cut: float) -> dict[str, Any]:
+        """Of Config, for every net and seed."""
+        return {"options": self.options, "schedule": self.schedule(cut), "batches": self.batches, "lr": self.lr,
+                "strength": self.strength, "clip": self.clip, "frozen_epochs": self.hold, **self.settings}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _checks
 from ._charts import chart, slice_chart
+from .histograms import kept_by_distance
 from .manifolds import Euclidean, Manifold, manifold as manifold_of
 from .ordering import fundamental, manifold_order
 
@@ -120,18 +121,10 @@ def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold 
     m = manifold_of(manifold)
     n = _check("mask", mask, points, m)
     _inhibitor(inhibitor)
-    _checks.positive_int("bins", bins)
-    x = points.detach().to("cpu", torch.float64)
-    tiles = range(0, n, _TILE)
-    largest = max(float(m.distance(x[t:t + _TILE], x).max()) for t in tiles) or 1.0
-    pairs, kept = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
-    for t in tiles:
-        d = m.distance(x[t:t + _TILE], x)
-        pairs += np.histogram(d.numpy(), bins, (0, largest))[0]
-        kept += np.histogram(d[mask[t:t + _TILE].detach().cpu().ne(0)].numpy(), bins, (0, largest))[0]
-    middle = (np.arange(bins) + 0.5) * largest / bins
-    fraction = np.where(pairs >= MIN_PAIRS, kept / np.maximum(pairs, 1), np.nan)
-    density = kept.sum() / n**2
+    edges, share, pairs = (counted.numpy() for counted in kept_by_distance(mask, points, m, bins=bins))
+    largest, middle = float(edges[-1]), (edges[:-1] + edges[1:]) / 2
+    fraction = np.where(pairs >= MIN_PAIRS, share, np.nan)
+    density = int(mask.detach().ne(0).sum()) / n**2
     ax = _axes(ax)
     ax.plot(middle, fraction, "o-", color=COLOURS[0], markersize=4, label="kept")
     ax.axhline(density, color=COLOURS[0], linestyle=":", label=f"kept overall: {100 * density:.2g} %")

@@ -82,6 +82,15 @@ def on_triton():
 
 
 @pytest.fixture
+def restored():
+    """For tests of the examples: a Run sets the number of threads and seeds, and takes no care of who comes after."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+
+
+@pytest.fixture
 def default_device():
     """Tensors, modules and generators of the test are made on DEVICE."""
     if DEVICE == "cpu":

@@ -23,15 +23,12 @@ NAVIGATION = Config(
 
 
 @pytest.fixture(autouse=True)
-def restored():
-    """A Run sets the number of threads and seeds; cuBLAS under a graph cannot take the suite's deterministic mode."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+def not_deterministic(restored):
+    """cuBLAS under a graph cannot take the suite's deterministic mode."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
 
 
 def trained(config, folder):

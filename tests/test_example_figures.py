@@ -44,12 +44,7 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 def generator(seed=0):

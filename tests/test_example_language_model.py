@@ -12,6 +12,8 @@ import moduli_kernels as mk
 
 pytest.importorskip("safetensors")
 
+from example_runs import assert_same_nets  # noqa: E402
+
 from examples import data, language_model  # noqa: E402
 from examples.config import Config  # noqa: E402
 from examples.trainer import Run  # noqa: E402
@@ -38,13 +40,7 @@ def sentences(count, seed):
     return "".join(lines)
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    """A Run sets the number of threads and seeds, and takes no care of who comes after it."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 @pytest.fixture
@@ -304,10 +300,8 @@ def test_interrupted_and_resumed_it_ends_bitwise_where_an_unbroken_run_ends(smal
     again = Run(config, folder)
     assert len(again.result.history) == 2
     again.train()
-    assert again.result.history == whole.result.history and len(whole.result.history) == 4
-    for a, b in ((again.task.model, whole.task.model), (again.geometry, whole.geometry)):
-        a, b = a.state_dict(), b.state_dict()
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_nets(again, whole)
+    assert len(whole.result.history) == 4
 
 
 def test_a_lottery_run_has_the_antecedents_final_masks_and_starts_at_the_first_rate(small, tmp_path):

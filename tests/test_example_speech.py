@@ -16,6 +16,8 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("jiwer")
 pytest.importorskip("safetensors")
 
+from example_runs import assert_same_nets
+
 from examples import checkpoint, command, speech, speech_data
 from examples.config import Config
 from examples.data import Clip
@@ -66,16 +68,12 @@ def cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def world(clips, cache_folder, monkeypatch):
-    """Tasks get the few clips: 8 of the training part, 4 of the test part. Threads and random state are put back."""
+def world(clips, cache_folder, monkeypatch, restored):
+    """Tasks get the few clips: 8 of the training part, 4 of the test part."""
     parts = {"train-clean-5": clips[:8], "dev-clean-2": clips[8:], "train-clean-100": clips[:10]}
     monkeypatch.setattr(speech, "librispeech", lambda part, data: parts[part])
     monkeypatch.setattr(speech_data, "cache", lambda: cache_folder)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
 
 
 def tiny(**options) -> speech.SpeechTask:
@@ -442,10 +440,7 @@ def test_broken_off_and_started_again_it_ends_bitwise_where_an_unbroken_run_ends
     again = Run(settings, broken)
     assert len(again.result.history) == 1
     again.train()
-    assert again.result.history == whole.result.history
-    for one, other in ((whole.task.model, again.task.model), (whole.geometry, again.geometry)):
-        one, other = one.state_dict(), other.state_dict()
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_nets(whole, again)
     last = whole.result.history[-1]
     assert last["sparsity"] == 0.9 and set(last) >= {"error", "wer", "ctc_loss"} and last["density"] < 0.3
 

@@ -15,6 +15,8 @@ import moduli_kernels as mk
 
 pytest.importorskip("safetensors")
 
+from example_runs import assert_same_nets  # noqa: E402
+
 from examples import checkpoint  # noqa: E402
 from examples.config import Config  # noqa: E402
 from examples.trainer import Run  # noqa: E402
@@ -31,13 +33,7 @@ ADDING = Config(
 )
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    """A Run sets the number of threads and seeds, and takes no care of who comes after it."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 def train(config, folder):
@@ -48,10 +44,7 @@ def train(config, folder):
 
 
 def assert_same_end(a: Run, b: Run):
-    assert a.result.history == b.result.history
-    for x, y in ((a.task.model, b.task.model), (a.geometry, b.geometry)):
-        x, y = x.state_dict(), y.state_dict()
-        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+    assert_same_nets(a, b)
     x, y = a.optimizer.state_dict()["state"], b.optimizer.state_dict()["state"]
     assert x.keys() == y.keys()
     assert all(torch.equal(x[i][key], y[i][key]) for i in x for key in x[i])
