@@ -68,7 +68,8 @@ OTHERS = [mk.FlatTorus((6.0,)), mk.Sphere(1, 2.0), mk.Euclidean(1), mk.Euclidean
           mk.Product(mk.Circle(), mk.Euclidean(2)), mk.KleinBottle(6.0, 9.0)]
 
 
-@pytest.mark.parametrize("m", PRESETS + tuple(OTHERS), ids=str)
+@pytest.mark.parametrize("m", PRESETS + tuple(OTHERS),
+                         ids=lambda m: "Segment" if isinstance(m, Segment) else str(m))
 def test_every_picture_is_drawn_with_title_and_labels(m):
     m, points, weight = case(m)
     f = mk.DifferenceOfGaussians()

@@ -365,7 +365,8 @@ def test_warns_of_an_untrainable_inhibitor(inhibitor):
         assert caught[0].filename == __file__  # it points at the caller's line
 
 
-@pytest.mark.parametrize("inhibitor", [None, mk.Sinusoid(), mk.RickerWavelet(), TABLE, bump], ids=repr)
+@pytest.mark.parametrize("inhibitor", [None, mk.Sinusoid(), mk.RickerWavelet(), TABLE, bump],
+                         ids=lambda inhibitor: "callable" if inhibitor is bump else repr(inhibitor))
 def test_no_warning_without_need(inhibitor):
     mk.ModuliRegularizer(3, inhibitor=inhibitor, trainable=True)
     mk.ModuliRegularizer(3, inhibitor=mk.Diffusion())
