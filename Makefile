@@ -16,7 +16,7 @@ help:
 	@echo "make build    compile the C++ kernels in place     make wheels  wheels in dist/, checked"
 	@echo "make docs     the documentation, in build/site/index.html"
 	@echo "make lint     ruff, types, clang-format   FIX=1 mends what it can   make coverage   of the Python package"
-	@echo "make sanitize-cpu   the C++ kernels under AddressSanitizer and UBSan"
+	@echo "make sanitize-cpu   the C++ kernels under AddressSanitizer and UBSan   QUICK=1 a part of it, as CI runs it"
 	@echo "make env      what is installed and active, to paste in a bug report"
 	@echo "make clean    remove what was built (not .venv)"
 	@echo
@@ -52,7 +52,7 @@ lint:
 	@MODULI_KERNELS_EXTRAS="lint lightning" $(SETUP) scripts/lint.py $(if $(FIX),--fix)
 
 sanitize-cpu:
-	@$(SETUP) scripts/sanitize_cpu.py
+	@$(SETUP) scripts/sanitize_cpu.py $(if $(QUICK),--quick)
 
 coverage:
 	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest --cov --cov-report=term $(ARGS)

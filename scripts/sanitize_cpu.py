@@ -1,14 +1,16 @@
 """`make sanitize-cpu`: the C++ kernels of the CPU under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python scripts/sanitize_cpu.py [FOLDER]      FOLDER keeps the build for the next run; default build/sanitize
+    python scripts/sanitize_cpu.py [--quick] [FOLDER]     FOLDER keeps the build for the next run; build/sanitize
 
 Builds csrc/'s CPU library with both sanitizers beside a copy of the package and its tests, has each sanitizer find its
 planted bug (sanitize_plants.py), then runs the tests that go through every loop of the library. Python and torch are
 not instrumented: what they allocate is watched through malloc, and leaks, of which Python has many, are not looked for.
-Linux with GCC; a few minutes on 2 cores. Ends with 0, or 1 and the first finding, or 2 and what is missing.
+--quick, as continuous integration runs it: fewer tests, and the machine's newest instruction set alone. Linux with GCC;
+QUICK_MINUTES on 2 cores, FULL_MINUTES without it. Ends with 0, or 1 and the first finding, or 2 and what is missing.
 """
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import shutil
@@ -38,10 +40,9 @@ TESTS = ["tests/test_mirrored.py", "tests/test_kept_entries.py", "tests/test_in_
 # Not: what runs plain PyTorch, what is about autograd alone, what takes gigabytes, and large matrices.
 SELECTION = ("not fallback and not callable and not opcheck and not gradcheck and not derivatives and not beyond_2_31 "
              "and not past_the_caches and not at_size and not thousand_steps and not other_instruction_sets")
-# The same loops as compiled for lesser machines.
-OTHER_ISAS = ("avx2", "portable")
-TESTS_OF_OTHERS = ["tests/test_mirrored.py", "tests/test_kept_entries.py", "tests/test_rnn_cpp.py"]
-FEWER = "not sparse_masks_and_compressed_rows"  # each manifold, inhibitor and power: on the newest alone
+OTHER_ISAS = ("avx2", "portable")  # the same loops as compiled for lesser machines, on fewer tests
+FEWER_TESTS = ["tests/test_mirrored.py", "tests/test_kept_entries.py", "tests/test_rnn_cpp.py"]
+FEWER = "not sparse_masks_and_compressed_rows"  # each manifold, inhibitor and power: in the full run, on the newest
 
 
 @dataclass
@@ -144,7 +145,7 @@ def last(text: str) -> str:
     return lines[-1][:300] if lines else "no output"
 
 
-def main(folder: pathlib.Path) -> int:
+def main(folder: pathlib.Path, quick: bool = False) -> int:
     obstacle = missing()
     if obstacle:
         print(f"sanitize-cpu: {obstacle}", file=sys.stderr)
@@ -168,8 +169,10 @@ def main(folder: pathlib.Path) -> int:
         failures += [failure] * (failure is not None)
     # --capture=sys: what the library writes to standard error comes through, also of tests that pass
     pytest = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-k"]
-    others = [f"{SELECTION} and {FEWER}", *TESTS_OF_OTHERS]
-    runs = {"newest": ([SELECTION, *TESTS], {})} | {isa: (others, {"MODULI_KERNELS_ISA": isa}) for isa in OTHER_ISAS}
+    fewer = [f"{SELECTION} and {FEWER}", *FEWER_TESTS]
+    runs = {"newest": (fewer if quick else [SELECTION, *TESTS], {})}
+    if not quick:
+        runs |= {isa: (fewer, {"MODULI_KERNELS_ISA": isa}) for isa in OTHER_ISAS}
     for name, (chosen, settings) in () if failures else runs.items():
         done = execute(tree, f"tests-{name}", [*pytest, *chosen], **settings)
         failure = verdict(done)
@@ -182,4 +185,8 @@ def main(folder: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "sanitize").resolve()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=ROOT / "build" / "sanitize")
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    sys.exit(main(chosen.folder.resolve(), chosen.quick))

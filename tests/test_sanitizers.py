@@ -72,8 +72,27 @@ def test_what_is_missing_in_one_sentence(monkeypatch, tmp_path, capsys):
 
 
 def test_the_tests_it_runs_exist():
-    for path in {*sanitize_cpu.TESTS, *sanitize_cpu.TESTS_OF_OTHERS}:
+    for path in {*sanitize_cpu.TESTS, *sanitize_cpu.FEWER_TESTS}:
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_quick_runs_the_newest_instruction_set_alone(monkeypatch, tmp_path, quick):
+    runs = {}
+
+    def execute(tree, name, command, **more):
+        runs[name] = more
+        return Run(0, "5 passed in 1 s\n", "")
+
+    (tmp_path / "reports").mkdir()
+    monkeypatch.setattr(sanitize_cpu, "missing", lambda: None)
+    monkeypatch.setattr(sanitize_cpu, "build", lambda folder: folder / "tree")
+    monkeypatch.setattr(sanitize_plants, "build", lambda *_: None)
+    monkeypatch.setattr(sanitize_cpu, "plant", lambda *_: None)
+    monkeypatch.setattr(sanitize_cpu, "execute", execute)
+    assert sanitize_cpu.main(tmp_path, quick) == 0
+    others = {} if quick else {f"tests-{isa}": {"MODULI_KERNELS_ISA": isa} for isa in ("avx2", "portable")}
+    assert runs == {"tests-newest": {}, **others}
 
 
 @needs_sanitizers

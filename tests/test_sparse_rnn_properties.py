@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from penalty_cases import BACKENDS, examples, generator, on_device
+from penalty_cases import BACKENDS, KERNELS, examples, generator, needs_kernels, on_device
 from rnn_cases import PATHS, TOLERANCE, assert_same, draw, net_of, plain_rnn, quiet, run, weight_names
 
 import moduli_kernels as mk
@@ -59,19 +59,19 @@ def check(case: dict, path: str, dtype: torch.dtype) -> None:
     assert_same(net, run(net, x, hx, lengths), run(plain_rnn(net, torch.float64), x, hx, lengths), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@needs_kernels
 @given(case=configurations())
 @settings(max_examples=examples(120))
-def test_float64_as_nn_rnn(backend, case):
-    with mk.backend(backend):
+def test_float64_as_nn_rnn(case):
+    with mk.backend(KERNELS):
         check(case, "sparse", torch.float64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@needs_kernels
 @given(case=configurations())
 @settings(max_examples=examples(120))
-def test_float32_as_nn_rnn(backend, case):
-    with mk.backend(backend):
+def test_float32_as_nn_rnn(case):
+    with mk.backend(KERNELS):
         check(case, "sparse", torch.float32)
 
 
@@ -79,6 +79,14 @@ def test_float32_as_nn_rnn(backend, case):
 @settings(max_examples=examples(40))
 def test_the_dense_path_as_nn_rnn(case):
     check(case, "dense", torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(case=configurations())
+@settings(max_examples=examples(20))
+def test_the_reference_as_nn_rnn(dtype, case):
+    with mk.backend("reference"):
+        check(case, "sparse", dtype)
 
 
 # --- leak ---------------------------------------------------------------------------------------------------------
@@ -136,12 +144,13 @@ def test_leak_of_packed_sequences(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_hundred_repeats_are_bitwise_equal(backend, packed):
+def test_repeats_are_bitwise_equal(backend, packed):
+    repeats = 10 if backend == "reference" else 100
     net = net_of(9, 70, 2, densities=(0.4, 0.1), bidirectional=True)
     lengths = torch.arange(1, 14, device="cpu") if packed else None
     with mk.backend(backend):
         first = run(net, draw(13, 13, 9), None, lengths)
-        for _ in range(99):
+        for _ in range(repeats - 1):
             again = run(net, draw(13, 13, 9), None, lengths)
             assert torch.equal(first.output, again.output) and torch.equal(first.h_n, again.h_n)
             assert torch.equal(first.x, again.x)
