@@ -25,6 +25,7 @@ PAGES = {  # page of the site -> file of the repository
     "changelog.md": "CHANGELOG.md",
 }
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)  # a pattern of files, from the repository's root
+NUMBER = re.compile(r"\d+")  # table-10 comes after table-9
 HEADING = re.compile(r"^(#+ )", re.MULTILINE)
 
 
@@ -46,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def included(pattern: str, page: str) -> str:
     """All files that match, one after another, each after its path."""
-    found = sorted(ROOT.glob(pattern))
+    found = sorted(ROOT.glob(pattern), key=lambda path: NUMBER.sub(lambda match: match[0].zfill(9), path.as_posix()))
     if not found:
         raise PluginError(f"{page} includes {pattern}, of which there is no file; correct the page.")
     return "\n\n".join(f"*From `{path.relative_to(ROOT).as_posix()}`:*\n\n{deeper(path.read_text())}" for path in found)

@@ -52,15 +52,17 @@ def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **chan
 def heading(table: Table, preset: str, what: str, seeds: list[int]) -> str:
     """Which table, of what, how."""
     name = f"Table {table.name}" if table.paper else table.name
-    note = f" ({table.note})" if table.note else ""
-    return (f"{name}: {table.task}, {table.metric}{note}; preset {preset}: {what}; mean ± standard deviation "
-            f"(trials), seeds {', '.join(map(str, seeds))}")
+    note = f"; {table.note}" if table.note else ""
+    return (f"{name}: {table.task}, {table.metric}; preset {preset}: {what}; mean ± standard deviation (trials), "
+            f"seeds {', '.join(map(str, seeds))}{note}")
 
 
 def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
     """The table and the verdicts, for a file."""
     head, *body = rows
-    lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    name, *protocol = title.split("; ", 1)
+    lines = [f"# {name}", "", *(f"{words[0].upper()}{words[1:]}.\n" for words in protocol)]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in body]
     if judged:
         lines += ["", "Claims of the paper, by Welch's test (two-sided, p < 0.05, at least 5 trials on both sides):",

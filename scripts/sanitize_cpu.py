@@ -6,7 +6,7 @@ Builds csrc/'s CPU library with both sanitizers beside a copy of the package and
 planted bug (sanitize_plants.py), then runs the tests that go through every loop of the library. Python and torch are
 not instrumented: what they allocate is watched through malloc, and leaks, of which Python has many, are not looked for.
 --quick, as continuous integration runs it: fewer tests, and the machine's newest instruction set alone. Linux with GCC;
-QUICK_MINUTES on 2 cores, FULL_MINUTES without it. Ends with 0, or 1 and the first finding, or 2 and what is missing.
+2 or 3 minutes on 2 cores, about 6 without --quick. Ends with 0, or 1 and the first finding, or 2 and what is missing.
 """
 from __future__ import annotations
 

@@ -212,6 +212,9 @@ def test_reports_are_read_from_the_repository(site):
         assert report.relative_to(ROOT).as_posix() in text
         commit = re.search(r"commit (\w+)", report.read_text())
         assert commit and commit[0] in text
+    text = (site / "tables.html").read_text()
+    for table in (ROOT / "examples" / "results" / "tables").glob("*.md"):
+        assert table.relative_to(ROOT).as_posix() in text
 
 
 @pytest.mark.slow
