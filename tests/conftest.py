@@ -48,6 +48,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="its subject has no device: the CPU's suite runs it"))
 
 
+os.environ["MODULI_KERNELS_POISON"] = "1"  # csrc/cpu/aligned.h: scratch memory that is used again holds 0x7f bytes
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_heap():
     """malloc hands out 0x7f bytes (3e38 as float32, 1e306 as float64) instead of what lay there, so that

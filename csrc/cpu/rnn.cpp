@@ -68,7 +68,8 @@ void backward(const Direction& d, const Tensor& grad_output, const Tensor& grad_
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
   sequence.backward(input.matrix, hidden.matrix, data<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
                     data<T>(output), activations ? data<T>(*activations) : nullptr,
-                    {pointer(dx), pointer(dh), pointer(dw_ih), pointer(dw_hh), pointer(dbias)});
+                    {pointer(dx), pointer(dh), pointer(dw_ih), pointer(dw_hh), pointer(dbias),
+                     w_ih.mask ? data<uint8_t>(*w_ih.mask) : nullptr, w_hh.mask ? data<uint8_t>(*w_hh.mask) : nullptr});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(

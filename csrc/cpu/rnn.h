@@ -24,7 +24,7 @@ template <typename T>
 struct Matrix {
   int64_t rows, columns;
   int64_t blocks, block_columns;  // of kept entries; the last block may be narrower
-  const int64_t* begin;    // (blocks * rows + 1): where the entries of each block and row begin; null: dense
+  const int64_t* begin;  // (blocks * rows + 1): where the entries of each block and row begin; null: dense, masked ones 0
   const uint16_t* column;  // of each entry, counted from its block's first
   const T* value;          // of each entry; dense: [row / PANEL][column][row % PANEL], rows filled up with 0
 };

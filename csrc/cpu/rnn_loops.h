@@ -5,17 +5,18 @@
 #include "lanes.h"
 #include "nonlinearity.h"
 #include "rnn.h"
-#include "transpose.h"
+#include "slab.h"
 
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// Vectors that are accumulated in registers at a time, of one row and of a panel of rows.
-constexpr int AT_ONCE = 8;
+// Vectors that are accumulated in registers at a time: of one row; of panels; and rows of a dense weight's gradient, each
+// with a group of GROUP columns.
+constexpr int AT_ONCE = 8, GROUP = 8;
 #if defined(__AVX512F__)
-constexpr int AT_ONCE_OF_PANEL = 4;
+constexpr int AT_ONCE_OF_PANELS = 16, ROWS_OF_GRADIENT = 3;
 #else
-constexpr int AT_ONCE_OF_PANEL = 2;
+constexpr int AT_ONCE_OF_PANELS = 8, ROWS_OF_GRADIENT = 1;
 #endif
 
 // The most that can be taken at a time so that nothing of n is left over.
@@ -53,32 +54,42 @@ inline void add_entries(const uint16_t* column, const T* value, int64_t begin, i
   }
 }
 
-// The same of PANEL rows of a dense matrix; sum: as many rows of a slab.
-template <typename S, typename T>
-inline void add_panel(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
+// The same of PANELS panels of a dense matrix; sum: as many rows of a slab. A vector of lanes is loaded once for all rows.
+template <typename S, int PANELS, int VECTORS, typename T>
+inline void add_panels(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
   using V = typename S::V;
-  constexpr int VECTORS = divisor(S::N, AT_ONCE_OF_PANEL);
+  constexpr int ROWS = PANELS * PANEL;
   for (int first = 0; first < S::N; first += VECTORS) {
     const T *from = slab + first * S::LANES, *w = m.value + row * m.columns;
-    V acc[PANEL][VECTORS];
-    for (int r = 0; r < PANEL; ++r)
+    V acc[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < VECTORS; ++v) acc[r][v] = load_lanes<V>(sum + r * S::WIDTH + (first + v) * S::LANES);
     for (int64_t k = 0; k < m.columns; ++k, w += PANEL, from += S::WIDTH) {
       V lanes[VECTORS];
       for (int v = 0; v < VECTORS; ++v) lanes[v] = load_lanes<V>(from + v * S::LANES);
-      for (int r = 0; r < PANEL; ++r)
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] += w[r] * lanes[v];
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) acc[r][v] += w[r / PANEL * PANEL * m.columns + r % PANEL] * lanes[v];
     }
-    for (int r = 0; r < PANEL; ++r)
+    for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < VECTORS; ++v) store_lanes(sum + r * S::WIDTH + (first + v) * S::LANES, acc[r][v]);
   }
+}
+
+// Rows begin .. end of a dense matrix; few vectors take several panels side by side.
+template <typename S, typename T>
+inline void add_dense(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
+  constexpr int VECTORS = divisor(S::N, AT_ONCE_OF_PANELS / PANEL), PANELS = AT_ONCE_OF_PANELS / (PANEL * VECTORS);
+  int64_t row = begin;
+  for (; row + PANELS * PANEL <= end; row += PANELS * PANEL)
+    add_panels<S, PANELS, VECTORS>(m, row, slab, sum + row * S::WIDTH);
+  for (; row < end; row += PANEL) add_panels<S, 1, VECTORS>(m, row, slab, sum + row * S::WIDTH);
 }
 
 // sum += the matrix times slab, rows begin .. end of slab `sum`.
 template <typename S, typename T>
 inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
   if (!m.begin)
-    for (int64_t row = begin; row < end; row += PANEL) add_panel<S>(m, row, slab, sum + row * S::WIDTH);
+    add_dense<S>(m, begin, end, slab, sum);
   else
     for (int64_t b = 0; b < m.blocks; ++b) {
       const int64_t* first = m.begin + b * m.rows;
@@ -133,48 +144,61 @@ void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end)
   }
 }
 
-// grad[e] += the entry of each of `count` columns; column null: 0, 1, ... Eight at a time, for their sums over lanes are made
-// together; the last ones are filled up with the last.
-template <typename S, typename T>
+// grad[r][e] += the entry of each of `count` columns, of ROWS rows of da; column null: 0, 1, ... GROUP at a time, for their
+// sums over lanes are made together; the last ones are filled up with the last.
+template <typename S, int ROWS, typename T>
 inline void sampled_row(const SampledProduct<T>& p, const T* da, const T* other, const uint16_t* column, int64_t count,
                         T* grad) {
   using V = typename S::V;
-  constexpr int GROUP = 8;
   for (int64_t e = 0; e < count; e += GROUP) {
     const int64_t left = count - e;
     const T *at[GROUP], *d_at = da;
-    V acc[GROUP]{};
+    V acc[ROWS][GROUP]{};
     for (int g = 0; g < GROUP; ++g) {
       const int64_t entry = g < left ? e + g : count - 1;
       at[g] = other + (column ? int64_t{column[entry]} : entry) * S::WIDTH;
     }
     for (int64_t k = 0; k < p.steps; ++k, d_at += p.da_step)
       for (int v = 0; v < S::N; ++v) {
-        const V d = load_lanes<V>(d_at + v * S::LANES);
-        for (int g = 0; g < GROUP; ++g) acc[g] += d * load_lanes<V>(at[g] + k * p.other_step + v * S::LANES);
+        V d[ROWS];
+        for (int r = 0; r < ROWS; ++r) d[r] = load_lanes<V>(d_at + r * S::WIDTH + v * S::LANES);
+        for (int g = 0; g < GROUP; ++g) {
+          const V lanes = load_lanes<V>(at[g] + k * p.other_step + v * S::LANES);
+          for (int r = 0; r < ROWS; ++r) acc[r][g] += d[r] * lanes;
+        }
       }
-    if (left >= GROUP) {
-      add_sums_of_eight(acc, grad + e);
-    } else {
-      T sums[GROUP] = {};
-      add_sums_of_eight(acc, sums);
-      for (int64_t g = 0; g < left; ++g) grad[e + g] += sums[g];
+    for (int r = 0; r < ROWS; ++r) {
+      T* to = grad + r * p.matrix.columns + e;
+      if (left >= GROUP) {
+        add_sums_of_eight(acc[r], to);
+      } else {
+        T sums[GROUP] = {};
+        add_sums_of_eight(acc[r], sums);
+        for (int64_t g = 0; g < left; ++g) to[g] += sums[g];
+      }
     }
   }
+}
+
+template <typename S, int ROWS, typename T>
+inline int64_t sampled_dense(const SampledProduct<T>& p, int64_t row, int64_t end) {
+  const int64_t columns = p.matrix.columns;
+  for (; row + ROWS <= end; row += ROWS)
+    sampled_row<S, ROWS>(p, p.da + row * S::WIDTH, p.other, nullptr, columns, p.grad + row * columns);
+  return row;
 }
 
 template <typename S, typename T>
 void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
   const Matrix<T>& m = p.matrix;
   if (!m.begin)
-    for (int64_t row = begin; row < end; ++row)
-      sampled_row<S>(p, p.da + row * S::WIDTH, p.other, nullptr, m.columns, p.grad + row * m.columns);
+    sampled_dense<S, 1>(p, sampled_dense<S, ROWS_OF_GRADIENT>(p, begin, end), end);
   else
     for (int64_t b = 0; b < m.blocks; ++b)
       for (int64_t row = begin; row < end; ++row) {
         const int64_t e = m.begin[b * m.rows + row], count = m.begin[b * m.rows + row + 1] - e;
         const T* share = p.other + b * m.block_columns * S::WIDTH;
-        sampled_row<S>(p, p.da + row * S::WIDTH, share, m.column + e, count, p.grad + e);
+        sampled_row<S, 1>(p, p.da + row * S::WIDTH, share, m.column + e, count, p.grad + e);
       }
 }
 
@@ -205,65 +229,6 @@ T row_sum(const T* da, int64_t da_step, int64_t steps, int64_t width) {
       for (int64_t l = 0; l < width; ++l) sum += da[l];
   for (const T each : sums) sum += each;
   return sum;
-}
-
-// A square of `lanes` x `rows` elements, at most SQUARE each way, through a buffer: those that are missing count as 0, and
-// are not written but for `filled` lanes.
-template <typename T>
-inline void small_square_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
-  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
-  for (int64_t l = 0; l < lanes; ++l)
-    __builtin_memcpy(from + l * SQUARE, p.lanes_first + (lane + l) * p.stride + row, rows * sizeof(T));
-  transpose_square<false>(from, SQUARE, to, SQUARE);
-  T* slab = p.slab + row * p.width + lane;
-  if (filled == SQUARE / 2)  // a size known beforehand takes one move
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(slab + r * p.width, to + r * SQUARE, SQUARE / 2 * sizeof(T));
-  else
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(slab + r * p.width, to + r * SQUARE, filled * sizeof(T));
-}
-template <typename T>
-inline void small_square_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
-  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
-  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-  const T* slab = p.slab + row * p.width + lane;
-  if (filled == SQUARE / 2)
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(from + r * SQUARE, slab + r * p.width, SQUARE / 2 * sizeof(T));
-  else
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(from + r * SQUARE, slab + r * p.width, filled * sizeof(T));
-  transpose_square<false>(from, SQUARE, to, SQUARE);
-  for (int64_t l = 0; l < lanes; ++l)
-    __builtin_memcpy(p.lanes_first + (lane + l) * p.stride + row, to + l * SQUARE, rows * sizeof(T));
-}
-
-template <typename T>
-void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
-  if (p.width == 1) {
-    __builtin_memcpy(p.slab + begin, p.lanes_first + begin, (end - begin) * sizeof(T));
-    return;
-  }
-  for (int64_t lane = 0; lane < p.width; lane += SQUARE)
-    for (int64_t row = begin; row < end; row += SQUARE)
-      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
-        transpose_square<false>(p.lanes_first + lane * p.stride + row, p.stride, p.slab + row * p.width + lane, p.width);
-      else
-        small_square_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
-}
-
-template <typename T>
-void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
-  if (p.width == 1) {
-    __builtin_memcpy(p.lanes_first + begin, p.slab + begin, (end - begin) * sizeof(T));
-    return;
-  }
-  for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
-    for (int64_t row = begin; row < end; row += SQUARE)
-      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
-        transpose_square<false>(p.slab + row * p.width + lane, p.width, p.lanes_first + lane * p.stride + row, p.stride);
-      else
-        small_square_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 
 inline void find_kept(const uint8_t* mask, int64_t columns, uint64_t* bits) {

@@ -123,6 +123,10 @@ class OwnedMatrix {
   std::unique_ptr<T[]> value_;
 };
 
+// Kept share of a masked weight above which all of it is multiplied. An entry by itself takes the longer, the fewer lanes it
+// serves: measured, see benchmarks/NOTES.md.
+inline double dense_from(int64_t width) { return width <= 16 ? 0.5 : width <= 32 ? 0.6 : 0.7; }
+
 // width: lanes of the widest strip.
 template <typename T>
 class StoredMatrix : public OwnedMatrix<T> {
@@ -162,6 +166,12 @@ class StoredMatrix : public OwnedMatrix<T> {
       loops.find_kept(mask + i * columns, columns, &bits[i * words]);
       entries += loops.count_bits(&bits[i * words], words);
     });
+    if (static_cast<double>(entries) > dense_from(width) * static_cast<double>(rows * columns)) {
+      this->fill_panels(rows, columns, [&](int64_t i, int64_t j) {
+        return bits[i * words + j / MASK_STEP] >> j % MASK_STEP & 1 ? weight[i * columns + j] : T(0);
+      });
+      return;
+    }
     this->set_blocks(rows, columns, entries, width);
     const int64_t wide = this->matrix.block_columns / MASK_STEP;
     const auto words_of = [&](int64_t b) { return std::min(wide, words - b * wide); };

@@ -109,6 +109,7 @@ class Sequence {
 
   struct Grads {
     T *x, *h, *w_ih, *w_hh, *bias;  // null: not needed
+    const uint8_t *mask_ih, *mask_hh;  // null: none
   };
 
   // activations null: they are the output. Goes back over chunks of steps, whose slabs are used for all gradients before
@@ -119,8 +120,8 @@ class Sequence {
     std::optional<TransposedMatrix<T>> input_transposed;
     if (grads.x) input_transposed.emplace(input, width());
     std::optional<WeightGrad> dw_ih, dw_hh;
-    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih);
-    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh);
+    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih, grads.mask_ih);
+    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh, grads.mask_hh);
     if (grads.bias) std::fill_n(grads.bias, d_.hidden, T(0));
 
     const int64_t at_once = chunk_steps(d_.hidden + (grads.w_ih ? d_.input : 0));
@@ -172,13 +173,18 @@ class Sequence {
 
   // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone.
   struct WeightGrad {
-    WeightGrad(const Matrix<T>& m, T* whole) : matrix(m), whole(whole) {
+    WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask) : matrix(m), whole(whole), mask(mask) {
       each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
       if (m.begin) entries.resize(m.begin[m.blocks * m.rows]);
     }
     void finish() {
-      if (!matrix.begin) return;
+      if (!matrix.begin && !mask) return;
       each_row(matrix.rows, matrix.columns, [&](int64_t i) {
+        if (!matrix.begin) {
+          const int64_t end = (i + 1) * matrix.columns;
+          for (int64_t at = i * matrix.columns; at < end; ++at) whole[at] = mask[at] ? whole[at] : T(0);
+          return;
+        }
         for (int64_t b = 0; b < matrix.blocks; ++b) {
           T* to = whole + i * matrix.columns + b * matrix.block_columns;
           const int64_t at = b * matrix.rows + i;
@@ -188,6 +194,7 @@ class Sequence {
     }
     const Matrix<T>& matrix;
     T* whole;
+    const uint8_t* mask;  // (rows, columns): 0 where the gradient of a dense matrix is to be 0; null: nowhere
     std::vector<T> entries;
   };
 
