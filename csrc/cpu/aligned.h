@@ -1,12 +1,12 @@
 // Scratch memory that begins at a line of the cache, with whatever lay there.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
-#include <vector>
 
 namespace moduli {
 namespace {
@@ -21,16 +21,15 @@ class Spare {
   Spare(const Spare&) = delete;
   Spare& operator=(const Spare&) = delete;
   ~Spare() {
-    for (const Block& block : blocks_) release(block.memory);
+    while (count_) release_oldest();
   }
 
   // At least `bytes`; (memory, its size).
   std::pair<void*, std::size_t> take(std::size_t bytes) {
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+    for (Block* block = blocks_; block != blocks_ + count_; ++block)
       if (block->size >= bytes && block->size / 2 <= bytes) {
         const Block found = *block;
-        blocks_.erase(block);
-        kept_ -= found.size;
+        remove(block);
         return {found.memory, found.size};
       }
     return {::operator new(bytes, std::align_val_t{LINE}), bytes};
@@ -38,13 +37,9 @@ class Spare {
 
   void give(void* memory, std::size_t size) {
     if (poison()) std::memset(memory, 0x7f, size);
-    while (kept_ + size > MOST_BYTES && !blocks_.empty()) {
-      kept_ -= blocks_.front().size;
-      release(blocks_.front().memory);
-      blocks_.erase(blocks_.begin());
-    }
     if (size > MOST_BYTES || !KEEP) return release(memory);
-    blocks_.push_back({memory, size});
+    while (count_ == MOST_BLOCKS || kept_ + size > MOST_BYTES) release_oldest();
+    blocks_[count_++] = {memory, size};
     kept_ += size;
   }
 
@@ -54,6 +49,7 @@ class Spare {
     std::size_t size;
   };
   static constexpr std::size_t MOST_BYTES = std::size_t{8} << 20;
+  static constexpr int MOST_BLOCKS = 16;
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr bool KEEP = false;  // the sanitizer is to see the end of each use
 #else
@@ -65,9 +61,18 @@ class Spare {
     return asked;
   }
   static void release(void* memory) { ::operator delete(memory, std::align_val_t{LINE}); }
+  void remove(Block* block) {
+    kept_ -= block->size;
+    std::copy(block + 1, blocks_ + count_--, block);
+  }
+  void release_oldest() {
+    release(blocks_[0].memory);
+    remove(blocks_);
+  }
 
-  std::vector<Block> blocks_;  // the oldest first
-  std::size_t kept_ = 0;
+  Block blocks_[MOST_BLOCKS];  // the oldest first
+  int count_ = 0;
+  std::size_t kept_ = 0;  // bytes of them
 };
 
 template <typename T>
