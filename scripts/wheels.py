@@ -116,7 +116,8 @@ def machine_code(python: Path, **settings) -> str:
     lines = []
     for architecture in ARCHITECTURES:
         its = [kernel for kernel in kernels if kernel["architecture"] == architecture]
-        if {kernel["case"] for kernel in its} != set(COMPILED) or any(kernel["STACK"] or kernel["LOCAL"] for kernel in its):
+        cases = {kernel["case"] for kernel in its}
+        if cases != set(COMPILED) or any(kernel["STACK"] or kernel["LOCAL"] for kernel in its):
             fail(f"sm_{architecture} must have a kernel without stack for each of {COMPILED}, got {its}")
         used = ", ".join(f"{kernel['case']} {kernel['kernel']} {kernel['REG']}" for kernel in its)
         lines.append(f"sm_{architecture}: stack 0, registers: {used}")
