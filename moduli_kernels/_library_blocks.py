@@ -24,7 +24,7 @@ MASKS = "Tensor? mask_ih, Tensor mask_hh, Tensor[] layout, int side"
 SCHEMAS = {
     "blocked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? lengths, {STEP}, "
                    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-    "blocked_rnn_grads": f"(Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
+    "blocked_rnn_grads": f"(Tensor? grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
                          f"Tensor? lengths, Tensor states, Tensor activations, {STEP}, {NEEDS}) "
                          "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
@@ -95,7 +95,6 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, *_):
     x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations, *layout = ctx.saved_tensors
     need = ctx.needs_input_grad
-    grad_output = x.new_zeros(*x.shape[:2], h.shape[1]) if grad_output is None else grad_output
     grad_h_n = torch.zeros_like(h) if grad_h_n is None else grad_h_n
     needs = (*need[:4], need[4] or need[5])
     grads = torch.ops.moduli_kernels.blocked_rnn_grads(

@@ -7,7 +7,8 @@
 One layer, one direction, a whole sequence: the equations stand in reference_rnn.py. x (T, B, I), h (B, H), w_ih (H, I),
 w_hh (H, H), biases (H,), masks bool like the weights: all contiguous and of one dtype, float32 or float64 on the CPU.
 lengths (B,) int64: steps of each element of the batch. crow_*, col_* int64, as in torch.sparse_csr: the weight is then
-its values (entries,) and has no mask; without gradients. nonlinearity: "tanh" or "relu". leak in (0, 1].
+its values (entries,) and has no mask; without gradients. grad_output None: 0, as where only the last state is used.
+nonlinearity: "tanh" or "relu". leak in (0, 1].
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ SCHEMAS = {
     "masked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? crow_ih, "
                   f"Tensor? col_ih, Tensor? crow_hh, Tensor? col_hh, Tensor? lengths, {STEP}, bool keep) "
                   "-> (Tensor, Tensor, Tensor)",
-    "masked_rnn_grads": f"(Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
+    "masked_rnn_grads": f"(Tensor? grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
                         f"Tensor? lengths, Tensor output, Tensor activations, {STEP}, {NEEDS}) "
                         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
@@ -94,7 +95,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, _):
     x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = ctx.saved_tensors
     need = ctx.needs_input_grad
-    grad_output = torch.zeros_like(output) if grad_output is None else grad_output.contiguous()
+    grad_output = None if grad_output is None else grad_output.contiguous()
     grad_h_n = torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous()
     needs = (*need[:4], need[4] or need[5])
     grads = torch.ops.moduli_kernels.masked_rnn_grads(

@@ -158,7 +158,7 @@ class _MaskedRNN(torch.autograd.Function):
         needs = (*need[:4], need[4] or need[5])
         with _below_autograd(), _without_autocast(x.device.type):
             grads = ctx.grads_op(
-                x.new_zeros(len(x), *h.shape) if grad_output is None else grad_output.contiguous(),
+                None if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,
                 *ctx.given_back, lengths, states, activations, *ctx.step, *needs)
             grads = _library_rnn.grads_asked_for(grads, need)

@@ -65,11 +65,11 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def masked_rnn_grads(grad_output: Tensor, grad_h_n: Tensor, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor,
+def masked_rnn_grads(grad_output: Tensor | None, grad_h_n: Tensor, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor,
                      mask_ih: Tensor | None, mask_hh: Tensor | None, lengths: Tensor | None, output: Tensor,
                      activations: Tensor, step: Step, need_x: bool, need_h: bool, need_w_ih: bool, need_w_hh: bool,
                      need_bias: bool) -> Gradients:
-    """Of what `masked_rnn` gave: output and activations are its results."""
+    """Of what `masked_rnn` gave: output and activations are its results. grad_output None: 0."""
     kept_ih, kept_hh = kept(w_ih, mask_ih), kept(w_hh, mask_hh)
     da = torch.empty_like(output)
     before = torch.empty_like(output)  # the state that each step began with
@@ -78,7 +78,7 @@ def masked_rnn_grads(grad_output: Tensor, grad_h_n: Tensor, x: Tensor, h: Tensor
     for k, t in enumerate(order):
         before[t] = output[order[k - 1]] if k else h
     for t in reversed(order):
-        d = d + grad_output[t]
+        d = d if grad_output is None else d + grad_output[t]
         s = activations[t]
         slope = 1 - s * s if step.nonlinearity == "tanh" else (s > 0).to(s.dtype)
         da_t, stays = step.leak * slope * d, (1 - step.leak) * d

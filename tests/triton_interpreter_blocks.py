@@ -67,6 +67,10 @@ def test_sizes(n, batch, steps, side, gradient):
     Blocked(n, batch, steps, side, threshold=side * side // 6).check()
 
 
+def test_a_gradient_of_the_last_state_alone():
+    Blocked(37, threshold=20, last_only=True).check(STEPS[2])
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 @pytest.mark.parametrize("threshold", [ALL, NONE])
 def test_masks(density, threshold):

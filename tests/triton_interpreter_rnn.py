@@ -52,10 +52,12 @@ def force(monkeypatch, way: str, n: int, batch: int, rows: int = 16, tile: int =
 
 
 class Layer:
-    """Arguments of the ops, drawn. masks: None, or the share of entries that are kept."""
+    """Arguments of the ops, drawn. density: None, or the share of entries that masks keep. last_only: nothing but the
+    last state has a gradient."""
 
     def __init__(self, n: int, batch: int = 5, steps: int = 3, inputs: int = 7, dtype: torch.dtype = torch.float32,
-                 density: float | None = None, biases: str = "both", lengths: bool = False, poison: bool = False):
+                 density: float | None = None, biases: str = "both", lengths: bool = False, poison: bool = False,
+                 last_only: bool = False):
         generator = torch.Generator().manual_seed(n + batch + steps)
         draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
         self.x, self.h = draw(steps, batch, inputs), draw(batch, n)
@@ -70,7 +72,7 @@ class Layer:
             self.w_ih[~self.mask_ih], self.w_hh[~self.mask_hh] = float("nan"), float("inf")
         if lengths:
             self.lengths = torch.randint(0, steps + 1, (batch,), generator=generator)
-        self.grads = draw(steps, batch, n), draw(batch, n)
+        self.grads = None if last_only else draw(steps, batch, n), draw(batch, n)
 
     def weights(self) -> tuple:
         return self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.mask_ih, self.mask_hh
@@ -114,6 +116,12 @@ STEPS = [Step("tanh", 1.0, False), Step("relu", 1.0, True), Step("tanh", 0.3, Tr
 def test_every_step_in_every_way(monkeypatch, way, step, lengths):
     force(monkeypatch, way, 17, 9)
     Layer(17, 9, density=0.4, lengths=lengths, poison=True).check(step)
+
+
+@pytest.mark.parametrize("way", ["alone", "held", "streamed"])
+def test_a_gradient_of_the_last_state_alone(monkeypatch, way):
+    force(monkeypatch, way, 17, 9)
+    Layer(17, 9, density=0.4, last_only=True).check(STEPS[3])
 
 
 @pytest.mark.parametrize("step", STEPS[:3:2], ids=str)

@@ -59,23 +59,23 @@ std::tuple<Tensor, Tensor, Tensor> masked_rnn(
 }
 
 template <typename T>
-void backward(const Direction& d, const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& x, const Tensor& h,
-              const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths, const Tensor& output,
+void backward(const Direction& d, const OptionalTensor& grad_output, const Tensor& grad_h_n, const Tensor& x,
+              const Tensor& h, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths, const Tensor& output,
               const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
   const Sequence<T> sequence(d, lengths);
   const int64_t width = sequence.width();
   const StoredMatrix<T> input(w_ih, d.hidden, d.input, width), hidden(w_hh, d.hidden, d.hidden, width);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
-  sequence.backward(input.matrix, hidden.matrix, data<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
-                    data<T>(output), activations ? data<T>(*activations) : nullptr,
+  sequence.backward(input.matrix, hidden.matrix, grad_output ? data<T>(*grad_output) : nullptr, data<T>(grad_h_n),
+                    data<T>(x), data<T>(h), data<T>(output), activations ? data<T>(*activations) : nullptr,
                     {pointer(dx), pointer(dh), pointer(dw_ih), pointer(dw_hh), pointer(dbias),
                      w_ih.mask ? data<uint8_t>(*w_ih.mask) : nullptr, w_hh.mask ? data<uint8_t>(*w_hh.mask) : nullptr});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
-    Tensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor mask_ih,
-    OptionalTensor mask_hh, OptionalTensor lengths, Tensor output, Tensor activations, std::string nonlinearity, double leak,
-    bool reverse, bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias) {
+    OptionalTensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor mask_ih,
+    OptionalTensor mask_hh, OptionalTensor lengths, Tensor output, Tensor activations, std::string nonlinearity,
+    double leak, bool reverse, bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias) {
   check_type(x);
   const Direction d = direction(x, h, nonlinearity, leak, reverse);
   const auto type = x.scalar_type();

@@ -48,7 +48,7 @@ template <typename T>
 struct BackwardStep {
   Matrix<T> hidden_transposed;
   const T* da_after;     // slab of the step after, or null
-  const T* grad_output;  // slab
+  const T* grad_output;  // slab, or null: 0
   const T* activation;   // slab of s(a)
   T* da;                 // slab
   T* stays;              // slab, read and written

@@ -130,7 +130,8 @@ void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end)
   const int64_t together = rows_together(p.hidden_transposed, all_end - all_begin);
   for (int64_t begin = all_begin; begin < all_end; begin += together) {
     const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH, to = end * S::WIDTH;
-    for (int64_t i = from; i < to; ++i) p.stays[i] += p.grad_output[i];
+    if (p.grad_output)
+      for (int64_t i = from; i < to; ++i) p.stays[i] += p.grad_output[i];
     if (p.da_after) add_product<S>(p.hidden_transposed, begin, end, p.da_after, p.stays);
     for (int64_t i = from; i < to; ++i) {
       const T d = p.stays[i];

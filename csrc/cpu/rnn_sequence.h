@@ -112,8 +112,8 @@ class Sequence {
     const uint8_t *mask_ih, *mask_hh;  // null: none
   };
 
-  // activations null: they are the output. Goes back over chunks of steps, whose slabs are used for all gradients before
-  // the next ones take their place.
+  // activations null: they are the output; grad_output null: 0. Goes back over chunks of steps, whose slabs are used for
+  // all gradients before the next ones take their place.
   void backward(const Matrix<T>& input, const Matrix<T>& hidden, const T* grad_output, const T* grad_h_n, const T* x,
                 const T* h, const T* output, const T* activations, const Grads& grads) const {
     const TransposedMatrix<T> hidden_transposed(hidden, width());
@@ -138,11 +138,11 @@ class Sequence {
         for_strips([&](int64_t s) { std::copy_n(da->at(s, 0), da->stride(s), da->at(s, steps)); });
       run_steps(hidden_transposed.matrix, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
         const int64_t j = steps - 1 - step, k = first + j, width = strips_[s].width;
-        read(step_of(grad_output, k), d_.hidden, s, grad->at(s, 0), begin, end);
+        if (grad_output) read(step_of(grad_output, k), d_.hidden, s, grad->at(s, 0), begin, end);
         if (activations) read(step_of(activations, k), d_.hidden, s, kept->at(s, 0), begin, end);
-        loops_.backward({hidden_transposed.matrix, k + 1 < d_.steps ? da->at(s, j + 1) : nullptr, grad->at(s, 0),
-                         activations ? kept->at(s, 0) : states->at(s, j + 1), da->at(s, j), stays->at(s, 0), active(s, k),
-                         width, d_.nonlinearity, T(d_.leak)},
+        loops_.backward({hidden_transposed.matrix, k + 1 < d_.steps ? da->at(s, j + 1) : nullptr,
+                         grad_output ? grad->at(s, 0) : nullptr, activations ? kept->at(s, 0) : states->at(s, j + 1),
+                         da->at(s, j), stays->at(s, 0), active(s, k), width, d_.nonlinearity, T(d_.leak)},
                         begin, end);
       });
       if (grads.x) input_grad(input_transposed->matrix, *da, first, steps, grads.x);

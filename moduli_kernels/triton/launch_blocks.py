@@ -140,7 +140,8 @@ def blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh,
     dh = x.new_empty(n, pitch) if need_h else None
     passed = None if leak == 1 and lengths is None else x.new_empty(n, pitch, dtype=torch.float32)
     kept = kept_of(where.columns, where.column_order, gather_blocks(w_hh, where), w_hh.take(where.strays))
-    steps_of(backward_kernel, (along_the_batch(grad_output), along_the_batch(grad_h_n)), kept,
+    given = None if grad_output is None else along_the_batch(grad_output)
+    steps_of(backward_kernel, (given, along_the_batch(grad_h_n)), kept,
              (lengths, states if leak == 1 else activations, da, passed, dh), x, n, pitch, side, steps + need_h, leak,
              RELU=nonlinearity == "relu", REVERSE=reverse)
     few = where.kept.numel() + STRAY_COST * len(where.strays) < n * n

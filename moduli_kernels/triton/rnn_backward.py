@@ -28,7 +28,8 @@ def finish_backward(total, grad_output, grad_h_n, lengths, output, da, passed, d
         d += tl.load(passed + at, mask=inside, other=0.0)
     own = d
     if k < steps:
-        d += tl.load(grad_output + step + at, mask=inside, other=0.0).to(tl.float32)
+        if grad_output is not None:
+            d += tl.load(grad_output + step + at, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(output + step + at, mask=inside, other=0.0).to(tl.float32)
         own = leak * slope(s, RELU) * d
         rest = stays * d
@@ -52,8 +53,8 @@ def backward_kernel(
     REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
     ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
 ):
-    """Steps [t_begin, t_end) of 0 ... `steps`; grad_output, activations, da (steps, n, batch), grad_h_n, dh one step of
-    these; kept: of W^T; the others as in forward_kernel."""
+    """Steps [t_begin, t_end) of 0 ... `steps`; grad_output (None: 0), activations, da (steps, n, batch), grad_h_n, dh
+    one step of these; kept: of W^T; the others as in forward_kernel."""
     first, part = tl.program_id(0), tl.program_id(1)
     if VECTOR > 1:
         batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
