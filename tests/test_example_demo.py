@@ -149,7 +149,13 @@ def started(tmp_path):
     """A demo that trains, in a session of its own (Ctrl-C reaches all of one), and its children."""
     command = [sys.executable, "-m", "examples.demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     pipe = {"stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as parent:
+    # A job in the background of a shell ignores Ctrl-C, and so would all it starts: these tests too may be such a job.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        parent = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with parent:
         lines = [parent.stdout.readline() for _ in range(2)]
         assert " loss " in lines[1], lines
         children = psutil.Process(parent.pid).children(recursive=True)

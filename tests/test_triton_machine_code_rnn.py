@@ -94,7 +94,7 @@ OTHERS = {
 
 @pytest.mark.parametrize(("n", "settings"), [
     *((650, settings) for settings in OTHERS.values()), (1, OTHERS["one step"]), (100, OTHERS["lengths"]),
-    (300, OTHERS["leak"]), (1901, {}), (3001, {}), (3001, OTHERS["bfloat16"])], ids=str)
+    (300, OTHERS["leak"]), (750, {}), (1001, {}), (1901, {}), (3001, {}), (3001, OTHERS["bfloat16"])], ids=str)
 def test_others(n, settings):
     """What the interpreter accepts the compiler might not."""
     for launch in rnn.record(lambda: rnn.train(n, 20, **settings), 90):

@@ -41,12 +41,13 @@ def taken(monkeypatch):
     return ways
 
 
-def force(monkeypatch, way: str, n: int, batch: int, rows: int = 16, tile: int = 8, parts: int = 2, strips: int = 2):
+def force(monkeypatch, way: str, n: int, batch: int, rows: int = 16, tile: int = 8, parts: int = 2, strips: int = 2,
+          more: int = 0):
     """One of the ways, of a size that would not take it."""
-    depth = max(128 if way == "held" else 16, rnn_table.power_of_2(n))
+    depth = max(128 if way == "held" else 16, rnn_table.power_of_2(n - more))
     tiles = rnn_table.cdiv(rnn_table.cdiv(batch, tile), parts)
     shares = {"alone": Shares("alone", depth, tile, depth, 1, 8, 1, rnn_table.cdiv(batch, tile), 1),
-              "held": Shares("held", rows, tile, depth, 8, 8, rnn_table.cdiv(n, rows), parts, tiles),
+              "held": Shares("held", rows, tile, depth, 8, 8, rnn_table.cdiv(n, rows), parts, tiles, more=more),
               "streamed": Shares("streamed", rows, tile, 16, 1, 8, strips, parts, tiles)}[way]
     monkeypatch.setattr(rnn_table, "shares_for", lambda *_: shares)
 
@@ -116,6 +117,15 @@ STEPS = [Step("tanh", 1.0, False), Step("relu", 1.0, True), Step("tanh", 0.3, Tr
 def test_every_step_in_every_way(monkeypatch, way, step, lengths):
     force(monkeypatch, way, 17, 9)
     Layer(17, 9, density=0.4, lengths=lengths, poison=True).check(step)
+
+
+def test_a_depth_in_two_parts(monkeypatch):
+    """Which is no power of 2: n = 650 has 768, as 512 + 256."""
+    for n, parts, whole in [(650, 16, (512, 256)), (512, 16, (512, 0)), (769, 16, (1024, 0)), (1, 8, (128, 0)),
+                            (150, 8, (256, 0)), (257, 8, (256, 128)), (1100, 16, (1024, 256)), (1290, 16, (1024, 512))]:
+        assert rnn_table.depths(n, parts) == whole
+    force(monkeypatch, "held", 150, 9, more=128)
+    Layer(150, 9, 2, density=0.4).check(STEPS[2])
 
 
 @pytest.mark.parametrize("way", ["alone", "held", "streamed"])
@@ -253,7 +263,7 @@ def test_all_programs_fit_at_once_and_everything_is_done(itemsize, exact, device
             s = rnn_table.shares_for(n, batch, itemsize, exact, *device)
             assert s.parts * s.tiles * s.batch >= batch > (s.parts * s.tiles - s.tiles) * s.batch
             assert s.way == "alone" or s.strips * s.parts <= device.multiprocessors
-            assert s.way == "streamed" or s.rows * s.strips >= n and s.depth >= n
-            assert s.depth % (16 * s.split) == 0 and s.split in (1, s.warps)
+            assert s.way == "streamed" or s.rows * s.strips >= n and s.depth + s.more >= n
+            assert s.depth % (16 * s.split) == 0 == s.more % (16 * s.split) and s.split in (1, s.warps)
             if s.way == "held":
-                assert s.depth * itemsize * (s.rows + s.batch) <= device.shared
+                assert (s.depth + s.more) * itemsize * (s.rows + s.batch) <= device.shared

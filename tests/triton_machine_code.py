@@ -117,10 +117,13 @@ def launches_of(case: str, generation: int, n: int = N) -> list[Launch]:
 
 
 def source(recorded: Launch) -> ASTSource:
-    """As Triton's launcher specializes: pointers and integers that are multiples of 16, ones and None as constants."""
+    """As Triton's launcher specializes, but for parameters that the kernel excludes: pointers and integers that are
+    multiples of 16, ones and None as constants."""
     signature, constants, attributes = {}, {}, {}
 
-    def of(value, path):
+    def of(value, path, specialize=True):
+        if isinstance(value, int) and not specialize:
+            return "i32"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + TYPES[value.dtype]
@@ -141,7 +144,7 @@ def source(recorded: Launch) -> ASTSource:
             constants[i,] = value
             signature[parameter.name] = "constexpr"
         else:
-            signature[parameter.name] = of(value, (i,))
+            signature[parameter.name] = of(value, (i,), not parameter.do_not_specialize)
     return ASTSource(recorded.kernel, signature, constants, attributes)
 
 

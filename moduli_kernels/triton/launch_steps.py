@@ -139,7 +139,7 @@ def launch_steps(kernel, arguments: tuple, x: Tensor, shares: rnn_table.Shares, 
             kernel[(shares.strips, shares.parts)](
                 *arguments, counters, layout.n, layout.batch // vector, shares.tiles, layout.size // vector,
                 layout.stride_row // vector, layout.stride_batch, begin, begin + at_once, steps, leak, 1 - leak,
-                WAY=shares.way, ROWS=shares.rows, BATCH=shares.batch, DEPTH=shares.depth, SPLIT=shares.split,
-                ENTRIES=shares.entries, VECTOR=vector, BARRIER=barrier, **numbers_for(x)._asdict(), **settings,
-                num_warps=shares.warps, num_stages=shares.stages, launch_cooperative_grid=barrier,
-                maxnreg=rnn_table.registers_for(shares.warps), enable_fp_fusion=True)
+                WAY=shares.way, ROWS=shares.rows, BATCH=shares.batch, DEPTH=shares.depth, MORE=shares.more,
+                SPLIT=shares.split, ENTRIES=shares.entries, VECTOR=vector, BARRIER=barrier,
+                **numbers_for(x)._asdict(), **settings, num_warps=shares.warps, num_stages=shares.stages,
+                launch_cooperative_grid=barrier, maxnreg=rnn_table.registers_for(shares.warps), enable_fp_fusion=True)

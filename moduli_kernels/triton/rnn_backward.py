@@ -46,12 +46,14 @@ def finish_backward(total, grad_output, grad_h_n, lengths, output, da, passed, d
     return own.to(da.dtype.element_ty)
 
 
-@triton.jit
+# one kernel for sequences of any length
+@triton.jit(do_not_specialize=["t_begin", "t_end", "steps"])
 def backward_kernel(
     grad_output, grad_h_n, weight, mask, kept, lengths, activations, da, passed, dh, counters, n, batch, tiles, size,
     stride_row, stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr,
-    REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, BARRIER: tl.constexpr,
+    REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, MORE: tl.constexpr,
+    SPLIT: tl.constexpr, ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BARRIER: tl.constexpr,
 ):
     """Steps [t_begin, t_end) of 0 ... `steps`; grad_output (None: 0), activations, da (steps, n, batch), grad_h_n, dh
     one step of these; kept: of W^T; the others as in forward_kernel."""
@@ -59,9 +61,12 @@ def backward_kernel(
     if VECTOR > 1:
         batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
     begin, end, by = first, tl.cdiv(n, ROWS) * tiles, tl.num_programs(0)
+    held, held_more = None, None
     if WAY == "held" or WAY == "alone":
         begin, end, by = part * tiles, tl.minimum(part * tiles + tiles, tl.cdiv(batch, BATCH)), 1
-        held = hold(weight, mask, first, n, True, ROWS, DEPTH, SPLIT, DOT)
+        held = hold(weight, mask, first, 0, n, True, ROWS, DEPTH, SPLIT, DOT)
+        if MORE > 0:
+            held_more = hold(weight, mask, first, DEPTH, n, True, ROWS, MORE, SPLIT, DOT)
     if WAY == "alone":
         own = tl.zeros([ROWS, BATCH], DOT)
         row, b = tl.arange(0, ROWS), part * BATCH + tl.arange(0, BATCH)
@@ -86,9 +91,9 @@ def backward_kernel(
                     wait(counters + part, (k - t_begin) * tl.num_programs(0))
             work = begin
             while work < end:
-                total, row, b = product(weight, mask, kept, held if WAY == "held" else None, before, work, first, part,
-                                        tiles, n, batch, stride_row, stride_batch, WAY, True, ROWS, BATCH, DEPTH, SPLIT,
-                                        ENTRIES, PRECISION, DOT)
+                total, row, b = product(weight, mask, kept, held, held_more, before, work, first, part, tiles, n, batch,
+                                        stride_row, stride_batch, WAY, True, ROWS, BATCH, DEPTH, MORE, SPLIT, ENTRIES,
+                                        PRECISION, DOT)
                 finish_backward(total, grad_output, grad_h_n, lengths, activations, da, passed, dh, step, row, b, k,
                                 t, n, batch, steps, stride_row, stride_batch, leak, stays, RELU)
                 work += by

@@ -40,13 +40,14 @@ def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, acti
     return new
 
 
-@triton.jit
+# one kernel for sequences of any length
+@triton.jit(do_not_specialize=["t_begin", "t_end", "steps"])
 def forward_kernel(
     inputs, h, b_ih, b_hh, weight, mask, kept, lengths, states, activations, counters, n, batch, tiles, size,
     stride_row, stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr,
     LEAKY: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    SPLIT: tl.constexpr, ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    BARRIER: tl.constexpr,
+    MORE: tl.constexpr, SPLIT: tl.constexpr, ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, BARRIER: tl.constexpr,
 ):
     """inputs, states, activations (or None): (steps, n, batch) by their strides, a step of `size` numbers; h one step
     of these; weight (n, n); mask bytes or None; kept instead of both: rnn_kept.Kept; lengths (batch) int64 or None.
@@ -56,9 +57,12 @@ def forward_kernel(
     if VECTOR > 1:
         batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
     begin, end, by = first, tl.cdiv(n, ROWS) * tiles, tl.num_programs(0)
+    held, held_more = None, None
     if WAY == "held" or WAY == "alone":
         begin, end, by = part * tiles, tl.minimum(part * tiles + tiles, tl.cdiv(batch, BATCH)), 1
-        held = hold(weight, mask, first, n, False, ROWS, DEPTH, SPLIT, DOT)
+        held = hold(weight, mask, first, 0, n, False, ROWS, DEPTH, SPLIT, DOT)
+        if MORE > 0:
+            held_more = hold(weight, mask, first, DEPTH, n, False, ROWS, MORE, SPLIT, DOT)
     if WAY == "alone":
         before = h
         if t_begin > 0:
@@ -83,9 +87,9 @@ def forward_kernel(
                     wait(counters + part, (k - t_begin) * tl.num_programs(0))
             work = begin
             while work < end:
-                total, row, b = product(weight, mask, kept, held if WAY == "held" else None, before, work, first, part,
-                                        tiles, n, batch, stride_row, stride_batch, WAY, False, ROWS, BATCH, DEPTH,
-                                        SPLIT, ENTRIES, PRECISION, DOT)
+                total, row, b = product(weight, mask, kept, held, held_more, before, work, first, part, tiles, n, batch,
+                                        stride_row, stride_batch, WAY, False, ROWS, BATCH, DEPTH, MORE, SPLIT, ENTRIES,
+                                        PRECISION, DOT)
                 finish_forward(total, None, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t,
                                n, batch, stride_row, stride_batch, leak, stays, RELU, LEAKY)
                 work += by

@@ -37,6 +37,7 @@ class Shares(NamedTuple):
     tiles: int
     entries: int = 1
     stages: int = 3
+    more: int = 0  # of the depth, beside `depth`
 
 
 def power_of_2(n: int) -> int:
@@ -52,6 +53,15 @@ def registers_for(warps: int) -> int:
     return min(255, REGISTERS // (32 * warps))
 
 
+def depths(n: int, parts: int) -> tuple[int, int]:
+    """A depth of n or more as the sum of two, each of so many equal parts, powers of 2 from 16 on; the second is 0
+    where one does as well."""
+    whole = max(16, power_of_2(cdiv(n, parts)))
+    first = max(16, whole // 2)
+    second = max(16, power_of_2(cdiv(n, parts) - first))
+    return (whole * parts, 0) if first + second >= whole else (first * parts, second * parts)
+
+
 def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: int, chip: int) -> Shares:
     """For n rows, this batch and 4-byte (exact: in three products each) or 2-byte numbers. chip: bytes of shared memory
     that a program may have."""
@@ -60,7 +70,8 @@ def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: 
         return Shares("alone", depth, SMALLEST_BATCH, depth, 1, WARPS, 1, cdiv(batch, SMALLEST_BATCH), 1)
     strips = cdiv(n, HELD_ROWS)
     warps = MANY_WARPS if depth >= 32 * MANY_WARPS else WARPS
-    tile = SMALLEST_BATCH
+    first, more = depths(n, warps)
+    depth, tile = first + more, SMALLEST_BATCH
     held = depth * itemsize * (HELD_ROWS + tile) + SLACK_BYTES
     fits = held <= chip and (n % ALIGNED == 0 or tile * depth <= STATES * 32 * warps)
     if strips <= multiprocessors and fits and not (exact and depth > EXACT_HELD):
@@ -70,7 +81,8 @@ def shares_for(n: int, batch: int, itemsize: int, exact: bool, multiprocessors: 
             held += tile * depth * itemsize
             tile *= 2
         tiles = cdiv(cdiv(batch, tile), parts)
-        return Shares("held", HELD_ROWS, tile, depth, warps, warps, strips, cdiv(cdiv(batch, tile), tiles), tiles)
+        return Shares("held", HELD_ROWS, tile, first, warps, warps, strips, cdiv(cdiv(batch, tile), tiles), tiles,
+                      more=more)
     tile = min(STREAMED_BATCH, max(16, power_of_2(batch)))
     parts = min(cdiv(batch, tile), multiprocessors)
     tiles = cdiv(cdiv(batch, tile), parts)
