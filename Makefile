@@ -4,12 +4,14 @@
 .PHONY: help demo test bench gpu build wheels docs lint sanitize-cpu coverage env clean
 
 SETUP := bash scripts/setup.sh
+JOBS ?= 2
 export PYTHON TORCH
 
 help:
 	@echo "make demo     train recurrent nets on navigation while pruning them, then show a table and plots"
 	@echo "              QUICK=1 (under a minute)  FULL=1 (3 seeds)  TASK=navigation|adding"
 	@echo "make test     run the test suite                   ARGS='-k torus' is passed on to pytest"
+	@echo "              JOBS=2   processes that share it out; 0 runs it in this one"
 	@echo "make bench    run the benchmarks                   ARGS as above"
 	@echo "make gpu      on a machine with a CUDA GPU: tests, compute-sanitizer and benchmarks there, under 9 minutes"
 	@echo "              PART=tests|sanitize|bench   (uses \$$(PYTHON) as it is: no set-up, no network)"
@@ -33,7 +35,7 @@ demo:
 	@$(SETUP) -m examples.demo $(if $(QUICK),--quick) $(if $(FULL),--full) $(if $(TASK),--task $(TASK))
 
 test:
-	@$(SETUP) -m pytest $(ARGS)
+	@$(SETUP) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench:
 	@$(SETUP) -m pytest benchmarks $(ARGS)
@@ -55,7 +57,7 @@ sanitize-cpu:
 	@$(SETUP) scripts/sanitize_cpu.py $(if $(QUICK),--quick)
 
 coverage:
-	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest --cov --cov-report=term $(ARGS)
+	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 docs:
 	@MODULI_KERNELS_EXTRAS=docs NO_MKDOCS_2_WARNING=1 $(SETUP) -m mkdocs build --strict
