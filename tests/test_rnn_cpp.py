@@ -11,9 +11,10 @@ from moduli_kernels import _library, _library_rnn
 pytestmark = pytest.mark.skipif(_library.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
 
 # T, B, I, H: each width of a strip with and without lanes that are filled up, blocks of columns, rows that fill no
-# panel
+# panel; of one lane more columns than go through its buffers at a time
 SIZES = [(3, 1, 2, 5), (2, 3, 3, 17), (4, 4, 7, 18), (2, 8, 5, 33), (2, 13, 1, 16), (3, 20, 33, 65), (2, 32, 16, 32),
-         (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1)]
+         (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1),
+         (3, 1, 271, 149), (2, 1, 64, 260)]
 STEPS = [("tanh", 1.0, False), ("relu", 1.0, True), ("tanh", 0.5, True), ("relu", 0.3, False)]
 NEEDS = (True,) * 5
 

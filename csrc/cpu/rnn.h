@@ -29,6 +29,15 @@ struct Matrix {
   const T* value;          // of each entry; dense: [row / PANEL][column][row % PANEL], rows filled up with 0
 };
 
+// A dense matrix that panels are made of: weight (rows, columns), of which mask, bytes like it or null, keeps some.
+template <typename T>
+struct PanelsOf {
+  const T* weight;
+  const uint8_t* mask;
+  int64_t rows, columns;
+  T* to;
+};
+
 // h' = (1 - leak) h + leak s(bias + input x + hidden h) of rows begin .. end of a strip.
 template <typename T>
 struct ForwardStep {
@@ -96,6 +105,9 @@ struct RnnLoops {
   T (*row_sum)(const T* da, int64_t da_step, int64_t steps, int64_t width);
   void (*to_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   void (*from_slab)(const Transposition<T>&, int64_t begin, int64_t end);
+  // panels begin .. end of a dense matrix, and of the transposed of one
+  void (*fill_panels)(const PanelsOf<T>&, int64_t begin, int64_t end);
+  void (*transpose_panels)(const Matrix<T>&, T* to, int64_t begin, int64_t end);
   // of one row: bit l of bits[w] is entry 64 w + l
   void (*find_kept)(const uint8_t* mask, int64_t columns, uint64_t* bits);
   int64_t (*count_bits)(const uint64_t* bits, int64_t words);

@@ -4,6 +4,7 @@
 #include "kept_bits.h"
 #include "lanes.h"
 #include "nonlinearity.h"
+#include "panels.h"
 #include "rnn.h"
 #include "slab.h"
 
@@ -88,7 +89,9 @@ inline void add_dense(const Matrix<T>& m, int64_t begin, int64_t end, const T* s
 // sum += the matrix times slab, rows begin .. end of slab `sum`.
 template <typename S, typename T>
 inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
-  if (!m.begin)
+  if (!m.begin && S::WIDTH == 1)
+    add_dense_of_one_lane(m, begin, end, slab, sum);
+  else if (!m.begin)
     add_dense<S>(m, begin, end, slab, sum);
   else
     for (int64_t b = 0; b < m.blocks; ++b) {
@@ -192,7 +195,9 @@ inline int64_t sampled_dense(const SampledProduct<T>& p, int64_t row, int64_t en
 template <typename S, typename T>
 void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
   const Matrix<T>& m = p.matrix;
-  if (!m.begin)
+  if (!m.begin && S::WIDTH == 1)
+    sampled_dense_of_one_lane(p, begin, end);
+  else if (!m.begin)
     sampled_dense<S, 1>(p, sampled_dense<S, ROWS_OF_GRADIENT>(p, begin, end), end);
   else
     for (int64_t b = 0; b < m.blocks; ++b)
@@ -256,7 +261,13 @@ constexpr RnnLoops<T> LOOPS = {
     [](const SampledProduct<T>& p, int64_t begin, int64_t end) {
       with_width<T>(p.width, [&](auto s) { sampled_rows<decltype(s)>(p, begin, end); });
     },
-    row_sum<T>, to_slab<T>, from_slab<T>, find_kept, count_bits,
+    row_sum<T>,
+    to_slab<T>,
+    from_slab<T>,
+    fill_panels<T>,
+    transpose_panels<T>,
+    find_kept,
+    count_bits,
 };
 
 }  // namespace

@@ -103,17 +103,14 @@ class OwnedMatrix {
     value_[at] = value;
   }
 
-  // element(i, j) of a dense matrix
-  template <typename Element>
-  void fill_panels(int64_t rows, int64_t columns, Element element) {
+  // fill(to, first panel, end) of a dense matrix
+  template <typename Fill>
+  void make_panels(int64_t rows, int64_t columns, Fill fill) {
+    constexpr int64_t A_TASK = ROWS_A_TASK / PANEL;
     const int64_t panels = (rows + PANEL - 1) / PANEL;
     value_.reset(new T[std::max<int64_t>(1, panels * columns * PANEL)]);
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t j = 0; j < columns; ++j)
-        for (int64_t r = 0; r < PANEL; ++r) {
-          const int64_t i = p * PANEL + r;
-          value_[(p * columns + j) * PANEL + r] = i < rows ? element(i, j) : T(0);
-        }
+    each_task((panels + A_TASK - 1) / A_TASK, rows * columns,
+              [&](int64_t task) { fill(value_.get(), task * A_TASK, std::min(panels, (task + 1) * A_TASK)); });
     matrix = {rows, columns, 1, columns, nullptr, nullptr, value_.get()};
   }
 
@@ -123,9 +120,11 @@ class OwnedMatrix {
   std::unique_ptr<T[]> value_;
 };
 
-// Kept share of a masked weight above which all of it is multiplied. An entry by itself takes the longer, the fewer lanes it
-// serves: measured, see benchmarks/NOTES.md.
-inline double dense_from(int64_t width) { return width <= 16 ? 0.5 : width <= 32 ? 0.6 : 0.7; }
+// Kept share of a masked weight above which all of it is multiplied: measured, see benchmarks/NOTES.md. An entry by itself
+// takes as long for one lane as for sixteen; of one lane the columns make vectors, but of a whole matrix more than a cache.
+inline double dense_from(int64_t width) {
+  return width == 1 ? 0.3 : width <= 8 ? 0.2 : width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7;
+}
 
 // width: lanes of the widest strip.
 template <typename T>
@@ -138,10 +137,16 @@ class StoredMatrix : public OwnedMatrix<T> {
     else if (w.mask)
       from_mask(data<uint8_t>(*w.mask), weight, rows, columns, width);
     else
-      this->fill_panels(rows, columns, [&](int64_t i, int64_t j) { return weight[i * columns + j]; });
+      fill(weight, nullptr, rows, columns);
   }
 
  private:
+  void fill(const T* weight, const uint8_t* mask, int64_t rows, int64_t columns) {
+    this->make_panels(rows, columns, [&](T* to, int64_t begin, int64_t end) {
+      rnn_loops<T>().fill_panels({weight, mask, rows, columns, to}, begin, end);
+    });
+  }
+
   void from_compressed(const int64_t* crow, const int64_t* col, const T* value, int64_t rows, int64_t columns, int64_t width) {
     this->set_blocks(rows, columns, crow[rows], width);
     const int64_t wide = this->matrix.block_columns;
@@ -167,9 +172,7 @@ class StoredMatrix : public OwnedMatrix<T> {
       entries += loops.count_bits(&bits[i * words], words);
     });
     if (static_cast<double>(entries) > dense_from(width) * static_cast<double>(rows * columns)) {
-      this->fill_panels(rows, columns, [&](int64_t i, int64_t j) {
-        return bits[i * words + j / MASK_STEP] >> j % MASK_STEP & 1 ? weight[i * columns + j] : T(0);
-      });
+      fill(weight, mask, rows, columns);
       return;
     }
     this->set_blocks(rows, columns, entries, width);
@@ -198,8 +201,8 @@ class TransposedMatrix : public OwnedMatrix<T> {
  public:
   TransposedMatrix(const Matrix<T>& m, int64_t width) {
     if (!m.begin) {
-      const auto element = [&](int64_t i, int64_t j) { return m.value[(j / PANEL * m.columns + i) * PANEL + j % PANEL]; };
-      this->fill_panels(m.columns, m.rows, element);
+      this->make_panels(m.columns, m.rows,
+                        [&](T* to, int64_t begin, int64_t end) { rnn_loops<T>().transpose_panels(m, to, begin, end); });
       return;
     }
     const int64_t entries = m.begin[m.blocks * m.rows];
