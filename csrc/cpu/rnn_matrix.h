@@ -120,11 +120,9 @@ class OwnedMatrix {
   std::unique_ptr<T[]> value_;
 };
 
-// Kept share of a masked weight above which all of it is multiplied: measured, see benchmarks/NOTES.md. An entry by itself
-// takes as long for one lane as for sixteen; of one lane the columns make vectors, but of a whole matrix more than a cache.
-inline double dense_from(int64_t width) {
-  return width == 1 ? 0.3 : width <= 8 ? 0.2 : width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7;
-}
+// Kept share of a masked weight above which all of it is multiplied: measured, see benchmarks/NOTES.md. Up to a vector of
+// lanes, an entry by itself takes as long for one as for all of them.
+inline double dense_from(int64_t width) { return width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7; }
 
 // width: lanes of the widest strip.
 template <typename T>
