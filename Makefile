@@ -5,6 +5,7 @@
 
 SETUP := bash scripts/setup.sh
 JOBS ?= 2
+SHARED_OUT := -n $(JOBS) --dist worksteal
 export PYTHON TORCH
 
 help:
@@ -35,7 +36,7 @@ demo:
 	@$(SETUP) -m examples.demo $(if $(QUICK),--quick) $(if $(FULL),--full) $(if $(TASK),--task $(TASK))
 
 test:
-	@$(SETUP) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(SETUP) -m pytest $(SHARED_OUT) $(ARGS)
 
 bench:
 	@$(SETUP) -m pytest benchmarks $(ARGS)
@@ -57,7 +58,7 @@ sanitize-cpu:
 	@$(SETUP) scripts/sanitize_cpu.py $(if $(QUICK),--quick)
 
 coverage:
-	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(ARGS)
+	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest $(SHARED_OUT) --cov --cov-report=term $(ARGS)
 
 docs:
 	@MODULI_KERNELS_EXTRAS=docs NO_MKDOCS_2_WARNING=1 $(SETUP) -m mkdocs build --strict
