@@ -11,10 +11,10 @@ from moduli_kernels import _library, _library_rnn
 pytestmark = pytest.mark.skipif(_library.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
 
 # T, B, I, H: each width of a strip with and without lanes that are filled up, blocks of columns, rows that fill no
-# panel; of one lane more columns than go through its buffers at a time
+# panel; of one lane, whose vectors lie along the columns, some that fill none
 SIZES = [(3, 1, 2, 5), (2, 3, 3, 17), (4, 4, 7, 18), (2, 8, 5, 33), (2, 13, 1, 16), (3, 20, 33, 65), (2, 32, 16, 32),
          (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1),
-         (3, 1, 271, 149), (2, 1, 64, 260)]
+         (3, 1, 271, 149), (2, 1, 64, 260), (4, 1, 23, 41)]
 STEPS = [("tanh", 1.0, False), ("relu", 1.0, True), ("tanh", 0.5, True), ("relu", 0.3, False)]
 NEEDS = (True,) * 5
 
@@ -83,9 +83,10 @@ def test_other_instruction_sets(isa):
     assert done.returncode == 0, done.stderr
 
 
-def test_bitwise_equal_for_any_number_of_threads():
+@pytest.mark.parametrize(("sizes", "density"), [((6, 70, 40, 400), 0.1), ((4, 1, 40, 600), None), ((4, 1, 40, 650), 0.4)])
+def test_bitwise_equal_for_any_number_of_threads(sizes, density):
     before = torch.get_num_threads()
-    arguments = *drawn((6, 70, 40, 400), 0.1, True, torch.float32), STEPS[2]
+    arguments = *drawn(sizes, density, True, torch.float32), STEPS[2]
     try:
         found = []
         for threads in (1, 2, 3, 5):
@@ -97,8 +98,10 @@ def test_bitwise_equal_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_numbers_at_masked_weights_are_never_read():
-    tensors, masks, lengths, grads = drawn((3, 20, 9, 65), 0.2, False, torch.float32)
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
+def test_numbers_at_masked_weights_are_never_read(batch, density):
+    tensors, masks, lengths, grads = drawn((3, batch, 9, 65), density, False, torch.float32)
     spoiled = list(tensors)
     for i in (2, 3):
         spoiled[i] = torch.where(masks[i - 2], tensors[i], torch.full_like(tensors[i], float("nan")))
@@ -106,3 +109,13 @@ def test_numbers_at_masked_weights_are_never_read():
     assert all(torch.equal(a, b) for a, b in zip(clean, got, strict=True))
     for gradient, mask in zip(got[5:7], masks, strict=True):
         assert (gradient[~mask] == 0).all()
+
+
+def test_an_infinite_weight_of_one_lane_is_infinite_for_its_neuron_alone():
+    """The columns that fill no vector are taken with some of those before them, which must not count as 0 x infinity."""
+    tensors, masks, lengths, grads = drawn((1, 1, 21, 9), None, False, torch.float32)
+    x, _, w_ih = tensors[:3]
+    x.abs_()
+    w_ih[2, 7] = w_ih[4, 20] = float("inf")
+    output = compiled(tensors, masks, lengths, grads, ("relu", 1.0, False))[0].flatten()
+    assert output.isinf().nonzero().flatten().tolist() == [2, 4] and not output.isnan().any()

@@ -18,20 +18,26 @@ constexpr int64_t WIDTHS[] = {1, 4, 8, 16, 24, 32, 48, 64};
 // Rows of a dense matrix that are multiplied at a time: chunks of rows begin at multiples of it, and slabs have room for it.
 constexpr int64_t PANEL = 4;
 
-// A weight as the products read it: dense, or its kept entries, sorted by block of columns, row and column. A block's
-// share of a slab stays in the first-level cache while all rows go over it.
+// How a weight's values lie. ENTRIES: its kept ones, sorted by block of columns, row and column. A dense matrix, masked
+// entries 0: PANELS [row / PANEL][column][row % PANEL], rows filled up with 0, for several lanes; for one lane alone as
+// tensors have it, ROWS [row][column], or, where that is the transposed matrix, COLUMNS [column][row].
+enum class Layout { ENTRIES, PANELS, ROWS, COLUMNS };
+
+// A weight as the products read it. A block's share of a slab stays in the first-level cache while all rows go over it.
 template <typename T>
 struct Matrix {
+  Layout layout;
   int64_t rows, columns;
   int64_t blocks, block_columns;  // of kept entries; the last block may be narrower
-  const int64_t* begin;  // (blocks * rows + 1): where the entries of each block and row begin; null: dense, masked ones 0
-  const uint16_t* column;  // of each entry, counted from its block's first
-  const T* value;          // of each entry; dense: [row / PANEL][column][row % PANEL], rows filled up with 0
+  const int64_t* begin;  // (blocks * rows + 1): where the entries of each block and row begin; null where dense
+  const uint16_t* column;  // of each entry, counted from its block's first; null where dense
+  const T* value;
 };
 
-// A dense matrix that panels are made of: weight (rows, columns), of which mask, bytes like it or null, keeps some.
+// A dense matrix that panels are made of: weight (rows, columns), of which mask, bytes like it or null, keeps some; and
+// rows, whose mask is not null.
 template <typename T>
-struct PanelsOf {
+struct DenseOf {
   const T* weight;
   const uint8_t* mask;
   int64_t rows, columns;
@@ -106,8 +112,10 @@ struct RnnLoops {
   void (*to_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   void (*from_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   // panels begin .. end of a dense matrix, and of the transposed of one
-  void (*fill_panels)(const PanelsOf<T>&, int64_t begin, int64_t end);
+  void (*fill_panels)(const DenseOf<T>&, int64_t begin, int64_t end);
   void (*transpose_panels)(const Matrix<T>&, T* to, int64_t begin, int64_t end);
+  // rows begin .. end with 0 where they are masked
+  void (*fill_rows)(const DenseOf<T>&, int64_t begin, int64_t end);
   // of one row: bit l of bits[w] is entry 64 w + l
   void (*find_kept)(const uint8_t* mask, int64_t columns, uint64_t* bits);
   int64_t (*count_bits)(const uint64_t* bits, int64_t words);

@@ -4,6 +4,7 @@
 #include "kept_bits.h"
 #include "lanes.h"
 #include "nonlinearity.h"
+#include "one_lane.h"
 #include "panels.h"
 #include "rnn.h"
 #include "slab.h"
@@ -89,9 +90,9 @@ inline void add_dense(const Matrix<T>& m, int64_t begin, int64_t end, const T* s
 // sum += the matrix times slab, rows begin .. end of slab `sum`.
 template <typename S, typename T>
 inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
-  if (!m.begin && S::WIDTH == 1)
+  if (m.layout == Layout::ROWS || m.layout == Layout::COLUMNS)
     add_dense_of_one_lane(m, begin, end, slab, sum);
-  else if (!m.begin)
+  else if (m.layout == Layout::PANELS)
     add_dense<S>(m, begin, end, slab, sum);
   else
     for (int64_t b = 0; b < m.blocks; ++b) {
@@ -103,10 +104,10 @@ inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T*
 }
 
 // Rows that go through all parts of a step together: few, so that their sums stay at hand, but where each block of columns
-// is to serve all rows.
+// or each column is to serve all rows.
 template <typename T>
 inline int64_t rows_together(const Matrix<T>& m, int64_t rows) {
-  return m.begin && m.blocks > 1 ? rows : 8 * PANEL;
+  return m.blocks > 1 || m.layout == Layout::COLUMNS ? rows : 8 * PANEL;
 }
 
 template <typename S, typename T>
@@ -195,9 +196,9 @@ inline int64_t sampled_dense(const SampledProduct<T>& p, int64_t row, int64_t en
 template <typename S, typename T>
 void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
   const Matrix<T>& m = p.matrix;
-  if (!m.begin && S::WIDTH == 1)
+  if (m.layout != Layout::ENTRIES && S::WIDTH == 1)
     sampled_dense_of_one_lane(p, begin, end);
-  else if (!m.begin)
+  else if (m.layout != Layout::ENTRIES)
     sampled_dense<S, 1>(p, sampled_dense<S, ROWS_OF_GRADIENT>(p, begin, end), end);
   else
     for (int64_t b = 0; b < m.blocks; ++b)
@@ -266,6 +267,7 @@ constexpr RnnLoops<T> LOOPS = {
     from_slab<T>,
     fill_panels<T>,
     transpose_panels<T>,
+    fill_rows<T>,
     find_kept,
     count_bits,
 };

@@ -83,7 +83,8 @@ class OwnedMatrix {
     const int64_t least = (columns + MOST_COLUMNS - 1) / MOST_COLUMNS;
     const int64_t blocks = std::max({int64_t{1}, least, std::min(wanted, worth)});
     const int64_t steps = (columns + blocks * MASK_STEP - 1) / (blocks * MASK_STEP), wide = std::max<int64_t>(1, steps) * MASK_STEP;
-    matrix = {rows, columns, std::max<int64_t>(1, (columns + wide - 1) / wide), wide, nullptr, nullptr, nullptr};
+    const int64_t needed = std::max<int64_t>(1, (columns + wide - 1) / wide);
+    matrix = {Layout::ENTRIES, rows, columns, needed, wide, nullptr, nullptr, nullptr};
     begin_.reset(new int64_t[matrix.blocks * rows + 1]());
   }
   int64_t& count(int64_t block, int64_t row) { return begin_[block * matrix.rows + row + 1]; }
@@ -103,15 +104,18 @@ class OwnedMatrix {
     value_[at] = value;
   }
 
-  // fill(to, first panel, end) of a dense matrix
+  void set_dense(Layout layout, int64_t rows, int64_t columns, const T* value) {
+    matrix = {layout, rows, columns, 1, columns, nullptr, nullptr, value};
+  }
+  // fill(to, first, end) of a dense matrix's panels or, of ROWS, rows
   template <typename Fill>
-  void make_panels(int64_t rows, int64_t columns, Fill fill) {
-    constexpr int64_t A_TASK = ROWS_A_TASK / PANEL;
-    const int64_t panels = (rows + PANEL - 1) / PANEL;
-    value_.reset(new T[std::max<int64_t>(1, panels * columns * PANEL)]);
-    each_task((panels + A_TASK - 1) / A_TASK, rows * columns,
-              [&](int64_t task) { fill(value_.get(), task * A_TASK, std::min(panels, (task + 1) * A_TASK)); });
-    matrix = {rows, columns, 1, columns, nullptr, nullptr, value_.get()};
+  void make_dense(Layout layout, int64_t rows, int64_t columns, Fill fill) {
+    const int64_t height = layout == Layout::PANELS ? PANEL : 1, a_task = ROWS_A_TASK / height;
+    const int64_t count = (rows + height - 1) / height;
+    value_.reset(new T[std::max<int64_t>(1, count * height * columns)]);
+    each_task((count + a_task - 1) / a_task, rows * columns,
+              [&](int64_t task) { fill(value_.get(), task * a_task, std::min(count, (task + 1) * a_task)); });
+    set_dense(layout, rows, columns, value_.get());
   }
 
  private:
@@ -121,27 +125,34 @@ class OwnedMatrix {
 };
 
 // Kept share of a masked weight above which all of it is multiplied: measured, see benchmarks/NOTES.md. Up to a vector of
-// lanes, an entry by itself takes as long for one as for all of them.
-inline double dense_from(int64_t width) { return width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7; }
+// lanes, an entry by itself takes as long for one as for all of them; one lane goes over the whole as it lies in memory,
+// the transposed matrix too, of which entries have to be sorted anew.
+inline double dense_from(int64_t width, bool transposed) {
+  if (width == 1) return transposed ? 0.1 : 0.25;
+  return width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7;
+}
 
-// width: lanes of the widest strip.
+// width: lanes of the widest strip. transposed: that matrix is wanted too. The weight must outlive it.
 template <typename T>
 class StoredMatrix : public OwnedMatrix<T> {
  public:
-  StoredMatrix(const Weight& w, int64_t rows, int64_t columns, int64_t width) {
+  StoredMatrix(const Weight& w, int64_t rows, int64_t columns, int64_t width, bool transposed) {
     const T* weight = data<T>(w.weight);
     if (w.crow)
       from_compressed(data<int64_t>(*w.crow), data<int64_t>(*w.col), weight, rows, columns, width);
     else if (w.mask)
-      from_mask(data<uint8_t>(*w.mask), weight, rows, columns, width);
+      from_mask(data<uint8_t>(*w.mask), weight, rows, columns, width, dense_from(width, transposed));
     else
-      fill(weight, nullptr, rows, columns);
+      dense(weight, nullptr, rows, columns, width);
   }
 
  private:
-  void fill(const T* weight, const uint8_t* mask, int64_t rows, int64_t columns) {
-    this->make_panels(rows, columns, [&](T* to, int64_t begin, int64_t end) {
-      rnn_loops<T>().fill_panels({weight, mask, rows, columns, to}, begin, end);
+  void dense(const T* weight, const uint8_t* mask, int64_t rows, int64_t columns, int64_t width) {
+    if (width == 1 && !mask) return this->set_dense(Layout::ROWS, rows, columns, weight);
+    const Layout layout = width == 1 ? Layout::ROWS : Layout::PANELS;
+    const auto fill = width == 1 ? rnn_loops<T>().fill_rows : rnn_loops<T>().fill_panels;
+    this->make_dense(layout, rows, columns, [&](T* to, int64_t begin, int64_t end) {
+      fill({weight, mask, rows, columns, to}, begin, end);
     });
   }
 
@@ -160,7 +171,7 @@ class StoredMatrix : public OwnedMatrix<T> {
     });
   }
 
-  void from_mask(const uint8_t* mask, const T* weight, int64_t rows, int64_t columns, int64_t width) {
+  void from_mask(const uint8_t* mask, const T* weight, int64_t rows, int64_t columns, int64_t width, double most) {
     const int64_t words = (columns + MASK_STEP - 1) / MASK_STEP;
     std::unique_ptr<uint64_t[]> bits(new uint64_t[std::max<int64_t>(1, rows * words)]);
     std::atomic<int64_t> entries{0};
@@ -169,8 +180,8 @@ class StoredMatrix : public OwnedMatrix<T> {
       loops.find_kept(mask + i * columns, columns, &bits[i * words]);
       entries += loops.count_bits(&bits[i * words], words);
     });
-    if (static_cast<double>(entries) > dense_from(width) * static_cast<double>(rows * columns)) {
-      fill(weight, mask, rows, columns);
+    if (static_cast<double>(entries) > most * static_cast<double>(rows * columns)) {
+      dense(weight, mask, rows, columns, width);
       return;
     }
     this->set_blocks(rows, columns, entries, width);
@@ -195,14 +206,21 @@ class StoredMatrix : public OwnedMatrix<T> {
 };
 
 template <typename T>
-class TransposedMatrix : public OwnedMatrix<T> {
+class TransposedMatrix : public OwnedMatrix<T> {  // m must outlive it
  public:
   TransposedMatrix(const Matrix<T>& m, int64_t width) {
-    if (!m.begin) {
-      this->make_panels(m.columns, m.rows,
-                        [&](T* to, int64_t begin, int64_t end) { rnn_loops<T>().transpose_panels(m, to, begin, end); });
-      return;
-    }
+    if (m.layout == Layout::ROWS)
+      this->set_dense(Layout::COLUMNS, m.columns, m.rows, m.value);
+    else if (m.layout == Layout::PANELS)
+      this->make_dense(Layout::PANELS, m.columns, m.rows, [&](T* to, int64_t begin, int64_t end) {
+        rnn_loops<T>().transpose_panels(m, to, begin, end);
+      });
+    else
+      transpose_entries(m, width);
+  }
+
+ private:
+  void transpose_entries(const Matrix<T>& m, int64_t width) {
     const int64_t entries = m.begin[m.blocks * m.rows];
     this->set_blocks(m.columns, m.rows, entries, width);
     const int64_t wide = this->matrix.block_columns;

@@ -1,8 +1,7 @@
-// A sequence through one layer in one direction: strips of the batch, their slabs, and the order of the steps.
+// A sequence through one layer in one direction: what is done with the strips of the batch, and the order of the steps.
 #pragma once
 
-#include "aligned.h"
-#include "rnn_matrix.h"
+#include "rnn_slabs.h"
 
 namespace moduli {
 namespace {
@@ -13,56 +12,6 @@ struct Direction {
   double leak;
   bool reverse;
 };
-
-struct Strip {
-  int64_t first, lanes, width;  // of the batch
-};
-
-// Depends on the batch alone, so that sums over lanes do too. From 32 lanes on there are two at least, to share out.
-inline std::vector<Strip> strips_of(int64_t batch) {
-  constexpr int64_t UNIT = 16, MOST_UNITS = 4;
-  const int64_t units = (batch + UNIT - 1) / UNIT;
-  const int64_t count = batch == 0 ? 0 : batch <= 24 ? 1 : std::max<int64_t>(2, (units + MOST_UNITS - 1) / MOST_UNITS);
-  std::vector<Strip> strips;
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t first = units * s / count * UNIT, end = s + 1 == count ? batch : units * (s + 1) / count * UNIT;
-    const auto width = std::find_if(std::begin(WIDTHS), std::end(WIDTHS), [&](int64_t w) { return w >= end - first; });
-    strips.push_back({first, end - first, *width});
-  }
-  return strips;
-}
-
-// Of all strips, with those that are filled up.
-inline int64_t lanes_of(const std::vector<Strip>& strips) {
-  int64_t lanes = 0;
-  for (const Strip& strip : strips) lanes += strip.width;
-  return lanes;
-}
-
-// For each strip, `steps` slabs of `rows` rows in a row.
-template <typename T>
-class Slabs {
- public:
-  Slabs(const std::vector<Strip>& strips, int64_t steps, int64_t rows)
-      : rows_((rows + PANEL - 1) / PANEL * PANEL), memory_(steps * rows_ * lanes_of(strips)) {
-    int64_t lanes = 0;
-    for (const Strip& strip : strips) {
-      first_.push_back(steps * rows_ * lanes);
-      width_.push_back(strip.width);
-      lanes += strip.width;
-    }
-  }
-  T* at(int64_t strip, int64_t step) const { return memory_.data() + first_[strip] + step * stride(strip); }
-  int64_t stride(int64_t strip) const { return rows_ * width_[strip]; }
-
- private:
-  int64_t rows_;
-  std::vector<int64_t> first_, width_;
-  Aligned<T> memory_;
-};
-
-template <typename T>
-using SlabsPointer = std::unique_ptr<Slabs<T>>;
 
 template <typename T>
 class Sequence {
@@ -175,7 +124,7 @@ class Sequence {
   struct WeightGrad {
     WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask) : matrix(m), whole(whole), mask(mask) {
       each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
-      if (m.begin) entries.resize(m.begin[m.blocks * m.rows]);
+      if (m.begin) entries.resize(entries_of(m));
     }
     void finish() {
       if (!matrix.begin && !mask) return;
@@ -200,7 +149,9 @@ class Sequence {
 
   void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
-    each_chunk_of_rows(m, torch::stable::get_num_threads(), entries(m) * lanes() * steps, [&](int64_t begin, int64_t end) {
+    const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), m.rows / SQUARE_ROWS));
+    each_task(chunks, entries_of(m) * lanes() * steps, [&](int64_t c) {
+      const int64_t begin = chunk_begin(m.rows, c, chunks), end = chunk_begin(m.rows, c + 1, chunks);
       for (int64_t s = 0; s < strips(); ++s) {
         const int64_t width = strips_[s].width, share = m.block_columns * width * static_cast<int64_t>(sizeof(T));
         const int64_t at_once = std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, share));
@@ -222,7 +173,7 @@ class Sequence {
   }
 
   void input_grad(const Matrix<T>& input_transposed, const Slabs<T>& da, int64_t first, int64_t steps, T* dx) const {
-    each_step_of_strips(steps, entries(input_transposed), [&](int64_t s, int64_t j) {
+    each_step_of_strips(steps, entries_of(input_transposed), [&](int64_t s, int64_t j) {
       const Slabs<T> slab({strips_[s]}, 1, d_.input);
       std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
       loops_.product({input_transposed, da.at(s, j), slab.at(0, 0), strips_[s].width}, 0, d_.input);
@@ -245,7 +196,6 @@ class Sequence {
     });
   }
 
-  static int64_t entries(const Matrix<T>& m) { return m.begin ? m.begin[m.blocks * m.rows] : m.rows * m.columns; }
   int64_t lanes() const { return lanes_of(strips_); }
   int64_t strips() const { return static_cast<int64_t>(strips_.size()); }
   int64_t time(int64_t k) const { return d_.reverse ? d_.steps - 1 - k : k; }
@@ -273,37 +223,31 @@ class Sequence {
     each_task(strips() * steps, steps * work_a_lane * lanes(), [&](int64_t task) { run(task / steps, task % steps); });
   }
 
-  // run(begin, end) for chunks of rows.
-  template <typename Run>
-  static void each_chunk_of_rows(const Matrix<T>& m, int64_t chunks, int64_t work, Run run) {
-    chunks = std::max<int64_t>(1, std::min(chunks, m.rows / SQUARE));
-    each_task(chunks, work, [&](int64_t c) { run(chunk_begin(m.rows, c, chunks), chunk_begin(m.rows, c + 1, chunks)); });
-  }
-  static constexpr int64_t SQUARE = 16;  // whole squares are transposed fastest
-  static int64_t chunk_begin(int64_t rows, int64_t c, int64_t chunks) {
-    return c == chunks ? rows : rows * c / chunks / SQUARE * SQUARE;
-  }
-
   // step(strip, k, first row, end) for k = 0 .. steps. Either strips go on by themselves, or the rows of each step are
-  // shared out too, and all wait for each other after it, which takes some microseconds.
+  // shared out too.
   template <typename Step>
   void run_steps(const Matrix<T>& m, int64_t steps, Step step) const {
-    constexpr int64_t WORTH_WAITING = int64_t{1} << 18;  // products of an entry and a lane
-    const int64_t threads = torch::stable::get_num_threads(), rows = m.rows;
-    const int64_t work = (entries(m) + rows) * lanes();  // of a step
-    const bool share_rows = threads > 1 && rows >= 2 * SQUARE && work >= WORTH_WAITING;
+    const int64_t rows = m.rows, work = (entries_of(m) + rows) * lanes();  // of a step
+    const bool share_rows = torch::stable::get_num_threads() > 1 && rows >= 2 * SQUARE_ROWS && worth_sharing(m);
     if (!share_rows) {
       each_task(strips(), steps * work, [&](int64_t s) {
         for (int64_t k = 0; k < steps; ++k) step(s, k, 0, rows);
       });
       return;
     }
-    const int64_t chunks = std::min((threads + strips() - 1) / std::max<int64_t>(1, strips()) * 2, rows / SQUARE);
-    for (int64_t k = 0; k < steps; ++k)
-      each_task(strips() * chunks, work, [&](int64_t task) {
-        const int64_t c = task % chunks;
-        step(task / chunks, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
-      });
+    const int64_t chunks = chunks_a_strip(rows, strips());
+    each_task_of_steps(steps, strips(), chunks, [&](int64_t k, int64_t s, int64_t c) {
+      step(s, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
+    });
+  }
+
+  // Whether a step has so much to multiply that its rows are worth waiting for each other, and worth sending each state
+  // to the other threads, whose caches may be far away: both measured, see benchmarks/NOTES.md.
+  bool worth_sharing(const Matrix<T>& m) const {
+    constexpr int64_t VECTOR = 16, WORTH_WAITING = int64_t{1} << 13, WORTH_SENDING = 64;
+    const bool of_columns = m.layout == Layout::ROWS || m.layout == Layout::COLUMNS;
+    const int64_t vectors = of_columns ? entries_of(m) / VECTOR : entries_of(m) * std::max<int64_t>(1, lanes() / VECTOR);
+    return vectors >= WORTH_WAITING && vectors >= WORTH_SENDING * (m.rows * lanes() / VECTOR);
   }
 
   Direction d_;
