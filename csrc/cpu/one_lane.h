@@ -8,9 +8,16 @@
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
+// Without branches: where about half of the entries are kept, each would be a guess.
 template <typename T>
 void fill_rows(const DenseOf<T>& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin * p.columns; i < end * p.columns; ++i) p.to[i] = p.mask[i] ? p.weight[i] : T(0);
+  const T* weight = p.weight;
+  const uint8_t* mask = p.mask;
+  T* to = p.to;
+  for (int64_t i = begin * p.columns; i < end * p.columns; ++i) {
+    const T w = weight[i];
+    to[i] = mask[i] ? w : T(0);
+  }
 }
 
 // sum[r] += the product of row r, `stride` elements after the one before, with `from`. The columns that fill no vector

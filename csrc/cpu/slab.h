@@ -1,41 +1,54 @@
 // Between a tensor, one lane of the batch after another, and a slab: contracts in rnn.h.
 #pragma once
 
+#include <type_traits>
+
 #include "rnn.h"
 #include "transpose.h"
 
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// A square of `lanes` x `rows` elements, at most SQUARE each way, through a buffer: those that are missing count as 0, and
-// are not written but for `filled` lanes.
+// What is known of a size beforehand takes one move of each run.
+template <int N>
+using Size = std::integral_constant<int64_t, N>;
+template <typename Run>
+inline void with_size(int64_t size, Run run) {
+  switch (size) {
+    case SQUARE: return run(Size<SQUARE>());
+    case SQUARE / 2: return run(Size<SQUARE / 2>());
+    case SQUARE / 4: return run(Size<SQUARE / 4>());
+    default: return run(size);
+  }
+}
+template <typename T, typename Length>
+inline void copy_runs(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count, Length length) {
+  for (int64_t i = 0; i < count; ++i) __builtin_memcpy(to + i * to_stride, from + i * from_stride, length * sizeof(T));
+}
+
+// A square of `lanes` x `rows` elements, at most SQUARE each way, through buffers: those that are missing count as 0, and
+// are not written but for lanes that are filled up.
 template <typename T>
 inline void small_square_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
   const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
   const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
   T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
-  for (int64_t l = 0; l < lanes; ++l)
-    __builtin_memcpy(from + l * SQUARE, p.lanes_first + (lane + l) * p.stride + row, rows * sizeof(T));
+  const T* tensor = p.lanes_first + lane * p.stride + row;
+  with_size(rows, [&](auto length) { copy_runs(tensor, p.stride, from, SQUARE, lanes, length); });
   transpose_square<false>(from, SQUARE, to, SQUARE);
   T* slab = p.slab + row * p.width + lane;
-  if (filled == SQUARE / 2)  // a size known beforehand takes one move
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(slab + r * p.width, to + r * SQUARE, SQUARE / 2 * sizeof(T));
-  else
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(slab + r * p.width, to + r * SQUARE, filled * sizeof(T));
+  with_size(filled, [&](auto length) { copy_runs(to, SQUARE, slab, p.width, rows, length); });
 }
 template <typename T>
 inline void small_square_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
   const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
   const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
   const T* slab = p.slab + row * p.width + lane;
-  if (filled == SQUARE / 2)
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(from + r * SQUARE, slab + r * p.width, SQUARE / 2 * sizeof(T));
-  else
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(from + r * SQUARE, slab + r * p.width, filled * sizeof(T));
+  with_size(filled, [&](auto length) { copy_runs(slab, p.width, from, SQUARE, rows, length); });
   transpose_square<false>(from, SQUARE, to, SQUARE);
-  for (int64_t l = 0; l < lanes; ++l)
-    __builtin_memcpy(p.lanes_first + (lane + l) * p.stride + row, to + l * SQUARE, rows * sizeof(T));
+  T* tensor = p.lanes_first + lane * p.stride + row;
+  with_size(rows, [&](auto length) { copy_runs(to, SQUARE, tensor, p.stride, lanes, length); });
 }
 
 template <typename T>
