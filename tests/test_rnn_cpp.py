@@ -83,7 +83,8 @@ def test_other_instruction_sets(isa):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("sizes", "density"), [((6, 70, 40, 400), 0.1), ((4, 1, 40, 600), None), ((4, 1, 40, 650), 0.4)])
+@pytest.mark.parametrize(("sizes", "density"),
+                         [((6, 70, 40, 400), 0.1), ((4, 1, 40, 600), None), ((4, 1, 40, 650), 0.4)])
 def test_bitwise_equal_for_any_number_of_threads(sizes, density):
     before = torch.get_num_threads()
     arguments = *drawn(sizes, density, True, torch.float32), STEPS[2]
@@ -112,7 +113,7 @@ def test_numbers_at_masked_weights_are_never_read(batch, density):
 
 
 def test_an_infinite_weight_of_one_lane_is_infinite_for_its_neuron_alone():
-    """The columns that fill no vector are taken with some of those before them, which must not count as 0 x infinity."""
+    """The columns that fill no vector are taken with some of those before them, not to count as 0 x infinity."""
     tensors, masks, lengths, grads = drawn((1, 1, 21, 9), None, False, torch.float32)
     x, _, w_ih = tensors[:3]
     x.abs_()
