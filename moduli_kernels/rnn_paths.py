@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-MARGIN = 1.3  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
+MARGIN = 1.2  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
 # There the dense path has to mask weights and gradients as well, which the table leaves out.
 MARGIN_OF_MASKED_TRAINING = 1.0
 FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
