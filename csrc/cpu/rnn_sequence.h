@@ -246,7 +246,7 @@ class Sequence {
   bool worth_sharing(const Matrix<T>& m) const {
     constexpr int64_t VECTOR = 16, WORTH_WAITING = int64_t{1} << 13, WORTH_SENDING = 64;
     const bool of_columns = m.layout == Layout::ROWS || m.layout == Layout::COLUMNS;
-    const int64_t vectors = of_columns ? entries_of(m) / VECTOR : entries_of(m) * std::max<int64_t>(1, lanes() / VECTOR);
+    const int64_t vectors = of_columns ? entries_of(m) / VECTOR : entries_of(m) * ((lanes() + VECTOR - 1) / VECTOR);
     return vectors >= WORTH_WAITING && vectors >= WORTH_SENDING * (m.rows * lanes() / VECTOR);
   }
 
