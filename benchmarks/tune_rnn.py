@@ -1,11 +1,13 @@
 """Measures where the masked RNN is faster than the vendor's, and writes moduli_kernels/rnn_crossovers.json.
 
-    python -m benchmarks.tune_rnn [--device cpu] [--dtype float32] [--threads 2] [--quick] [--output FILE]
+    python -m benchmarks.tune_rnn [--device cpu] [--dtype float32] [--threads 2] [--batches 1 8] [--quick]
+                                  [--output FILE]
 
 On the whole grid of hidden, batch and steps, forward alone and with backward: a layer with hidden inputs, unmasked and
 with both weights masked at random to each density. One round runs torch.nn.RNN's path once and the sparse path once for
 each density, every other round in reverse order; the medians' ratio counts (moduli_kernels/rnn_paths.py says how it is
-used). A case stops after --seconds, but not before 3 rounds. What the file holds for other devices and dtypes stays.
+used). A case stops after --seconds, but not before 3 rounds. What the file holds for other devices and dtypes stays,
+and for other sizes of the batch than those of --batches.
 Leave the machine alone meanwhile.
 """
 from __future__ import annotations
@@ -93,6 +95,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=5.0, help="for one case of the grid")
+    parser.add_argument("--batches", type=int, nargs="+", help=f"of {BATCH}; default: all")
     parser.add_argument("--quick", action="store_true", help="a tiny grid: does everything work? No figures")
     parser.add_argument("--output", type=pathlib.Path, default=rnn_paths.FILE)
     asked = parser.parse_args()
@@ -100,17 +103,18 @@ def main() -> int:
         parser.error("--quick measures no figures for the package: name a file of your own with --output")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(1)
-    grid = QUICK if asked.quick else (HIDDEN, BATCH, STEPS, DENSITIES)
-    rows = []
+    grid = QUICK if asked.quick else (HIDDEN, asked.batches or BATCH, STEPS, DENSITIES)
+    before = json.loads(asked.output.read_text())["tables"] if asked.output.exists() else []
+    own = [table for table in before if (table["device"], table["dtype"]) == (asked.device, asked.dtype)]
+    rows = [row for table in own for row in table["rows"] if row["batch"] not in grid[1]] if asked.batches else []
     for hidden, batch, steps, training in itertools.product(*grid[:3], (False, True)):
         rows.append(ratios(hidden, batch, steps, training, grid[3], asked.device, getattr(torch, asked.dtype),
                            0.1 if asked.quick else asked.seconds))
         print(f"tune: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
     found = {"device": asked.device, "dtype": asked.dtype, "source": f"measured: {machine(asked.device)}, torch "
              f"{torch.__version__}", "densities": list(grid[3]), "rows": rows}
-    before = json.loads(asked.output.read_text())["tables"] if asked.output.exists() else []
-    others = [table for table in before if (table["device"], table["dtype"]) != (asked.device, asked.dtype)]
-    asked.output.write_text(written([*others, found]))
+    found["rows"].sort(key=lambda row: [row[key] for key in ("hidden", "batch", "steps", "training")])
+    asked.output.write_text(written([*(table for table in before if table not in own), found]))
     return 0
 
 

@@ -127,6 +127,12 @@ def _between(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
     return [(low, 1 - share), (high, share)]
 
 
+def is_multiplied_whole(density: float, batch: int) -> bool:
+    """Whether the CPU's kernel multiplies all of a weight of which this share is kept in a forward pass, rather than
+    its entries one by one, for any batch of more than 1 (csrc/cpu/rnn_matrix.h: dense_from)."""
+    return density > (0.25 if batch == 1 else 0.7)
+
+
 def told(ratio: float, least: float) -> str:
     """A ratio in words; least: the margin it is held against."""
     told = f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _checks_rnn, _rnn_stack
+from . import _checks_rnn, _rnn_stack, rnn_paths
 from ._rnn_choice import PathChoice
 from ._rnn_masks import kept, mask_of
 from ._rnn_op import Weights, autocast_dtype, untraced
@@ -152,6 +152,9 @@ class SparseRNN(PathChoice, nn.RNN):
         for names in self._all_weights:
             tensors = [getattr(self, name) for name in names]
             masks = [mask_of(self, name, tensor) for name, tensor in zip(names, tensors)]
+            if batch is not None:
+                masks[:2] = [None if self._is_read_whole(*weight, batch) else weight[2]
+                             for weight in zip(names[:2], tensors, masks)]
             biases = map(kept, tensors[2:], masks[2:]) if self.bias else (None, None)
             layout = None if batch is None else self._layout(names[1], batch)
             layers.append(Weights(*tensors[:2], *biases, *masks[:2], layout=layout))
@@ -161,12 +164,22 @@ class SparseRNN(PathChoice, nn.RNN):
         """The weight with 0 where it is masked, itself where that is known and no gradient needs the mask."""
         weight = getattr(self, name)
         mask = mask_of(self, name, weight)
-        if mask is None:
-            return weight
-        trained = torch.is_grad_enabled() and weight.requires_grad
-        if not trained and not torch.compiler.is_compiling() and self._facts.zero_where_masked(name, weight, mask):
-            return weight
-        return kept(weight, mask)
+        return weight if mask is None or self._needs_no_mask(name, weight, mask) else kept(weight, mask)
+
+    def _needs_no_mask(self, name: str, weight: Tensor, mask: Tensor) -> bool:
+        """Whether the weight is known to be 0 where it is masked, and no gradient needs the mask."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() and weight.requires_grad:
+            return False
+        return self._facts.zero_where_masked(name, weight, mask)
+
+    def _is_read_whole(self, name: str, weight: Tensor, mask: Tensor | None, batch: int) -> bool:
+        """Whether the CPU's kernel would make a matrix of the masked weight that is known to lie there already."""
+        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        if mask is None or mask is not self._buffers.get(f"{name}_mask"):  # floats, of which nothing is remembered
+            return False
+        density = self._facts.density(name, mask) or 0.0
+        return rnn_paths.is_multiplied_whole(density, batch) and self._needs_no_mask(name, weight, mask)
 
     # -- to and from other nets --
 

@@ -228,8 +228,9 @@ def test_densities_are_counted_once_a_version(monkeypatch):
     assert net._densities()[1] == pytest.approx((36 + int(net.weight_hh_l0_mask.sum())) / 72)
 
 
-def test_the_dense_path_sees_every_change_of_weights_and_masks():
-    net, x = net_of(4, 6, path="dense"), draw(5, 3, 4)
+@pytest.mark.parametrize(("path", "batch"), [("dense", 3), ("sparse", 1)])
+def test_what_takes_weights_as_they_are_sees_every_change_of_weights_and_masks(path, batch):
+    net, x = net_of(4, 6, path=path), draw(5, batch, 4)
     other = {key: v + 1 if v.is_floating_point() else ~v for key, v in net.state_dict().items()}
     with torch.no_grad():
         for change in (lambda: net.weight_hh_l0.add_(1), lambda: net.weight_hh_l0_mask.logical_not_(),
@@ -252,6 +253,22 @@ def test_weights_that_are_0_where_masked_are_taken_as_they_are():
     assert net._kept("weight_hh_l0") is not net.weight_hh_l0
     net.weight_hh_l0.requires_grad_(False).masked_fill_(~net.weight_hh_l0_mask, 0)
     assert net._kept("weight_hh_l0") is net.weight_hh_l0
+
+
+@pytest.mark.parametrize(("density", "batch", "whole"),
+                         [(0.4, 1, True), (0.1, 1, False), (0.4, 2, False), (0.9, 2, True)])
+def test_the_sparse_path_leaves_out_masks_of_weights_that_it_reads_whole_and_that_are_0_anyway(density, batch, whole):
+    net = mk.SparseRNN(4, 40, path="sparse")
+    net.set_mask("weight_hh_l0", torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) < density)
+
+    def left_out():
+        return net._layers(batch)[0].mask_hh is None
+
+    assert not left_out()  # the gradient needs it
+    with torch.no_grad():
+        assert left_out() == whole
+        net.weight_hh_l0.add_(1)
+        assert not left_out()
 
 
 @pytest.mark.parametrize("path", PATHS)
