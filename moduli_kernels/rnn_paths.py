@@ -127,10 +127,16 @@ def _between(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
     return [(low, 1 - share), (high, share)]
 
 
-def is_multiplied_whole(density: float, batch: int) -> bool:
-    """Whether the CPU's kernel multiplies all of a weight of which this share is kept in a forward pass, rather than
-    its entries one by one, for any batch of more than 1 (csrc/cpu/rnn_matrix.h: dense_from)."""
-    return density > (0.25 if batch == 1 else 0.7)
+def is_best_read_whole(density: float, batch: int, entries: int) -> bool:
+    """Whether the CPU's kernel, forward alone, is faster with all of a weight as it lies in memory, 0 where masked, than
+    with its kept entries, which it has to find at each call. density: kept share. entries: of the weight, masked too.
+
+    Rule: measured (benchmarks/NOTES.md). A batch of 1 reads a weight in the caches at 16 entries for one by itself;
+    others multiply all of it from the kernel's own share on (csrc/cpu/rnn_matrix.h: dense_from).
+    """
+    if batch > 1:
+        return density > 0.7
+    return density > (0.1 if entries <= 2**22 else 0.2)
 
 
 def told(ratio: float, least: float) -> str:

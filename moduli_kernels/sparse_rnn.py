@@ -173,13 +173,14 @@ class SparseRNN(PathChoice, nn.RNN):
         return self._facts.zero_where_masked(name, weight, mask)
 
     def _is_read_whole(self, name: str, weight: Tensor, mask: Tensor | None, batch: int) -> bool:
-        """Whether the CPU's kernel would make a matrix of the masked weight that is known to lie there already."""
+        """Whether the mask is left out on the sparse path: nothing needs it, and it costs more than it saves."""
         if weight.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         if mask is None or mask is not self._buffers.get(f"{name}_mask"):  # floats, of which nothing is remembered
             return False
         density = self._facts.density(name, mask) or 0.0
-        return rnn_paths.is_multiplied_whole(density, batch) and self._needs_no_mask(name, weight, mask)
+        worth_it = rnn_paths.is_best_read_whole(density, batch, mask.numel())
+        return worth_it and self._needs_no_mask(name, weight, mask)
 
     # -- to and from other nets --
 
