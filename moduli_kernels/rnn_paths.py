@@ -128,8 +128,8 @@ def _between(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
 
 
 def is_best_read_whole(density: float, batch: int, entries: int) -> bool:
-    """Whether the CPU's kernel, forward alone, is faster with all of a weight as it lies in memory, 0 where masked, than
-    with its kept entries, which it has to find at each call. density: kept share. entries: of the weight, masked too.
+    """Whether the CPU's kernel, forward alone, is faster with all of a weight as it lies in memory, 0 where masked,
+    than with its kept entries, which it has to find at each call. density: kept share. entries: masked ones too.
 
     Rule: measured (benchmarks/NOTES.md). A batch of 1 reads a weight in the caches at 16 entries for one by itself;
     others multiply all of it from the kernel's own share on (csrc/cpu/rnn_matrix.h: dense_from).
