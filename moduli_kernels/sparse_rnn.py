@@ -43,8 +43,9 @@ class SparseRNN(PathChoice, nn.RNN):
 
     Autocast: output dtypes of torch.nn.RNN; the sparse path computes in float32 (float64 for float64 weights) and
     rounds at the end, also for 16-bit weights. "auto" decides from the share of weights that the masks keep, counted
-    once per version of a mask. On the dense path, without gradients, masked weights that have been found to be 0 are
-    not looked at again until weight or mask change; writes through `weight.data` do not count as change.
+    once per version of a mask. Without gradients, masked weights that have been found to be 0 are not looked at again
+    until weight or mask change (on the sparse path where that is faster, on the CPU); writes through `weight.data` do
+    not count as change.
 
     torch.compile: with torch._dynamo.config.allow_rnn = True, as for every nn.RNN, it becomes part of one graph;
     without, it runs as it is, outside the graph. In a graph the path is chosen at compile time; masks that change in
