@@ -130,6 +130,7 @@ def run(checks: dict, folder: Path) -> None:
         except Exception:
             results[name] = traceback.format_exc()
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()  # no rank closes its connections while another still reads from them
     dist.destroy_process_group()
 
 
