@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _backend, _rnn_timing, rnn_paths
+from . import _backend, _checks, _rnn_timing, rnn_paths
 from ._rnn_masks import OrderedModule
 from ._rnn_op import autocast_dtype, constant_at_compile_time, has_kernel
 
@@ -112,8 +112,12 @@ class PathChoice(OrderedModule):
 
         Raises:
             RuntimeError: a backend asked for by `mk.backend` or MODULI_KERNELS_BACKEND does not serve this device.
+            ValueError: batch or steps is negative.
+            TypeError: batch or steps is no integer.
         """
         batch, steps = self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps
+        for name, value in (("batch", batch), ("steps", steps)):
+            _checks.positive_int(name, value, minimum=0)
         weight = self.weight_hh_l0
         device, dtype = weight.device.type, autocast_dtype(weight.device.type, weight) or weight.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())

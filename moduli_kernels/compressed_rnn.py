@@ -206,19 +206,24 @@ class CompressedRNN(nn.Module):
         """From a file that `save` wrote.
 
         Raises:
-            ValueError: another safetensors file.
+            ValueError: another file, or a torn one.
+            RuntimeError: its tensors do not fit its settings.
+            FileNotFoundError: there is none.
             ImportError: safetensors is not installed.
         """
         _safetensors()
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt", device=str(device)) as file:
-            settings: str | None = (file.metadata() or {}).get(METADATA)
-            if settings is None:
-                _checks_rnn.compressed_file(path, "without its settings")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-        new = cls(**json.loads(settings), device=device, dtype=dtype)
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                settings: str | None = (file.metadata() or {}).get(METADATA)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            _checks_rnn.compressed_file(path, f"which safetensors cannot read ({error})")
+        dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+        if settings is None or not dtypes:
+            _checks_rnn.compressed_file(path, "without its settings" if settings is None else "without weights")
+        new = cls(**json.loads(settings), device=device, dtype=dtypes[0])
         new.load_state_dict(tensors, assign=True)
         return new
 

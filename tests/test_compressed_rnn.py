@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import moduli_kernels as mk
+from moduli_kernels.compressed_rnn import METADATA
 
 pytestmark = [on_device, *quiet]
 
@@ -122,6 +123,14 @@ def test_files_of_others(tmp_path):
         mk.CompressedRNN.load(path)
     assert str(error.value) == (f"path must be a file written by CompressedRNN.save, got {str(path)!r} without its "
                                 "settings; save it again.")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"which safetensors cannot read \(.+\); save it again\.$"):
+        mk.CompressedRNN.load(path)
+    safetensors.save_file({}, path, metadata={METADATA: "{}"})
+    with pytest.raises(ValueError, match=r"without weights; save it again\.$"):
+        mk.CompressedRNN.load(path)
+    with pytest.raises(FileNotFoundError):
+        mk.CompressedRNN.load(tmp_path / "none.safetensors")
 
 
 def test_without_safetensors(monkeypatch, tmp_path):

@@ -191,6 +191,15 @@ def test_settings_that_do_not_fit(call, error, message):
 
 # --- explain and tune ---------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize(("sizes", "error"), [
+    ({"batch": -3}, ValueError("batch must be an integer of at least 0, got -3; pass a larger one.")),
+    ({"steps": 2.5}, TypeError("steps must be an integer of at least 0, got 2.5; pass an int."))])
+def test_explain_refuses_sizes_that_no_input_has(sizes, error):
+    with pytest.raises(type(error)) as raised:
+        mk.SparseRNN(3, 4).explain(**sizes)
+    assert str(raised.value) == str(error)
+
+
 @needs_kernels
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table below is the CPU's")
 def test_explain(table, monkeypatch):
