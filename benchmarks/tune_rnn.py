@@ -113,7 +113,7 @@ def main() -> int:
         print(f"tune: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
     found = {"device": asked.device, "dtype": asked.dtype, "source": f"measured: {machine(asked.device)}, torch "
              f"{torch.__version__}", "densities": list(grid[3]), "rows": rows}
-    found["rows"].sort(key=lambda row: [row[key] for key in ("hidden", "batch", "steps", "training")])
+    found["rows"].sort(key=lambda row: [row[key] for key in (*rnn_paths.AXES, "training")])
     asked.output.write_text(written([*(table for table in before if table not in own), found]))
     return 0
 

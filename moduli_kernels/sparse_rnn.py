@@ -165,23 +165,19 @@ class SparseRNN(PathChoice, nn.RNN):
         """The weight with 0 where it is masked, itself where that is known and no gradient needs the mask."""
         weight = getattr(self, name)
         mask = mask_of(self, name, weight)
-        return weight if mask is None or self._needs_no_mask(name, weight, mask) else kept(weight, mask)
-
-    def _needs_no_mask(self, name: str, weight: Tensor, mask: Tensor) -> bool:
-        """Whether the weight is known to be 0 where it is masked, and no gradient needs the mask."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() and weight.requires_grad:
-            return False
-        return self._facts.zero_where_masked(name, weight, mask)
+        if mask is None or not _mask_counts(weight) and self._facts.zero_where_masked(name, weight, mask):
+            return weight
+        return kept(weight, mask)
 
     def _is_read_whole(self, name: str, weight: Tensor, mask: Tensor | None, batch: int) -> bool:
         """Whether the mask is left out on the sparse path: nothing needs it, and it costs more than it saves."""
-        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        if mask is None or weight.device.type != "cpu" or _mask_counts(weight):
             return False
-        if mask is None or mask is not self._buffers.get(f"{name}_mask"):  # floats, of which nothing is remembered
+        if mask is not self._buffers.get(f"{name}_mask"):  # floats, of which nothing is remembered
             return False
-        density = self._facts.density(name, mask) or 0.0
-        worth_it = rnn_paths.is_best_read_whole(density, batch, mask.numel())
-        return worth_it and self._needs_no_mask(name, weight, mask)
+        density = self._facts.density(name, mask)
+        return (density is not None and rnn_paths.is_best_read_whole(density, batch, mask.numel())
+                and self._facts.zero_where_masked(name, weight, mask))
 
     # -- to and from other nets --
 
@@ -224,6 +220,12 @@ class SparseRNN(PathChoice, nn.RNN):
     def compress(self) -> CompressedRNN:
         """The inference form, which holds the kept weights alone."""
         return CompressedRNN.from_layers(_settings(self), self.leak, self._layers())
+
+
+def _mask_counts(weight: Tensor) -> bool:
+    """Whether a mask of this weight counts even where the weight is 0: for its gradient, and in a compiled graph, in
+    which both may change."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled() and weight.requires_grad
 
 
 def _settings(rnn: nn.RNN) -> dict[str, Any]:

@@ -20,17 +20,17 @@ void fill_rows(const DenseOf<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// sum[r] += the product of row r, `stride` elements after the one before, with `from`. The columns that fill no vector
-// are taken with those before them, which count as 0; where there are none before them, one by one.
+// sum[r] += the product of row r with `from`. The columns that fill no vector are taken with those before them, which count
+// as 0; where there are none before them, one by one.
 template <int ROWS, typename T>
-inline void add_rows(const T* w, int64_t stride, int64_t columns, const T* from, T* sum) {
+inline void add_rows(const T* w, int64_t columns, const T* from, T* sum) {
   using S = Lanes<T, 64>;
   using V = typename S::V;
   V acc[ROWS]{};
   int64_t j = 0;
   for (; j + S::LANES <= columns; j += S::LANES) {
     const V x = load_lanes<V>(from + j);
-    for (int r = 0; r < ROWS; ++r) acc[r] += load_lanes<V>(w + r * stride + j) * x;
+    for (int r = 0; r < ROWS; ++r) acc[r] += load_lanes<V>(w + r * columns + j) * x;
   }
   if (j < columns && j > 0) {
     const int64_t last = columns - S::LANES;
@@ -38,10 +38,10 @@ inline void add_rows(const T* w, int64_t stride, int64_t columns, const T* from,
     for (int l = 0; l < S::LANES; ++l) place[l] = static_cast<T>(last + l - j);
     const auto left = load_lanes<V>(place) >= V{};
     const V zero{}, x = left ? load_lanes<V>(from + last) : zero;
-    for (int r = 0; r < ROWS; ++r) acc[r] += (left ? load_lanes<V>(w + r * stride + last) : zero) * x;
+    for (int r = 0; r < ROWS; ++r) acc[r] += (left ? load_lanes<V>(w + r * columns + last) : zero) * x;
   } else {
     for (; j < columns; ++j)
-      for (int r = 0; r < ROWS; ++r) sum[r] += w[r * stride + j] * from[j];
+      for (int r = 0; r < ROWS; ++r) sum[r] += w[r * columns + j] * from[j];
   }
   if constexpr (ROWS == 8)
     add_sums_of_eight<T>(acc, sum);
@@ -70,8 +70,8 @@ void add_dense_of_one_lane(const Matrix<T>& m, int64_t begin, int64_t end, const
   constexpr int AT_ONCE = 8;
   if (m.layout == Layout::ROWS) {
     int64_t row = begin;
-    for (; row + AT_ONCE <= end; row += AT_ONCE) add_rows<AT_ONCE>(m.value + row * m.columns, m.columns, m.columns, from, sum + row);
-    for (; row < end; ++row) add_rows<1>(m.value + row * m.columns, m.columns, m.columns, from, sum + row);
+    for (; row + AT_ONCE <= end; row += AT_ONCE) add_rows<AT_ONCE>(m.value + row * m.columns, m.columns, from, sum + row);
+    for (; row < end; ++row) add_rows<1>(m.value + row * m.columns, m.columns, from, sum + row);
   } else {
     int64_t c = 0;
     for (; c + AT_ONCE <= m.columns; c += AT_ONCE) add_columns<AT_ONCE>(m.value + c * m.rows, m.rows, begin, end, from + c, sum);

@@ -64,7 +64,7 @@ void backward(const Direction& d, const OptionalTensor& grad_output, const Tenso
               const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
   const Sequence<T> sequence(d, lengths);
   const int64_t width = sequence.width();
-  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, dx), hidden(w_hh, d.hidden, d.hidden, width, true);
+  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, dx != nullptr), hidden(w_hh, d.hidden, d.hidden, width, true);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
   sequence.backward(input.matrix, hidden.matrix, grad_output ? data<T>(*grad_output) : nullptr, data<T>(grad_h_n),
                     data<T>(x), data<T>(h), data<T>(output), activations ? data<T>(*activations) : nullptr,

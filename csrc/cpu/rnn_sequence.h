@@ -236,7 +236,7 @@ class Sequence {
       return;
     }
     const int64_t chunks = chunks_a_strip(rows, strips());
-    each_task_of_steps(steps, strips(), chunks, [&](int64_t k, int64_t s, int64_t c) {
+    each_task_of_steps(steps, strips(), chunks, steps * work, [&](int64_t k, int64_t s, int64_t c) {
       step(s, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
     });
   }

@@ -11,8 +11,8 @@
 namespace moduli {
 namespace {
 
-// run(task) for tasks 0 .. count, each handed out as a thread comes free: one that is held up takes fewer. work: about how
-// many numbers they go through in all; few are not worth waking other threads for, which takes some microseconds.
+// run(task) for tasks 0 .. count, handed out in this order as threads come free: one that is held up takes fewer. work:
+// about how many numbers they go through in all; few are not worth waking other threads for, which takes some microseconds.
 // own(): what a thread has to itself, for run(task, own).
 constexpr int64_t WORTH_SHARING = int64_t{1} << 15;
 template <typename Own, typename Run>
@@ -32,19 +32,16 @@ void each_task(int64_t count, int64_t work, Run run) {
 // the step before. Threads are woken once, not for each step, and look out for each other, which takes a tenth of a
 // microsecond. A task is taken after all those it waits for, so that it cannot wait for itself, on however many threads.
 template <typename Run>
-void each_task_of_steps(int64_t steps, int64_t groups, int64_t count, Run run) {
-  std::atomic<int64_t> next{0};
+void each_task_of_steps(int64_t steps, int64_t groups, int64_t count, int64_t work, Run run) {
+  constexpr int PATIENCE = 1 << 12;  // looks; then others may have the processor
+  const int64_t a_step = groups * count;
   const std::unique_ptr<std::atomic<int64_t>[]> ended(new std::atomic<int64_t>[groups]());
-  const int64_t a_step = groups * count, threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < steps * a_step; i = next++) {
-      const int64_t step = i / a_step, group = i % a_step / count;
-      constexpr int PATIENCE = 1 << 12;  // looks; then others may have the processor
-      for (int looks = 0; ended[group].load(std::memory_order_acquire) < step * count; ++looks)
-        if (looks > PATIENCE) std::this_thread::yield();
-      run(step, group, i % count);
-      ended[group].fetch_add(1, std::memory_order_release);
-    }
+  each_task(steps * a_step, work, [&](int64_t i) {
+    const int64_t step = i / a_step, group = i % a_step / count;
+    for (int looks = 0; ended[group].load(std::memory_order_acquire) < step * count; ++looks)
+      if (looks > PATIENCE) std::this_thread::yield();
+    run(step, group, i % count);
+    ended[group].fetch_add(1, std::memory_order_release);
   });
 }
 
