@@ -16,7 +16,8 @@ struct Direction {
 template <typename T>
 class Sequence {
  public:
-  Sequence(const Direction& d, const OptionalTensor& lengths) : d_(d), strips_(strips_of(d.batch)), loops_(rnn_loops<T>()) {
+  Sequence(const Direction& d, const OptionalTensor& lengths)
+      : d_(d), strips_(strips_of(d.batch, d.hidden)), loops_(rnn_loops<T>()) {
     if (!lengths) return;
     const auto length = data<int64_t>(*lengths);
     active_ = make_slabs(d.steps, 1);

@@ -11,15 +11,19 @@ struct Strip {
   int64_t first, lanes, width;  // of the batch
 };
 
-// Depends on the batch alone, so that sums over lanes do too. From 32 lanes on there are two at least, to share out.
-inline std::vector<Strip> strips_of(int64_t batch) {
-  constexpr int64_t UNIT = 16, MOST_UNITS = 4;
-  const int64_t units = (batch + UNIT - 1) / UNIT;
-  const int64_t count = batch == 0 ? 0 : batch <= 24 ? 1 : std::max<int64_t>(2, (units + MOST_UNITS - 1) / MOST_UNITS);
+// Depends on sizes alone, not on threads, so that sums over lanes do too. From 25 lanes on, and from 17 on where each thread
+// can have the weights in its own cache, there are two at least, to share out.
+inline std::vector<Strip> strips_of(int64_t batch, int64_t hidden) {
+  constexpr int64_t UNIT = 16, MOST_UNITS = 4, CACHED_HIDDEN = 768;
+  const int64_t most_in_one = hidden > CACHED_HIDDEN ? 24 : UNIT, units = (batch + UNIT - 1) / UNIT;
+  const int64_t several = std::max<int64_t>(2, (units + MOST_UNITS - 1) / MOST_UNITS);
+  const int64_t count = batch == 0 ? 0 : batch <= most_in_one ? 1 : several;
   std::vector<Strip> strips;
   for (int64_t s = 0; s < count; ++s) {
     const int64_t first = units * s / count * UNIT, end = s + 1 == count ? batch : units * (s + 1) / count * UNIT;
-    const auto width = std::find_if(std::begin(WIDTHS), std::end(WIDTHS), [&](int64_t w) { return w >= end - first; });
+    // one lane is a strip of its own only where it is the batch: its dense weights lie otherwise
+    const int64_t least = count == 1 ? end - first : std::max<int64_t>(4, end - first);
+    const auto width = std::find_if(std::begin(WIDTHS), std::end(WIDTHS), [&](int64_t w) { return w >= least; });
     strips.push_back({first, end - first, *width});
   }
   return strips;
