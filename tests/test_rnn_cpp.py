@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(_library.cpu_ops_error is not None, reason="need
 # panel; of one lane, whose vectors lie along the columns, some that fill none
 SIZES = [(3, 1, 2, 5), (2, 3, 3, 17), (4, 4, 7, 18), (2, 8, 5, 33), (2, 13, 1, 16), (3, 20, 33, 65), (2, 32, 16, 32),
          (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1),
-         (3, 1, 271, 149), (2, 1, 64, 260), (4, 1, 23, 41)]
+         (3, 1, 271, 149), (2, 1, 64, 260), (4, 1, 23, 41), (2, 17, 5, 40), (2, 20, 3, 780)]
 STEPS = [("tanh", 1.0, False), ("relu", 1.0, True), ("tanh", 0.5, True), ("relu", 0.3, False)]
 NEEDS = (True,) * 5
 
@@ -84,7 +84,8 @@ def test_other_instruction_sets(isa):
 
 
 @pytest.mark.parametrize(("sizes", "density"),
-                         [((6, 70, 40, 400), 0.1), ((4, 1, 40, 600), None), ((4, 1, 40, 650), 0.4)])
+                         [((6, 70, 40, 400), 0.1), ((4, 20, 40, 200), 0.1), ((4, 1, 40, 600), None),
+                          ((4, 1, 40, 650), 0.4)])
 def test_bitwise_equal_for_any_number_of_threads(sizes, density):
     before = torch.get_num_threads()
     arguments = *drawn(sizes, density, True, torch.float32), STEPS[2]
