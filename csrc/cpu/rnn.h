@@ -58,7 +58,7 @@ struct ForwardStep {
   T leak;
 };
 
-// With d = grad_output + stays + hidden^T da_after: da = leak s' d, stays = (1 - leak) d, of rows begin .. end.
+// With d = grad_output + stays + hidden^T da_after: da = leak s' d, stays = (1 - leak) d, sum += da, of rows begin .. end.
 template <typename T>
 struct BackwardStep {
   Matrix<T> hidden_transposed;
@@ -67,6 +67,7 @@ struct BackwardStep {
   const T* activation;   // slab of s(a)
   T* da;                 // slab
   T* stays;              // slab, read and written
+  T* sum;                // the same, or null
   const T* active;
   int64_t width;
   Nonlinearity nonlinearity;
@@ -108,7 +109,6 @@ struct RnnLoops {
   void (*backward)(const BackwardStep<T>&, int64_t begin, int64_t end);
   void (*product)(const Product<T>&, int64_t begin, int64_t end);
   void (*sampled)(const SampledProduct<T>&, int64_t begin, int64_t end);
-  T (*row_sum)(const T* da, int64_t da_step, int64_t steps, int64_t width);
   void (*to_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   void (*from_slab)(const Transposition<T>&, int64_t begin, int64_t end);
   // panels begin .. end of a dense matrix, and of the transposed of one

@@ -146,6 +146,8 @@ void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end)
         p.stays[i] = d;
       }
     }
+    if (p.sum)
+      for (int64_t i = from; i < to; ++i) p.sum[i] += p.da[i];
   }
 }
 
@@ -224,20 +226,6 @@ inline void with_width(int64_t width, Run run) {
   }
 }
 
-template <typename T>
-T row_sum(const T* da, int64_t da_step, int64_t steps, int64_t width) {
-  constexpr int SIDE_BY_SIDE = 8;  // widths from 8 on are multiples of it
-  T sums[SIDE_BY_SIDE] = {}, sum = 0;
-  for (int64_t k = 0; k < steps; ++k, da += da_step)
-    if (width % SIDE_BY_SIDE == 0)
-      for (int64_t l = 0; l < width; l += SIDE_BY_SIDE)
-        for (int i = 0; i < SIDE_BY_SIDE; ++i) sums[i] += da[l + i];
-    else
-      for (int64_t l = 0; l < width; ++l) sum += da[l];
-  for (const T each : sums) sum += each;
-  return sum;
-}
-
 inline void find_kept(const uint8_t* mask, int64_t columns, uint64_t* bits) {
   for (int64_t j = 0; j < columns; j += MASK_STEP) *bits++ = kept_bits(mask + j, columns - j);
 }
@@ -262,7 +250,6 @@ constexpr RnnLoops<T> LOOPS = {
     [](const SampledProduct<T>& p, int64_t begin, int64_t end) {
       with_width<T>(p.width, [&](auto s) { sampled_rows<decltype(s)>(p, begin, end); });
     },
-    row_sum<T>,
     to_slab<T>,
     from_slab<T>,
     fill_panels<T>,

@@ -70,16 +70,20 @@ class Sequence {
     std::optional<TransposedMatrix<T>> input_transposed;
     if (grads.x) input_transposed.emplace(input, width());
     std::optional<WeightGrad> dw_ih, dw_hh;
-    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih, grads.mask_ih);
-    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh, grads.mask_hh);
-    if (grads.bias) std::fill_n(grads.bias, d_.hidden, T(0));
+    const int64_t parts = worth_sharing(hidden_transposed.matrix) ? 1 : std::max<int64_t>(1, strips());
+    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih, grads.mask_ih, parts);
+    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh, grads.mask_hh, parts);
 
     const int64_t at_once = chunk_steps(d_.hidden + (grads.w_ih ? d_.input : 0));
     const auto states = make_slabs(at_once + 1, d_.hidden), da = make_slabs(at_once + 1, d_.hidden);
     const auto inputs = make_slabs(grads.w_ih ? at_once : 0, d_.input);
     const auto stays = make_slabs(1, d_.hidden), grad = make_slabs(1, d_.hidden);
-    const auto kept = activations ? make_slabs(1, d_.hidden) : nullptr;
-    for_strips([&](int64_t s) { read(grad_h_n, d_.hidden, s, stays->at(s, 0)); });
+    const auto kept = activations ? make_slabs(1, d_.hidden) : nullptr,
+               sums = grads.bias ? make_slabs(1, d_.hidden) : nullptr;
+    for_strips([&](int64_t s) {
+      read(grad_h_n, d_.hidden, s, stays->at(s, 0));
+      if (sums) std::fill_n(sums->at(s, 0), sums->stride(s), T(0));
+    });
     for (int64_t last = d_.steps; last > 0; last -= at_once) {
       const int64_t first = std::max<int64_t>(0, last - at_once), steps = last - first;
       read_states(h, output, first, steps, *states);
@@ -90,10 +94,11 @@ class Sequence {
         const int64_t j = steps - 1 - step, k = first + j, width = strips_[s].width;
         if (grad_output) read(step_of(grad_output, k), d_.hidden, s, grad->at(s, 0), begin, end);
         if (activations) read(step_of(activations, k), d_.hidden, s, kept->at(s, 0), begin, end);
-        loops_.backward({hidden_transposed.matrix, k + 1 < d_.steps ? da->at(s, j + 1) : nullptr,
-                         grad_output ? grad->at(s, 0) : nullptr, activations ? kept->at(s, 0) : states->at(s, j + 1),
-                         da->at(s, j), stays->at(s, 0), active(s, k), width, d_.nonlinearity, T(d_.leak)},
-                        begin, end);
+        loops_.backward(
+            {hidden_transposed.matrix, k + 1 < d_.steps ? da->at(s, j + 1) : nullptr,
+             grad_output ? grad->at(s, 0) : nullptr, activations ? kept->at(s, 0) : states->at(s, j + 1), da->at(s, j),
+             stays->at(s, 0), sums ? sums->at(s, 0) : nullptr, active(s, k), width, d_.nonlinearity, T(d_.leak)},
+            begin, end);
       });
       if (grads.x) input_grad(input_transposed->matrix, *da, first, steps, grads.x);
       if (dw_hh) add_weight_grad(*dw_hh, *da, *states, steps);
@@ -101,10 +106,10 @@ class Sequence {
         read_inputs(x, first, steps, *inputs);
         add_weight_grad(*dw_ih, *da, *inputs, steps);
       }
-      if (grads.bias) add_bias_grad(*da, steps, grads.bias);
     }
     if (dw_ih) dw_ih->finish();
     if (dw_hh) dw_hh->finish();
+    if (sums) sum_lanes(*sums, grads.bias);
     if (grads.h)
       for_strips([&](int64_t s) {
         if (d_.steps) loops_.product({hidden_transposed.matrix, da->at(s, 0), stays->at(s, 0), strips_[s].width}, 0, d_.hidden);
@@ -121,12 +126,15 @@ class Sequence {
     return std::max<int64_t>(1, std::min(d_.steps, std::max<int64_t>(4, CHUNK_BYTES / step)));
   }
 
-  // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone.
+  // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone, then in `parts` parts:
+  // one of all strips, or of each its own, where strips stay in the cache of the thread that went on with them.
   struct WeightGrad {
-    WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask) : matrix(m), whole(whole), mask(mask) {
+    WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask, int64_t parts)
+        : matrix(m), whole(whole), mask(mask), parts(m.begin ? parts : 1) {
       each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
-      if (m.begin) entries.resize(entries_of(m));
+      if (m.begin) entries.resize(parts * entries_of(m));
     }
+    T* of(int64_t part) { return matrix.begin ? entries.data() + part * entries_of(matrix) : whole; }
     void finish() {
       if (!matrix.begin && !mask) return;
       each_row(matrix.rows, matrix.columns, [&](int64_t i) {
@@ -138,38 +146,49 @@ class Sequence {
         for (int64_t b = 0; b < matrix.blocks; ++b) {
           T* to = whole + i * matrix.columns + b * matrix.block_columns;
           const int64_t at = b * matrix.rows + i;
-          for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e) to[matrix.column[e]] = entries[e];
+          for (int64_t part = 0; part < parts; ++part)
+            for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e) to[matrix.column[e]] += of(part)[e];
         }
       });
     }
     const Matrix<T>& matrix;
     T* whole;
     const uint8_t* mask;  // (rows, columns): 0 where the gradient of a dense matrix is to be 0; null: nowhere
+    int64_t parts;
     std::vector<T> entries;
   };
 
   void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
-    const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), m.rows / SQUARE_ROWS));
-    each_task(chunks, entries_of(m) * lanes() * steps, [&](int64_t c) {
+    const int64_t chunks = grad.parts > 1 ? chunks_a_strip(m.rows, grad.parts) : chunks_at_all(m.rows),
+                  a_part = strips() / grad.parts;
+    each_task(grad.parts * chunks, entries_of(m) * lanes() * steps, [&](int64_t task) {
+      const int64_t part = task / chunks, c = task % chunks;
       const int64_t begin = chunk_begin(m.rows, c, chunks), end = chunk_begin(m.rows, c + 1, chunks);
-      for (int64_t s = 0; s < strips(); ++s) {
+      for (int64_t s = part * a_part; s < (part + 1) * a_part; ++s) {
         const int64_t width = strips_[s].width, share = m.block_columns * width * static_cast<int64_t>(sizeof(T));
         const int64_t at_once = std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, share));
         for (int64_t k = 0; k < steps; k += at_once)
-          loops_.sampled({m, da.at(s, k), other.at(s, k), da.stride(s), other.stride(s), std::min(at_once, steps - k), width,
-                          m.begin ? grad.entries.data() : grad.whole},
+          loops_.sampled({m, da.at(s, k), other.at(s, k), da.stride(s), other.stride(s), std::min(at_once, steps - k),
+                          width, grad.of(part)},
                          begin, end);
       }
     });
   }
 
-  void add_bias_grad(const Slabs<T>& da, int64_t steps, T* grad) const {
-    each_row(d_.hidden, steps * lanes(), [&](int64_t i) {
+  // to[i]: the sum of row i over all lanes.
+  void sum_lanes(const Slabs<T>& slabs, T* to) const {
+    constexpr int64_t SIDE_BY_SIDE = 4;  // widths but 1 are multiples of it
+    each_row(d_.hidden, lanes(), [&](int64_t i) {
+      T sums[SIDE_BY_SIDE] = {};
       for (int64_t s = 0; s < strips(); ++s) {
         const int64_t width = strips_[s].width;
-        grad[i] += loops_.row_sum(da.at(s, 0) + i * width, da.stride(s), steps, width);
+        const T* row = slabs.at(s, 0) + i * width;
+        if (width == 1) sums[0] += row[0];
+        for (int64_t l = 0; l + SIDE_BY_SIDE <= width; l += SIDE_BY_SIDE)
+          for (int64_t k = 0; k < SIDE_BY_SIDE; ++k) sums[k] += row[l + k];
       }
+      to[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     });
   }
 
