@@ -70,9 +70,12 @@ class Sequence {
     std::optional<TransposedMatrix<T>> input_transposed;
     if (grads.x) input_transposed.emplace(input, width());
     std::optional<WeightGrad> dw_ih, dw_hh;
-    const int64_t parts = worth_sharing(hidden_transposed.matrix) ? 1 : std::max<int64_t>(1, strips());
-    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih, grads.mask_ih, parts);
-    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh, grads.mask_hh, parts);
+    // strips only go on by themselves where W_hh keeps little; a W_ih that keeps much is not worth a copy for each
+    const auto parts = [&](const Matrix<T>& m) {
+      return worth_sharing(hidden_transposed.matrix) || worth_sharing(m) ? 1 : std::max<int64_t>(1, strips());
+    };
+    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih, grads.mask_ih, parts(input));
+    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh, grads.mask_hh, parts(hidden));
 
     const int64_t at_once = chunk_steps(d_.hidden + (grads.w_ih ? d_.input : 0));
     const auto states = make_slabs(at_once + 1, d_.hidden), da = make_slabs(at_once + 1, d_.hidden);
@@ -127,7 +130,7 @@ class Sequence {
   }
 
   // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone, then in `parts` parts:
-  // one of all strips, or of each its own, where strips stay in the cache of the thread that went on with them.
+  // one of all strips, or one of each, where a strip's slabs are in the cache of the thread that went on with it.
   struct WeightGrad {
     WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask, int64_t parts)
         : matrix(m), whole(whole), mask(mask), parts(m.begin ? parts : 1) {
