@@ -149,8 +149,10 @@ class Sequence {
         for (int64_t b = 0; b < matrix.blocks; ++b) {
           T* to = whole + i * matrix.columns + b * matrix.block_columns;
           const int64_t at = b * matrix.rows + i;
-          for (int64_t part = 0; part < parts; ++part)
-            for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e) to[matrix.column[e]] += of(part)[e];
+          for (int64_t part = 0; part < parts; ++part) {
+            const T* from = of(part);
+            for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e) to[matrix.column[e]] += from[e];
+          }
         }
       });
     }
@@ -163,8 +165,8 @@ class Sequence {
 
   void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
-    const int64_t chunks = grad.parts > 1 ? chunks_a_strip(m.rows, grad.parts) : chunks_at_all(m.rows),
-                  a_part = strips() / grad.parts;
+    // strips are of unlike widths, chunks of the rows of all strips alike
+    const int64_t chunks = chunks_a_group(m.rows, grad.parts, grad.parts > 1 ? 2 : 1), a_part = strips() / grad.parts;
     each_task(grad.parts * chunks, entries_of(m) * lanes() * steps, [&](int64_t task) {
       const int64_t part = task / chunks, c = task % chunks;
       const int64_t begin = chunk_begin(m.rows, c, chunks), end = chunk_begin(m.rows, c + 1, chunks);
@@ -258,7 +260,7 @@ class Sequence {
       });
       return;
     }
-    const int64_t chunks = chunks_a_strip(rows, strips());
+    const int64_t chunks = chunks_a_group(rows, strips(), 2);
     each_task_of_steps(steps, strips(), chunks, steps * work, [&](int64_t k, int64_t s, int64_t c) {
       step(s, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
     });

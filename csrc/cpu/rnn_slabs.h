@@ -66,13 +66,11 @@ constexpr int64_t SQUARE_ROWS = 16;  // whole squares are transposed fastest
 inline int64_t chunk_begin(int64_t rows, int64_t c, int64_t chunks) {
   return c == chunks ? rows : rows * c / chunks / SQUARE_ROWS * SQUARE_ROWS;
 }
-inline int64_t chunks_at_all(int64_t rows) {
-  return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), rows / SQUARE_ROWS));
-}
-// Twice as many as there are threads for a strip: a thread that is held up takes fewer.
-inline int64_t chunks_a_strip(int64_t rows, int64_t strips) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::max<int64_t>(1, std::min((threads + strips - 1) / std::max<int64_t>(1, strips) * 2, rows / SQUARE_ROWS));
+// For each of some groups that have the threads between them: `a_thread` for each thread of a group. Of more than one, a
+// thread that is held up takes fewer.
+inline int64_t chunks_a_group(int64_t rows, int64_t groups, int64_t a_thread) {
+  const int64_t threads = (torch::stable::get_num_threads() + groups - 1) / std::max<int64_t>(1, groups);
+  return std::max<int64_t>(1, std::min(threads * a_thread, rows / SQUARE_ROWS));
 }
 
 template <typename T>
