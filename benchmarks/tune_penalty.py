@@ -1,5 +1,5 @@
 """Measures launch parameters of the Triton kernels on this machine's GPU and prints rows for its generation in
-moduli_kernels/triton/launch_table.py.
+moduli_kernels/triton/tiles.py.
 
     python -m benchmarks.tune_penalty [KIND ...] [--output FILE]
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 import moduli_kernels as mk
+from moduli_kernels.triton.penalty import tiles
 
 SIZES = (1024, 4096, 8192)
 MIDDLE = 4096
@@ -104,7 +105,7 @@ def tune(kind: str, before: Any, timer: Timer) -> Found:
 
 
 def row(kind: str, tile: Any) -> str:
-    """As launch_table.py writes it."""
+    """As tiles.py writes it."""
     arguments = [str(tile.warps), str(tile.repeat), str(tile.programs)]
     if tile.prefetch:
         arguments.append("True")
@@ -115,7 +116,7 @@ def row(kind: str, tile: Any) -> str:
 
 def report(found: list[Found], capability: int) -> str:
     """What is to be put in the table, as Python, with what it gains."""
-    return "\n".join([f"# generation {capability}, moduli_kernels/triton/launch_table.py",
+    return "\n".join([f"# generation {capability}, moduli_kernels/triton/tiles.py",
                       *(f"# {each.told()}" for each in found),
                       "{", *(row(each.kind, each.tile) for each in found), "}"])
 
@@ -126,11 +127,10 @@ class GpuTimer:
     """Medians of the device's time for value and gradients; weights rotate through more than the cache holds."""
 
     def __init__(self):
-        from moduli_kernels.triton import launch_table
 
         from .contest_gpu import Stopwatch
 
-        self.table, self.stopwatch = launch_table, Stopwatch()
+        self.table, self.stopwatch = tiles, Stopwatch()
         self._values: dict[tuple[mk.Manifold, int], float] = {}
 
     def __call__(self, kind: str, tile: Any, n: int) -> list[float]:
@@ -177,16 +177,16 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("tune: launch parameters are measured on a CUDA GPU, and torch finds none here.", file=sys.stderr)
         return 2
-    from moduli_kernels.triton import launch_table
+    from moduli_kernels.triton.penalty import tiles
 
     from . import records
 
     major = torch.cuda.get_device_capability()[0]
-    generation = max([g for g in launch_table.TABLE if g <= major], default=min(launch_table.TABLE))
+    generation = max([g for g in tiles.TABLE if g <= major], default=min(tiles.TABLE))
     kinds = asked.kinds or list(WORK)
     if asked.compile:
         index, count = map(int, asked.compile.split("/"))
-        compile_share(kinds[0], launch_table.TABLE[generation][kinds[0]], index, count)
+        compile_share(kinds[0], tiles.TABLE[generation][kinds[0]], index, count)
         return 0
     found = []
     for kind in kinds:
@@ -194,7 +194,7 @@ def main() -> int:
         for process in [subprocess.Popen([sys.executable, "-m", "benchmarks.tune_penalty", kind, "--compile",
                                           f"{k}/{count}"], stderr=subprocess.DEVNULL) for k in range(count)]:
             process.wait()
-        found.append(tune(kind, launch_table.TABLE[generation][kind], GpuTimer()))
+        found.append(tune(kind, tiles.TABLE[generation][kind], GpuTimer()))
         print(f"tune: {found[-1].told()}", file=sys.stderr, flush=True)
     print(report(found, major))
     if asked.output:

@@ -7,13 +7,11 @@
 Importing touches neither CUDA nor Triton, and works without a compiler; `mk.env_report()` says what is available.
 """
 from . import plots
-from ._backend import backend
 from ._version import __version__
-from .compressed_rnn import CompressedRNN
-from .embedding import ManifoldEmbedding
+from .backends import backend
 from .env_report import env_report
-from .in_place import accumulate_penalty_grad_, proximal_step_
-from .inhibitors import (
+from .geometry.embedding import ManifoldEmbedding
+from .geometry.inhibitors import (
     Constant,
     DifferenceOfGaussians,
     Diffusion,
@@ -22,16 +20,18 @@ from .inhibitors import (
     Sinusoid,
     TabulatedInhibitor,
 )
-from .lottery import reinitialize_, rewind_
-from .manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Product, Sphere, manifold
-from .ordering import manifold_order
-from .penalty import moduli_penalty
-from .pruning import MagnitudePruner
-from .regularize import Regularization, Target, regularize
-from .regularizer import CoefficientRegularizer, ModuliRegularizer
-from .schedules import linear_schedule
-from .sparse_rnn import SparseRNN
-from .sparse_rnn_cell import SparseRNNCell, masked_rnn_step
+from .geometry.manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Product, Sphere, manifold
+from .geometry.ordering import manifold_order
+from .penalty.attach import Regularization, Target, regularize
+from .penalty.function import moduli_penalty
+from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
+from .penalty.modules import CoefficientRegularizer, ModuliRegularizer
+from .pruning.lottery import reinitialize_, rewind_
+from .pruning.pruner import MagnitudePruner
+from .pruning.schedules import linear_schedule
+from .rnn.cell import SparseRNNCell, masked_rnn_step
+from .rnn.compressed import CompressedRNN
+from .rnn.sparse_rnn import SparseRNN
 
 __all__ = [
     "Circle", "CoefficientRegularizer", "CompressedRNN", "Constant", "DifferenceOfGaussians", "Diffusion", "Euclidean",

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from . import _library
+from . import runtime
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-_DEVICE = {"cpp": "cpu", "triton": "cpu" if _library.triton_interpreted else "cuda", "cuda": "cuda"}
+_DEVICE = {"cpp": "cpu", "triton": "cpu" if runtime.triton_interpreted else "cuda", "cuda": "cuda"}
 _forced: str | None = os.environ.get("MODULI_KERNELS_BACKEND") or None
 
 
@@ -18,16 +18,16 @@ def availability() -> dict[str, tuple[bool, str]]:
     """Backend -> (can it run here, why or why not in words)."""
     return {
         "reference": (True, "plain PyTorch, any device"),
-        "cpp": (_library.cpu_ops_error is None, _library.cpu_ops_error or "compiled CPU kernels are loaded"),
+        "cpp": (runtime.cpu_ops_error is None, runtime.cpu_ops_error or "compiled CPU kernels are loaded"),
         "triton": _triton(),
         "cuda": (False, "its kernels are not part of this version"),
     }
 
 
 def _triton() -> tuple[bool, str]:
-    if not _library.triton_installed:
+    if not runtime.triton_installed:
         return False, "Triton is not installed (pip install triton; PyTorch's CUDA builds bring it along)"
-    if _library.triton_interpreted:
+    if runtime.triton_interpreted:
         return True, "Triton's interpreter runs its kernels on CPU tensors (TRITON_INTERPRET=1): slow, for tests"
     if not torch.cuda.is_available():
         return False, "Triton is installed, but PyTorch finds no CUDA GPU"
@@ -70,9 +70,9 @@ def backend(name: str) -> Iterator[None]:
 def active(device_type: str) -> str:
     """The backend that serves tensors on this type of device ("cpu", "cuda", ...)."""
     if _forced is None:
-        if device_type == "cuda" and not _library.triton_interpreted and _triton()[0]:
+        if device_type == "cuda" and not runtime.triton_interpreted and _triton()[0]:
             return "triton"
-        return "cpp" if device_type == "cpu" and _library.cpu_ops_error is None else "reference"
+        return "cpp" if device_type == "cpu" and runtime.cpu_ops_error is None else "reference"
     if _check(_forced) != "reference" and _DEVICE[_forced] != device_type:
         raise RuntimeError(
             f"backend {_forced!r} runs on {_DEVICE[_forced]} tensors, got one on {device_type}; move it or leave the "

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks
-from .manifolds import Manifold, manifold as manifold_of
-from .pruning import MagnitudePruner
-from .regularize import Regularization, Target, _parameter
-from .regularizer import ModuliRegularizer
+from . import checks
+from .geometry.manifolds import Manifold, manifold as manifold_of
+from .penalty.attach import Regularization, Target, _parameter
+from .penalty.modules import ModuliRegularizer
+from .pruning.pruner import MagnitudePruner
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,20 +48,20 @@ def kept_by_distance(mask: Tensor, points: Tensor, manifold: Manifold | str, *, 
         ValueError, TypeError: mask or points do not fit, an unknown preset, bins < 1.
     """
     m = manifold_of(manifold)
-    _checks.positive_int("bins", bins)
+    checks.positive_int("bins", bins)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor (rows, columns), got a {type(mask).__name__}; pass "
                         "torch.as_tensor(mask).")
     if mask.layout != torch.strided:
         raise TypeError(f"mask must be dense, got {mask.layout}; pass mask.to_dense().")
-    blocks = _checks.positive_int("blocks", blocks)
+    blocks = checks.positive_int("blocks", blocks)
     if mask.dim() < 2 or not mask.numel() or mask.shape[0] % blocks:
         raise ValueError(f"mask must have shape (blocks*R, C) with blocks={blocks} and R, C at least 1, got "
                          f"{tuple(mask.shape)}; of a vector there are no connections.")
     rows = mask.shape[0] // blocks
-    _checks.embedding_points(points, rows, m)
+    checks.embedding_points(points, rows, m)
     if cols is not None:
-        _checks.embedding_points(cols, mask.shape[1], m)
+        checks.embedding_points(cols, mask.shape[1], m)
     elif mask.shape[1] != rows:
         raise ValueError(f"cols must be the points of the {mask.shape[1]} columns, got None, which means that rows and "
                          f"columns are the same neurons, beside {rows} rows; pass cols.")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .pruning import MagnitudePruner
-from .regularize import Regularization, Target, regularize
-from .schedules import fraction
+from .penalty.attach import Regularization, Target, regularize
+from .pruning.pruner import MagnitudePruner
+from .pruning.schedules import fraction
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moduli_kernels as mk
 from moduli_kernels import reference
-from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
+from moduli_kernels.geometry.inhibitors import inhibitor as resolve_inhibitor
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 TABLE = mk.TabulatedInhibitor(lambda d: 2 + torch.cos(d), 25.0, samples=256)

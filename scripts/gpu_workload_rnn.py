@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import torch
 
-from moduli_kernels import _library_blocks, reference_rnn
-from moduli_kernels.block_layout import block_layout
-from moduli_kernels.reference_rnn import Step
-from moduli_kernels.triton import rnn_table
-from moduli_kernels.triton.rnn_table import Shares
+from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
+from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.reference import rnn as reference_rnn
+from moduli_kernels.reference.rnn import Step
+from moduli_kernels.triton.rnn import shares as shares_table
+from moduli_kernels.triton.rnn.shares import Shares
 
 ops = torch.ops.moduli_kernels
 NAMES = ("states", "last state", "dx", "dh", "dW_ih", "dW_hh", "db")
@@ -41,7 +42,7 @@ def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str
         masks, forward, backward, compressed = (mask_ih, mask_hh), ops.masked_rnn, ops.masked_rnn_grads, [None] * 4
     else:
         order = torch.randperm(n, generator=generator).cuda()
-        layout = _library_blocks.flat(block_layout(mask_hh, order, order, side=SIDE, threshold=threshold))
+        layout = blocked_rnn_op.flat(block_layout(mask_hh, order, order, side=SIDE, threshold=threshold))
         masks, compressed = (mask_ih, mask_hh, layout, SIDE), []
         forward, backward = ops.blocked_rnn, ops.blocked_rnn_grads
     output, h_n, *kept = forward(x, h, w_ih, w_hh, b_ih, b_hh, *masks, *compressed, lengths, *step, True)
@@ -53,10 +54,10 @@ def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str
 def cases():
     """(name, got, wanted) of all of them."""
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    shares_for = rnn_table.shares_for
+    shares_for = shares_table.shares_for
     for n, batch, step, threshold, shares in CASES:
-        rnn_table.shares_for = shares_for if shares is None else lambda *_, shares=shares: shares
+        shares_table.shares_for = shares_for if shares is None else lambda *_, shares=shares: shares
         name = f"rnn of {n} x {batch}, {step.nonlinearity}" + ("" if threshold is None else f", blocks of {threshold}")
         for what, got, want in run(n, batch, step, threshold):
             yield f"{name}: {what}", got, want
-    rnn_table.shares_for = shares_for
+    shares_table.shares_for = shares_for

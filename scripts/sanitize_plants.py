@@ -51,10 +51,10 @@ def build(library: pathlib.Path, cxx: list[str], flags: list[str]) -> None:
 def run(kind: str, library: str) -> None:
     import torch
 
-    from moduli_kernels import _library
+    from moduli_kernels import runtime
 
-    if _library.cpu_ops_error:
-        raise SystemExit(f"the instrumented library was not loaded: {_library.cpu_ops_error}")
+    if runtime.cpu_ops_error:
+        raise SystemExit(f"the instrumented library was not loaded: {runtime.cpu_ops_error}")
     numbers = torch.ones(1003)
     call = getattr(ctypes.CDLL(library), kind)
     call.argtypes, call.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_float

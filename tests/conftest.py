@@ -1,5 +1,5 @@
 """What every test runs under: poisoned memory, and hypothesis without a clock or chance; and the device of the tests
-that are marked `on_device` (penalty_cases.py)."""
+that are marked `on_device` (support/penalty_cases.py)."""
 from __future__ import annotations
 
 import ctypes
@@ -9,17 +9,17 @@ import sys
 import pytest
 import torch
 from hypothesis import settings
-from penalty_cases import DEVICE, KERNELS
 
 import moduli_kernels as mk
-from moduli_kernels import _library
+from moduli_kernels import runtime
+from tests.support.penalty_cases import DEVICE, KERNELS
 
 settings.register_profile("moduli", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("moduli")
 
 # Under MODULI_KERNELS_TEST_DEVICE=cuda: of files whose subject has no device. The suite on the CPU runs them.
 WITHOUT_A_DEVICE = ("test_setup.py", "test_packaging.py", "test_functors.py", "test_plots.py", "test_example*.py",
-                    "test_gpu_scripts.py", "test_triton_*.py", "test_block_layout.py", "test_mask_table.py",
+                    "test_gpu_scripts.py", "triton/*.py", "test_block_layout.py", "test_mask_table.py",
                     "test_rnn_cpp.py", "test_docs.py", "test_lightning.py", "test_distributed.py", "test_wheels.py",
                     "test_sanitizers.py", "test_tooling.py")
 
@@ -79,7 +79,7 @@ def poisoned_empty():
 @pytest.fixture
 def on_triton():
     """For the files that run Triton's kernels on CPU tensors, in its interpreter."""
-    assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
+    assert runtime.triton_interpreted, "run with TRITON_INTERPRET=1"
     with mk.backend("triton"):
         yield
 

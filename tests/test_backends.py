@@ -13,10 +13,10 @@ import sys
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, DEVICE, draw_points, draw_weight, expected, needs_cpp, relative_error
 
 import moduli_kernels as mk
-from moduli_kernels import _backend, _library
+from moduli_kernels import backends, runtime
+from tests.support.penalty_cases import BACKENDS, DEVICE, draw_points, draw_weight, expected, needs_cpp, relative_error
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def nothing_forced(monkeypatch):
     """As in a fresh process, whatever MODULI_KERNELS_BACKEND the suite runs under."""
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
 
 
 def ops_called(call) -> set[str]:
@@ -50,17 +50,17 @@ def penalty(manifold="torus", **settings) -> torch.Tensor:
 
 @needs_cpp
 def test_compiled_kernels_serve_the_cpu():
-    assert _backend.active("cpu") == "cpp"
+    assert backends.active("cpu") == "cpp"
     assert ops_called(penalty) == {"penalty"}
 
 
 def test_the_reference_serves_devices_without_kernels():
-    assert _backend.active("meta") == _backend.active("mps") == "reference"
+    assert backends.active("meta") == backends.active("mps") == "reference"
 
 
 def test_reference_by_choice():
     with mk.backend("reference"):
-        assert _backend.active("cpu") == "reference"
+        assert backends.active("cpu") == "reference"
         assert ops_called(penalty) == set()
 
 
@@ -91,15 +91,15 @@ def test_a_graph_stays_with_the_backend_it_was_made_on():
 def test_nested_and_restored_after_errors():
     with mk.backend("reference"):
         with mk.backend("cpp"):
-            assert _backend.active("cpu") == "cpp"
-        assert _backend.active("cpu") == "reference"
+            assert backends.active("cpu") == "cpp"
+        assert backends.active("cpu") == "reference"
         with pytest.raises(KeyError), mk.backend("cpp"):
             raise KeyError
-        assert _backend.active("cpu") == "reference"
+        assert backends.active("cpu") == "reference"
         with pytest.raises(ValueError), mk.backend("nonsense"):
             pass
-        assert _backend.active("cpu") == "reference"
-    assert _backend.active("cpu") == "cpp"
+        assert backends.active("cpu") == "reference"
+    assert backends.active("cpu") == "cpp"
 
 
 @needs_cpp
@@ -158,26 +158,26 @@ def test_tensors_elsewhere():
 
 
 def test_availability():
-    found = _backend.availability()
-    assert list(found) == list(_backend.BACKENDS) and found["reference"][0]
-    assert found["cpp"] == ((True, "compiled CPU kernels are loaded") if _library.cpu_ops_error is None
-                            else (False, _library.cpu_ops_error))
+    found = backends.availability()
+    assert list(found) == list(backends.BACKENDS) and found["reference"][0]
+    assert found["cpp"] == ((True, "compiled CPU kernels are loaded") if runtime.cpu_ops_error is None
+                            else (False, runtime.cpu_ops_error))
 
 
 # --- without the extension --------------------------------------------------------------------------------
 
 def test_in_words_why_the_extension_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
-    missing = _library._load_cpu_ops()
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
+    missing = runtime._load_cpu_ops()
     assert re.fullmatch(r"the extension is not built \(.*`make build`.*\)", missing)
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     (tmp_path / f"_cpu_ops{suffix}").write_bytes(b"not a library")
-    broken = _library._load_cpu_ops()
+    broken = runtime._load_cpu_ops()
     assert re.fullmatch(rf"_cpu_ops{suffix} does not load \(.*\); rebuild it with `make build`", broken,
                         re.DOTALL)
 
-    monkeypatch.setattr(_library, "cpu_ops_error", missing)
-    assert _backend.active("cpu") == "reference"
+    monkeypatch.setattr(runtime, "cpu_ops_error", missing)
+    assert backends.active("cpu") == "reference"
     with pytest.raises(RuntimeError) as error, mk.backend("cpp"):
         pass
     assert str(error.value) == (f"backend 'cpp' is not available: {missing}; python -m "
@@ -197,14 +197,14 @@ def child(code: str, path: pathlib.Path = ROOT, **environment: str) -> subproces
 RUN = """
 import json, torch
 import moduli_kernels as mk
-from moduli_kernels import _backend
+from moduli_kernels import backends
 g = torch.Generator().manual_seed(0)
 weight = torch.randn(7, 7, generator=g, dtype=torch.float64).requires_grad_()
 reg = mk.ModuliRegularizer(7, generator=g, dtype=torch.float64, trainable=True)
 value = reg(weight)
 value.backward()
 ops = torch.ops.moduli_kernels.scale_grads_([weight.grad], torch.tensor(1.0, dtype=torch.float64))
-print(json.dumps([_backend.active("cpu"), value.item(), weight.grad.tolist(), reg.rows.points.grad.tolist()]))
+print(json.dumps([backends.active("cpu"), value.item(), weight.grad.tolist(), reg.rows.points.grad.tolist()]))
 """
 
 
@@ -256,7 +256,7 @@ ISA_RUN = """
 import itertools, json, sys
 sys.path.insert(0, "tests")
 import torch
-from penalty_cases import *
+from tests.support.penalty_cases import *
 worst = {}
 for manifold, inhibitor, power, dtype in itertools.product(
         ["circle", "product"], [n for n in INHIBITORS if n != "callable"], [1.0, 2.0, 2.7],
@@ -308,4 +308,4 @@ def test_an_unknown_instruction_set():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_backends_are_reached_by_name(backend):
     with mk.backend(backend):
-        assert _backend.active(DEVICE) == backend
+        assert backends.active(DEVICE) == backend

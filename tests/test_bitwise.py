@@ -1,18 +1,18 @@
 """The compiled kernels give the same numbers as when tests/data/bitwise.json was written, to the last bit: moving and
-renaming code changes no arithmetic. Another compiler may round otherwise, hence only for the one that is named there.
+renaming code changes no arithmetic. Another compiler may round otherwise, hence only for the one named there.
 
-    python tests/bitwise_cases.py --record      writes the file anew, for a change that is meant to change results
+    python tests/support/bitwise_cases.py --record    writes the file anew, for a change that means to change results
 """
 from __future__ import annotations
 
 import json
 import platform
 
-import bitwise_cases
 import pytest
 import torch
 
-from moduli_kernels import _library
+from moduli_kernels import runtime
+from tests.support import bitwise_cases
 
 RECORDED = json.loads(bitwise_cases.RECORD.read_text())
 
@@ -24,7 +24,7 @@ def processor_has(isa: str) -> bool:
     return have in ranks and ranks.index(have) >= ranks.index(capability[isa])
 
 
-@pytest.mark.skipif(_library.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
+@pytest.mark.skipif(runtime.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="recorded on x86-64")
 @pytest.mark.parametrize("isa", bitwise_cases.ISAS)
 def test_results_are_those_recorded(isa):

@@ -13,12 +13,12 @@ import copy
 
 import pytest
 import torch
-from penalty_cases import generator, needs_kernels, on_device
-from rnn_cases import PATHS, draw, quiet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import generator, needs_kernels, on_device
+from tests.support.rnn_cases import PATHS, draw, quiet
 
 # torch's own, on the way
 pytestmark = [on_device, *quiet, pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels.manifolds import Manifold
+from moduli_kernels.geometry.manifolds import Manifold
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels import _backend
+from moduli_kernels import backends
 from moduli_kernels.env_report import env_report, environment, self_test
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def test_environment_is_json_with_the_facts_of_this_process():
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["threads"] == torch.get_num_threads() and 1 <= facts["cores"] <= os.cpu_count()
     assert facts["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
-    assert facts["backends"] == {name: list(state) for name, state in _backend.availability().items()}
+    assert facts["backends"] == {name: list(state) for name, state in backends.availability().items()}
     assert facts["backends"]["reference"][0] and facts["backend"] in facts["backends"]
 
 
@@ -45,7 +45,7 @@ def test_vector_units_agree_with_torch():
 
 
 def test_report_names_every_backend_and_why(monkeypatch):
-    monkeypatch.setattr(_backend, "availability", lambda: {
+    monkeypatch.setattr(backends, "availability", lambda: {
         "reference": (True, "plain PyTorch"), "cpp": (False, "the extension is not built"),
         "triton": (False, "no GPU"), "cuda": (False, "no GPU")})
     lines = [line.split(None, 2) for line in env_report().splitlines()]
@@ -60,7 +60,7 @@ def test_report_says_which_backend_is_active():
 
 
 def test_a_backend_that_cannot_be_had_is_reported_not_raised(monkeypatch):
-    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(backends, "_forced", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     [active] = [line for line in env_report().splitlines() if line.startswith("active")]
     assert "none (backend 'cuda'" in active
@@ -123,7 +123,7 @@ def test_check_passes_on_every_backend_and_fails_where_one_is_wrong(monkeypatch)
     said = []
     assert self_test.self_test(said.append)
     assert all(line.startswith("ok  ") for line in said) or said[0].startswith("nothing to check")
-    present = [name for name, (there, _) in _backend.availability().items() if there and name == "cpp"]
+    present = [name for name, (there, _) in backends.availability().items() if there and name == "cpp"]
     if not present:
         return
     assert len(said) == 7

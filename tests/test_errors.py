@@ -1,6 +1,6 @@
 """Bad input to the penalty, the regularizers and regularize: every message word for word.
 
-test_every_check_is_tested holds that no `raise` of moduli_kernels/_checks.py is left out here.
+test_every_check_is_tested holds that no `raise` of moduli_kernels/checks.py is left out here.
 """
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, draw_points, draw_weight
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels import _checks
+from moduli_kernels import checks
+from tests.support.penalty_cases import BACKENDS, draw_points, draw_weight
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
               pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
@@ -322,18 +322,18 @@ def test_message(case):
 
 
 def test_every_check_is_tested():
-    """The lines of _checks.py that the cases above raise at are all of its raise statements."""
-    source = inspect.getsource(_checks)
+    """The lines of checks.py that the cases above raise at are all of its raise statements."""
+    source = inspect.getsource(checks)
     written = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
     reached = set()
     for call, error, _ in ALL.values():
         with pytest.raises(error) as caught:
             call()
-        reached |= {entry.lineno + 1 for entry in caught.traceback if str(entry.path) == _checks.__file__}
+        reached |= {entry.lineno + 1 for entry in caught.traceback if str(entry.path) == checks.__file__}
     spans = {node.lineno: node.end_lineno for node in ast.walk(ast.parse(source))
              if isinstance(node, ast.Raise)}
     missed = {line for line in written if not any(line <= at <= spans[line] for at in reached)}
-    assert not missed, f"no case raises at _checks.py:{sorted(missed)}"
+    assert not missed, f"no case raises at checks.py:{sorted(missed)}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,11 +12,10 @@ import moduli_kernels as mk
 
 pytest.importorskip("safetensors")
 
-from example_runs import assert_same_nets  # noqa: E402
-
 from examples import data, language_model  # noqa: E402
 from examples.config import Config  # noqa: E402
 from examples.trainer import Run  # noqa: E402
+from tests.example_runs import assert_same_nets  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_wikitext = pytest.mark.skipif(not (SHARED / "wikitext-2").exists(), reason="needs shared/data/wikitext-2")

@@ -93,7 +93,7 @@ WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from test_example_ledger import CONFIG, result
+from tests.test_example_ledger import CONFIG, result
 from examples.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 40):

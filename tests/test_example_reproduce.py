@@ -13,12 +13,11 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from test_example_ledger import result  # noqa: E402
-
 from examples import adding, checkpoint, nets, reproduce, table_report, verdicts, workers  # noqa: E402
 from examples.ledger import Ledger  # noqa: E402
 from examples.tables import REFERENCE, tables  # noqa: E402
 from examples.task import Preset  # noqa: E402
+from tests.test_example_ledger import result  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Preset("tiny", {"hidden": 8, "steps": 5, "batch": 4, "tests": 20}, epochs=2, hold=1, batches=3, lr=1e-3,
@@ -193,7 +192,7 @@ import sys
 from pathlib import Path
 from examples.ledger import Ledger
 from examples.reproduce import run
-from test_example_reproduce import TINY
+from tests.test_example_reproduce import TINY
 from dataclasses import replace
 slow = replace(TINY, batches=60, epochs=6)
 configs = [slow.config("adding", net, 0, 0.9) for net in ("none", "torus")]

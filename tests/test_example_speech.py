@@ -16,13 +16,12 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("jiwer")
 pytest.importorskip("safetensors")
 
-from example_runs import assert_same_nets
-
 from examples import checkpoint, command, speech, speech_data
 from examples.config import Config
 from examples.data import Clip
 from examples.download import DataError
 from examples.trainer import Run
+from tests.example_runs import assert_same_nets
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "mini_librispeech" / "dev-clean-2.tar"

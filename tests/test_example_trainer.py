@@ -15,11 +15,10 @@ import moduli_kernels as mk
 
 pytest.importorskip("safetensors")
 
-from example_runs import assert_same_nets  # noqa: E402
-
 from examples import checkpoint  # noqa: E402
 from examples.config import Config  # noqa: E402
 from examples.trainer import Run  # noqa: E402
+from tests.example_runs import assert_same_nets  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NAVIGATION = Config(

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import contest_gpu, memory, peers, peers_gpu, records, report, report_gpu, tune_penalty
 from benchmarks.cases_gpu import GPU_CASES, GPU_GOALS, MASKED, MEMORY_CASES
-from moduli_kernels import _library
+from moduli_kernels import runtime
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADER = {"device": "cuda", "driver": "580.1", "l2": 50 * 2**20, "multiprocessors": 132, "quick": False,
@@ -183,11 +183,11 @@ def test_the_commit_of_a_tree_without_git(monkeypatch):
 
 # --- tuning -----------------------------------------------------------------------------------------------
 
-tuning = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+tuning = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 
 
 def present(kind: str):
-    from moduli_kernels.triton.launch_table import TABLE
+    from moduli_kernels.triton.penalty.tiles import TABLE
 
     return TABLE[9][kind]
 
@@ -200,7 +200,7 @@ def cost(tile) -> float:
 
 @tuning
 def test_the_table_and_the_search_know_the_same_kinds():
-    from moduli_kernels.triton.launch_table import TABLE, Tile
+    from moduli_kernels.triton.penalty.tiles import TABLE, Tile
 
     for kinds in TABLE.values():
         assert set(kinds) == set(tune_penalty.WORK)

@@ -22,7 +22,7 @@ import gpu_tests  # noqa: E402
 import gpu_workload  # noqa: E402
 
 from benchmarks import records  # noqa: E402
-from moduli_kernels import _library  # noqa: E402
+from moduli_kernels import runtime  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -197,7 +197,7 @@ def test_the_workload_checks_what_it_runs(monkeypatch, factor):
             everything()
 
 
-@pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+@pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 def test_the_planted_reads_compile():
     code = ("import sys; sys.path.insert(0, 'scripts')\n"
             "import gpu_plants_triton as p, triton\n"

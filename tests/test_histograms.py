@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from penalty_cases import generator, on_device
-from rnn_cases import draw, quiet
 from torch import nn
 
 import moduli_kernels as mk
 from moduli_kernels import plots
 from moduli_kernels.histograms import add_histograms, kept_by_distance
+from moduli_kernels.plots import figures
+from tests.support.penalty_cases import generator, on_device
+from tests.support.rnn_cases import draw, quiet
 
 pytestmark = [on_device, *quiet]
 
@@ -39,7 +40,7 @@ def test_kept_by_distance_is_what_the_plot_draws():
     mask = m.distance(points, points) < 2.5
     got = kept_by_distance(mask, points, "torus", bins=9)
     drawn = plots.plot_kept_against_distance(mask, points, m, mk.DifferenceOfGaussians(), bins=9).lines[0].get_data()
-    enough = got.counts >= plots.MIN_PAIRS
+    enough = got.counts >= figures.MIN_PAIRS
     assert enough.sum() > 5 and np.allclose((got.edges[1:] + got.edges[:-1]) / 2, drawn[0])
     assert np.array_equal(got.fraction[enough], drawn[1][enough])
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from penalty_cases import generator
 from torch import Tensor, nn
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import generator
 
 pytest.importorskip("lightning.pytorch")
 
@@ -302,7 +302,7 @@ from torch import nn
 from lightning.pytorch import Trainer
 import moduli_kernels as mk
 from moduli_kernels.lightning import ModuliCallback
-from test_lightning import Model, batches
+from tests.test_lightning import Model, batches
 
 model = Model()
 torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # each process draws other points, and sees other data
@@ -327,7 +327,7 @@ torch.distributed.destroy_process_group()
 def test_processes_of_ddp_stay_equal(tmp_path):
     (script := tmp_path / "two.py").write_text(TWO_PROCESSES)
     here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]

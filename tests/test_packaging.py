@@ -182,6 +182,6 @@ assert ("triton" in sys.modules) == loaded, "importing the package imports trito
 assert not torch.cuda.is_initialized()
 weight = torch.ones(3, 3, requires_grad=True)
 mk.moduli_penalty(weight, mk.manifold("torus").sample(3), manifold="torus").backward()
-print(weight.grad.shape == (3, 3), mk._backend.active("cpu"), mk._backend.availability()["cpp"][0])
+print(weight.grad.shape == (3, 3), mk.backends.active("cpu"), mk.backends.availability()["cpp"][0])
 """], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.stderr == "" and done.stdout == "True reference False\n"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import make_release_file as saved
-from penalty_cases import on_device
-from rnn_cases import quiet, weight_names
 from torch import nn
 
 import moduli_kernels as mk
+from tests.data import make_release_file as saved
+from tests.support.penalty_cases import on_device
+from tests.support.rnn_cases import quiet, weight_names
 
 pytestmark = [on_device, *quiet]
 

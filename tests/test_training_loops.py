@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from penalty_cases import generator, on_device
-from rnn_cases import PATHS, draw, plain_rnn, quiet
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -17,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import moduli_kernels as mk
 from examples import plain_loop
+from tests.support.penalty_cases import generator, on_device
+from tests.support.rnn_cases import PATHS, draw, plain_rnn, quiet
 
 pytestmark = [on_device, *quiet]
 

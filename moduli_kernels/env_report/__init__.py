@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import _backend
+from .. import backends
 from .._version import __version__
 
 ISA = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "asimd", "sve")
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         "ram_gib": _ram_gib(),
         "gpus": gpus,
         "compiler": _compiler(),
-        "backends": {name: list(state) for name, state in _backend.availability().items()},
+        "backends": {name: list(state) for name, state in backends.availability().items()},
         "backend": _active("cuda" if gpus else "cpu"),
         "commit": commit,
         "dirty": dirty,
@@ -95,7 +95,7 @@ def env_report() -> str:
 
 def _active(device_type: str) -> str:
     try:
-        return _backend.active(device_type)
+        return backends.active(device_type)
     except (RuntimeError, ValueError) as error:  # MODULI_KERNELS_BACKEND names one that cannot be had
         return f"none ({error})"
 

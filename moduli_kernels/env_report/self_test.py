@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .._backend import availability, backend
-from ..manifolds import manifold
-from ..penalty import moduli_penalty
-from ..sparse_rnn import SparseRNN
+from ..backends import availability, backend
+from ..geometry.manifolds import manifold
+from ..penalty.function import moduli_penalty
+from ..rnn.sparse_rnn import SparseRNN
 
 TOLERANCE = 1e-5  # relative, in norm, float32
 NEURONS = 130  # no multiple of what kernels take at a time

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from .. import checks
 from .manifolds import Manifold, manifold as resolve_manifold
 
 
@@ -37,11 +37,11 @@ class ManifoldEmbedding(nn.Module):
                  layout: str = "uniform", trainable: bool = False, generator: torch.Generator | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None):
         super().__init__()
-        _checks.positive_int("n", n, minimum=0)
-        _checks.one_of("layout", layout, ("uniform", "grid"))
+        checks.positive_int("n", n, minimum=0)
+        checks.one_of("layout", layout, ("uniform", "grid"))
         self.manifold = resolve_manifold(manifold)
         if points is not None:
-            _checks.embedding_points(points, n, self.manifold)
+            checks.embedding_points(points, n, self.manifold)
             points = points.detach().to(dtype=dtype, device=device, copy=True)
         elif layout == "grid":
             points = self.manifold.grid(n).to(dtype=dtype or torch.get_default_dtype(), device=device)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import checks
 from .manifolds import sqrt_of_square
 
 
@@ -81,8 +81,8 @@ class DifferenceOfGaussians(Inhibitor):
 
     def __post_init__(self):
         for name in ("c", "sigma1", "sigma2"):
-            _checks.positive(name, getattr(self, name))
-        _checks.ordered_sigmas(self.sigma1, self.sigma2)
+            checks.positive(name, getattr(self, name))
+        checks.ordered_sigmas(self.sigma1, self.sigma2)
 
     @property
     def offset(self) -> float:
@@ -122,8 +122,8 @@ class Diffusion(Inhibitor):
     trainable: ClassVar[bool] = False
 
     def __post_init__(self):
-        _checks.positive("c", self.c)
-        _checks.positive("exponent", self.exponent)
+        checks.positive("c", self.c)
+        checks.positive("exponent", self.exponent)
 
     def from_squared(self, s: Tensor) -> Tensor:
         zero = s == 0  # no derivative there for exponent < 2: autograd sees none
@@ -156,8 +156,8 @@ class Sinusoid(Inhibitor):
     mu: float = 2.0
 
     def __post_init__(self):
-        _checks.positive("c", self.c)
-        _checks.positive("mu", self.mu)
+        checks.positive("c", self.c)
+        checks.positive("mu", self.mu)
 
     def from_squared(self, s: Tensor) -> Tensor:
         return self.c + self.c * torch.cos(self.mu * sqrt_of_square(s))
@@ -188,8 +188,8 @@ class RickerWavelet(Inhibitor):
     c: float = 1.0
 
     def __post_init__(self):
-        _checks.positive("sigma", self.sigma)
-        _checks.positive("c", self.c)
+        checks.positive("sigma", self.sigma)
+        checks.positive("c", self.c)
 
     @property
     def peak(self) -> float:
@@ -221,7 +221,7 @@ class Constant(Inhibitor):
     trainable: ClassVar[bool] = False
 
     def __post_init__(self):
-        _checks.positive("c", self.c)
+        checks.positive("c", self.c)
 
     def from_squared(self, s: Tensor) -> Tensor:
         return torch.where(torch.isnan(s), s, torch.full_like(s, self.c))
@@ -256,11 +256,11 @@ class TabulatedInhibitor(Inhibitor):
     values: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self, f: Callable[[Tensor], Tensor]):
-        _checks.positive("max_distance", self.max_distance)
-        _checks.positive_int("samples", self.samples, minimum=8)
+        checks.positive("max_distance", self.max_distance)
+        checks.positive_int("samples", self.samples, minimum=8)
         d = torch.linspace(0, self.max_distance, self.samples, dtype=torch.float64)
         values = torch.as_tensor(f(d), dtype=torch.float64).detach().expand(self.samples)
-        _checks.table_values(values)
+        checks.table_values(values)
         object.__setattr__(self, "values", tuple(values.tolist()))
         steps = values.diff()
         object.__setattr__(self, "trainable", not bool((steps >= 0).all() or (steps <= 0).all()))

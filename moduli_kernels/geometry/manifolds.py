@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import checks
 
 
 def reduced(x: Tensor, period: float) -> Tensor:
@@ -119,7 +119,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 def _draw(n: int, columns: int, kind: str, generator: torch.Generator | None, dtype: torch.dtype | None,
           device: torch.device | str | None) -> Tensor:
     """(n, columns) uniform in [0, 1) or standard normal; drawn on the generator's device, then moved."""
-    _checks.positive_int("n", n, minimum=0)
+    checks.positive_int("n", n, minimum=0)
     source = generator.device if generator is not None else device
     draw = torch.rand if kind == "uniform" else torch.randn
     return draw(n, columns, generator=generator, dtype=dtype, device=source).to(device or source or "cpu")
@@ -153,7 +153,7 @@ class _Flat(Manifold):
         return wrap(reduced(x, period)[:, None] - reduced(y, period), period)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        _checks.distance_arguments(self, x, y)
+        checks.distance_arguments(self, x, y)
         return _sum(self._difference(x, y, c).square() for c in range(self.ambient_dim))
 
     def pull_back(self, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ class Circle(_Flat):
     radius: float = 5.0
 
     def __post_init__(self):
-        _checks.positive("radius", self.radius)
+        checks.positive("radius", self.radius)
 
     @property
     def _periods(self) -> tuple[float, ...]:
@@ -230,7 +230,7 @@ class FlatTorus(_Flat):
         if not periods:
             raise ValueError("periods must hold at least one positive number, got (); pass for example (10.0, 10.0).")
         for c, period in enumerate(periods):
-            _checks.positive(f"periods[{c}]", period)
+            checks.positive(f"periods[{c}]", period)
         object.__setattr__(self, "periods", tuple(float(p) for p in periods))
 
     @property
@@ -255,8 +255,8 @@ class Euclidean(_Flat):
     side: float = 10.0
 
     def __post_init__(self):
-        _checks.positive_int("dim", self.dim)
-        _checks.positive("side", self.side)
+        checks.positive_int("dim", self.dim)
+        checks.positive("side", self.side)
 
     @property
     def _periods(self) -> tuple[float, ...]:
@@ -294,8 +294,8 @@ class Sphere(Manifold):
     radius: float = 5.0
 
     def __post_init__(self):
-        _checks.positive_int("dim", self.dim)
-        _checks.positive("radius", self.radius)
+        checks.positive_int("dim", self.dim)
+        checks.positive("radius", self.radius)
 
     @property
     def ambient_dim(self) -> int:
@@ -314,7 +314,7 @@ class Sphere(Manifold):
         return sqrt_of_square(minus), sqrt_of_square(plus)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        _checks.distance_arguments(self, x, y)
+        checks.distance_arguments(self, x, y)
         x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
         return (2 * self.radius * torch.atan2(*self._chords(x, y))).square()
 
@@ -335,7 +335,7 @@ class Sphere(Manifold):
         return gx, gy
 
     def check_points(self, points: Tensor) -> None:
-        _checks.zero_vectors(points, self)
+        checks.zero_vectors(points, self)
 
     def grid(self, n: int) -> Tensor:
         if self.dim != 2:
@@ -371,8 +371,8 @@ class KleinBottle(Manifold):
     ambient_dim: ClassVar[int] = 2
 
     def __post_init__(self):
-        _checks.positive("width", self.width)
-        _checks.positive("height", self.height)
+        checks.positive("width", self.width)
+        checks.positive("height", self.height)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
                device: torch.device | str | None = None) -> Tensor:
@@ -393,7 +393,7 @@ class KleinBottle(Manifold):
         return dx, straight, flipped, s1, s2
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        _checks.distance_arguments(self, x, y)
+        checks.distance_arguments(self, x, y)
         *_, s1, s2 = self._candidates(x, y)
         return torch.where(s2 < s1, s2, s1)
 
@@ -449,7 +449,7 @@ class Product(Manifold):
         return torch.cat([m.sample(n, generator=generator, dtype=dtype, device=device) for m in self.manifolds], 1)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        _checks.distance_arguments(self, x, y)
+        checks.distance_arguments(self, x, y)
         return _sum(m.squared_distance(a, b) for m, a, b in zip(self.manifolds, self.split(x), self.split(y)))
 
     def pull_back(self, x: Tensor, y: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks
+from .. import checks
 from .manifolds import Circle, FlatTorus, KleinBottle, Manifold, Sphere, manifold as manifold_of
 
 # Cuts fall on multiples of this while a piece is larger, so blocks of 16, 32 and 64 stay whole for any n.
@@ -48,7 +48,7 @@ def manifold_order(points: Tensor, manifold: Manifold | str) -> Tensor:
     """
     m = manifold_of(manifold)
     is_points = isinstance(points, Tensor) and points.dim() > 0
-    _checks.embedding_points(points, points.shape[0] if is_points else 0, m)
+    checks.embedding_points(points, points.shape[0] if is_points else 0, m)
     stretch, reach = _geodesic_lengths(m)
     return _bisect(fundamental(points, m) * stretch, reach).to(points.device)
 

@@ -1,5 +1,5 @@
 """The ops of the masked RNN whose hidden weight is walked by a layout of its mask (block_layout.py). As in
-_library_rnn.py.
+masked_rnn_op.py.
 
     blocked_rnn        output (T, B, H), last state (B, H); for backward, or without elements where not kept: all states
                        and, where the leak is not 1, all s(a), both (T, H, pitch) with pitch = B up to a multiple of 8,
@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library_rnn, reference_rnn
-from ._library import _lib, register_triton
-from ._library_rnn import NEEDS, STEP, WEIGHTS
+from ..reference import rnn as reference_rnn
+from . import masked_rnn as masked_rnn_op
 from .block_layout import BlockLayout, Lists
+from .masked_rnn import NEEDS, STEP, WEIGHTS
+from .registry import library, register_triton
 
 PITCH = 8  # elements of the batch, of which there are a whole number in a row of states
 MASKS = "Tensor? mask_ih, Tensor mask_hh, Tensor[] layout, int side"
@@ -29,7 +30,7 @@ SCHEMAS = {
                          "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def flat(layout: BlockLayout) -> list[Tensor]:
@@ -61,12 +62,12 @@ def _blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, l
 def _blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side, lengths, states,
                        activations, nonlinearity, leak, reverse, *needs):
     output, s = (kept[..., :x.shape[1]].mT for kept in (states, states if leak == 1 else activations))
-    return _library_rnn._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, s,
-                                          nonlinearity, leak, reverse, *needs)
+    return masked_rnn_op._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output,
+                                           s, nonlinearity, leak, reverse, *needs)
 
 
-_lib.impl("blocked_rnn", _blocked_rnn, "CompositeExplicitAutograd")
-_lib.impl("blocked_rnn_grads", _blocked_rnn_grads, "CompositeExplicitAutograd")
+library.impl("blocked_rnn", _blocked_rnn, "CompositeExplicitAutograd")
+library.impl("blocked_rnn_grads", _blocked_rnn_grads, "CompositeExplicitAutograd")
 
 
 # --- fake kernels and autograd ---------------------------------------------------------------------------------
@@ -79,8 +80,8 @@ def _fake_blocked_rnn(x, h, *rest):
     return x.new_empty(steps, batch, n), torch.empty_like(h), *kept
 
 
-torch.library.register_fake("moduli_kernels::blocked_rnn", _fake_blocked_rnn, lib=_lib)
-torch.library.register_fake("moduli_kernels::blocked_rnn_grads", _library_rnn._fake_masked_rnn_grads, lib=_lib)
+torch.library.register_fake("moduli_kernels::blocked_rnn", _fake_blocked_rnn, lib=library)
+torch.library.register_fake("moduli_kernels::blocked_rnn_grads", masked_rnn_op._fake_masked_rnn_grads, lib=library)
 
 
 def _setup_context(ctx, inputs, output):
@@ -100,12 +101,12 @@ def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, *_):
     grads = torch.ops.moduli_kernels.blocked_rnn_grads(
         grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, ctx.side, lengths, states, activations,
         *ctx.step, *needs)
-    return (*_library_rnn.grads_asked_for(grads, need), None, None, [None] * len(layout), *(None,) * 6)
+    return (*masked_rnn_op.grads_asked_for(grads, need), None, None, [None] * len(layout), *(None,) * 6)
 
 
-torch.library.register_autograd("moduli_kernels::blocked_rnn", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("moduli_kernels::blocked_rnn", _backward, setup_context=_setup_context, lib=library)
 
 
 # --- the Triton kernels ----------------------------------------------------------------------------------------
 
-register_triton(SCHEMAS, lambda name: "launch_blocks", globals())
+register_triton(SCHEMAS, lambda name: "rnn.launch_blocked", globals())

@@ -1,4 +1,4 @@
-"""The ops of the masked RNN: schema, fake kernel, autograd formula and the reference as fallback. As in _library.py.
+"""The ops of the masked RNN: schema, fake kernel, autograd formula and the reference as fallback. As in ops/penalty.py.
 
     masked_rnn        output (T, B, H), last state (B, H), activations s(a) (T, B, H): the last without elements where
                       the leak is 1, for they are the output then, or where not kept
@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference_rnn
-from ._library import _lib, register_triton
+from ..reference import rnn as reference_rnn
+from .registry import library, register_triton
 
 WEIGHTS = "Tensor w_ih, Tensor w_hh"
 MASKS = "Tensor? mask_ih, Tensor? mask_hh"
@@ -31,7 +31,7 @@ SCHEMAS = {
                         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 # --- the reference as the implementation for every device that has no kernel ------------------------------------
@@ -59,8 +59,8 @@ def _masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh,
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-_lib.impl("masked_rnn", _masked_rnn, "CompositeExplicitAutograd")
-_lib.impl("masked_rnn_grads", _masked_rnn_grads, "CompositeExplicitAutograd")
+library.impl("masked_rnn", _masked_rnn, "CompositeExplicitAutograd")
+library.impl("masked_rnn_grads", _masked_rnn_grads, "CompositeExplicitAutograd")
 
 
 # --- fake kernels and autograd ---------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def _fake_masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, *rest):
     return tuple(torch.empty_like(like) if need else x.new_empty(0) for like, need in zip(likes, rest[-5:]))
 
 
-torch.library.register_fake("moduli_kernels::masked_rnn", _fake_masked_rnn, lib=_lib)
-torch.library.register_fake("moduli_kernels::masked_rnn_grads", _fake_masked_rnn_grads, lib=_lib)
+torch.library.register_fake("moduli_kernels::masked_rnn", _fake_masked_rnn, lib=library)
+torch.library.register_fake("moduli_kernels::masked_rnn_grads", _fake_masked_rnn_grads, lib=library)
 
 
 def _setup_context(ctx, inputs, output):
@@ -111,9 +111,9 @@ def grads_asked_for(grads: tuple[Tensor, ...], need: tuple[bool, ...]) -> list[T
     return [grad if needed else None for grad, needed in zip(six, need)]
 
 
-torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_context=_setup_context, lib=library)
 
 
 # --- the Triton kernels ----------------------------------------------------------------------------------------
 
-register_triton(SCHEMAS, lambda name: "launch_rnn", globals())
+register_triton(SCHEMAS, lambda name: "rnn.launch_masked", globals())

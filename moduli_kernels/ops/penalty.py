@@ -18,21 +18,15 @@ gradient of the rows then holds both parts): contiguous, float64 for a float64 w
 value. mask: like weight, contiguous. crow_indices (blocks*R + 1), col_indices, int64: of a torch.sparse_csr weight,
 whose values (entries) then stand for weight, and gradients are those of the values; no mask. table: (samples, 4) for
 the tabulated inhibitor, like the points. factors, factor_parameters, inhibitor, inhibitor_parameters: see
-_encoding.py. scale: strength over the number of entries.
+encoding.py. scale: strength over the number of entries.
 """
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import pathlib
-import sys
-import warnings
-from collections.abc import Callable, Iterable
-
 import torch
 
-from . import _encoding, reference
+from .. import reference
+from ..geometry import encoding
+from .registry import library, register_triton
 
 PENALTY = (
     "Tensor weight, Tensor rows, Tensor? cols, Tensor? mask, Tensor? crow_indices, Tensor? col_indices, Tensor? table, "
@@ -57,17 +51,16 @@ SCHEMAS = {
     "scale_penalties_grads_": "(Tensor(a!)[] grads, Tensor grad, int[] layers) -> ()",
 }
 
-_lib = torch.library.Library("moduli_kernels", "DEF")
 for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=() if _name.endswith("_") else (torch.Tag.pt2_compliant_tag,))
+    library.define(_name + _schema, tags=() if _name.endswith("_") else (torch.Tag.pt2_compliant_tag,))
 
 
 # --- the reference as the implementation for every device that has no kernel ------------------------------------
 
 def _what(factors, factor_parameters, inhibitor, inhibitor_parameters, table, power, blocks, scale):
     return reference.Penalty(
-        _encoding.decode_manifold(factors, factor_parameters),
-        _encoding.decode_inhibitor(inhibitor, inhibitor_parameters, table), power, blocks, scale,
+        encoding.decode_manifold(factors, factor_parameters),
+        encoding.decode_inhibitor(inhibitor, inhibitor_parameters, table), power, blocks, scale,
     )
 
 
@@ -148,7 +141,7 @@ for _name, _function in (("penalty", _penalty), ("penalty_with_grads", _penalty_
                          ("proximal_step_", _proximal_step_), ("scale_grads_", _scale_grads_),
                          ("penalties_with_grads", _penalties_with_grads), ("penalties_grads", _penalties_grads),
                          ("scale_penalties_grads_", _scale_penalties_grads_)):
-    _lib.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 # --- fake kernels and autograd ---------------------------------------------------------------------------------
@@ -166,20 +159,20 @@ def _fake_grads(weight, rows, cols, need_weight, need_points):
     )
 
 
-torch.library.register_fake("moduli_kernels::penalty", _fake_penalty, lib=_lib)
+torch.library.register_fake("moduli_kernels::penalty", _fake_penalty, lib=library)
 torch.library.register_fake(
     "moduli_kernels::penalty_with_grads",
-    lambda *a: (a[1].new_empty(()), *_fake_grads(a[0], a[1], a[2], a[-2], a[-1])), lib=_lib,
+    lambda *a: (a[1].new_empty(()), *_fake_grads(a[0], a[1], a[2], a[-2], a[-1])), lib=library,
 )
 torch.library.register_fake(
-    "moduli_kernels::penalty_grads", lambda grad, *a: _fake_grads(a[0], a[1], a[2], a[-2], a[-1]), lib=_lib,
+    "moduli_kernels::penalty_grads", lambda grad, *a: _fake_grads(a[0], a[1], a[2], a[-2], a[-1]), lib=library,
 )
 torch.library.register_fake(
     "moduli_kernels::accumulate_penalty_grad_",
-    lambda grad, *a: (a[1].new_empty(()), *_fake_grads(a[0], a[1], a[2], False, a[-1])[1:]), lib=_lib,
+    lambda grad, *a: (a[1].new_empty(()), *_fake_grads(a[0], a[1], a[2], False, a[-1])[1:]), lib=library,
 )
-torch.library.register_fake("moduli_kernels::proximal_step_", lambda *a: None, lib=_lib)
-torch.library.register_fake("moduli_kernels::scale_grads_", lambda grads, grad: None, lib=_lib)
+torch.library.register_fake("moduli_kernels::proximal_step_", lambda *a: None, lib=library)
+torch.library.register_fake("moduli_kernels::scale_grads_", lambda grads, grad: None, lib=library)
 
 
 def _fake_grads_of_each(weights, rows, cols, *rest):
@@ -189,12 +182,12 @@ def _fake_grads_of_each(weights, rows, cols, *rest):
 
 torch.library.register_fake(
     "moduli_kernels::penalties_with_grads",
-    lambda *a: (a[1][0].new_empty(()), a[1][0].new_empty(len(a[0])), *_fake_grads_of_each(*a)), lib=_lib,
+    lambda *a: (a[1][0].new_empty(()), a[1][0].new_empty(len(a[0])), *_fake_grads_of_each(*a)), lib=library,
 )
 torch.library.register_fake(
-    "moduli_kernels::penalties_grads", lambda grad, *a: _fake_grads_of_each(*a), lib=_lib,
+    "moduli_kernels::penalties_grads", lambda grad, *a: _fake_grads_of_each(*a), lib=library,
 )
-torch.library.register_fake("moduli_kernels::scale_penalties_grads_", lambda grads, grad, layers: None, lib=_lib)
+torch.library.register_fake("moduli_kernels::scale_penalties_grads_", lambda grads, grad, layers: None, lib=library)
 
 
 def _setup_context(ctx, inputs, output):
@@ -210,75 +203,12 @@ def _backward(ctx, grad):
             *(None,) * (4 + len(ctx.rest)))
 
 
-torch.library.register_autograd("moduli_kernels::penalty", _backward, setup_context=_setup_context, lib=_lib)
-
-
-# --- the compiled kernels --------------------------------------------------------------------------------------
-
-def _load_cpu_ops() -> str | None:
-    """Loads the shared library; None, or in words why it cannot be."""
-    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    path = pathlib.Path(__file__).with_name("_cpu_ops" + suffix)
-    if not path.exists():
-        return ("the extension is not built (run `make build`; or install torch first and then this package, with "
-                "pip install --no-build-isolation and a C++ compiler)")
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return f"{path.name} does not load ({error}); rebuild it with `make build`"
-    return None
-
-
-cpu_ops_error = _load_cpu_ops()
-
-
-# --- the Triton kernels ----------------------------------------------------------------------------------------
-
-triton_installed = importlib.util.find_spec("triton") is not None
-# Triton reads this variable once, at its import: its kernels then run on CPU tensors, for tests without a GPU.
-triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def register_triton(schemas: Iterable[str], module_of: Callable[[str], str], fallbacks: dict[str, Callable]) -> None:
-    """Has CUDA tensors served by the launcher of each op's own name. In Triton's interpreter CPU tensors too, where the
-    backend "triton" is chosen, else by what served them before.
-
-    module_of: from an op's name to the module of moduli_kernels/triton that holds its launcher, which is imported by
-    the first call. fallbacks: the reference of op `name` as "_name"; a module's globals().
-    """
-    for name in schemas if triton_installed else ():
-        _lib.impl(name, _triton(name, module_of), "CUDA")
-    for name in schemas if triton_interpreted else ():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that they replace the compiled ones
-            _lib.impl(name, _interpreted(name, module_of, fallbacks), "CPU", with_keyset=True)
-
-
-def _triton(name: str, module_of: Callable[[str], str]) -> Callable:
-    def launch(*arguments):
-        module = importlib.import_module(f".triton.{module_of(name)}", __package__)
-        return getattr(module, name)(*arguments)
-
-    return launch
-
-
-def _interpreted(name: str, module_of: Callable[[str], str], fallbacks: dict[str, Callable]) -> Callable:
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"moduli_kernels::{name}", "CPU")
-    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if compiled else None
-    launch = _triton(name, module_of)
-
-    def on_cpu(keys, *arguments):
-        from . import _backend
-
-        if _backend.active("cpu") == "triton":
-            return launch(*arguments)
-        return before(keys, *arguments) if before else fallbacks[f"_{name}"](*arguments)
-
-    return on_cpu
+torch.library.register_autograd("moduli_kernels::penalty", _backward, setup_context=_setup_context, lib=library)
 
 
 def _module_of(name: str) -> str:
-    return "launch_several" if "penalties" in name else "launch_kept" if name == "proximal_step_" else "launch"
+    return ("penalty.launch_grouped" if "penalties" in name
+            else "penalty.launch_kept" if name == "proximal_step_" else "penalty.launch")
 
 
 register_triton(SCHEMAS, _module_of, globals())

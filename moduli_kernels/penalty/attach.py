@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _several
-from ._sharded import is_sharded
-from .reference import compute_dtype
-from .regularizer import CoefficientRegularizer, ModuliRegularizer
+from .. import checks
+from ..distributed import is_sharded
+from ..reference import compute_dtype
+from . import grouped
+from .modules import CoefficientRegularizer, ModuliRegularizer
 
 _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
 
@@ -67,8 +68,8 @@ class Regularization(nn.Module):
         """The sum where one launch gives it, else None, and the penalty of each weight."""
         weights = [_read(self._targets[name]) for name in self._key]
         regularizers = cast("list[Any]", list(self.regularizers.values()))
-        if not any(map(is_sharded, weights)) and _several.share_launches(regularizers, weights):
-            return _several.penalties(list(map(_several.layer_of, regularizers, weights)))  # pyright: ignore[reportReturnType]
+        if not any(map(is_sharded, weights)) and grouped.share_launches(regularizers, weights):
+            return grouped.penalties(list(map(grouped.layer_of, regularizers, weights)))  # pyright: ignore[reportReturnType]
         return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
 
     def losses(self) -> dict[str, Tensor]:
@@ -125,17 +126,17 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
         >>> reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
         >>> loss = criterion(model(x), y) + reg()
     """
-    _checks.no_module(model)
+    checks.no_module(model)
     found = _search(model) if targets is None else _as_targets(targets)
     if not found:
-        _checks.no_target(model)
+        checks.no_target(model)
     names = {id(module): name for name, module in model.named_modules()}
     made: dict[str, tuple[Target, nn.Module]] = {}
     seen: set[tuple[object, ...]] = set()
     alive: list[Tensor] = []
     for target in found:
-        weight = _checks.target_weight(target.module, target.name)
-        _checks.target_columns(target.name, target.columns)
+        weight = checks.target_weight(target.module, target.name)
+        checks.target_columns(target.name, target.columns)
         # a parametrized weight is a new tensor each time it is read: the same module and name are the same weight too
         parameter = _parameter(target)
         alive.append(parameter)  # that no other gets its id
@@ -151,12 +152,12 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
 
 def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Target]:
     if not isinstance(targets, Iterable) or isinstance(targets, (str, nn.Module)):
-        _checks.no_pair(targets)
+        checks.no_pair(targets)
     found = []
     for target in targets:
         if not isinstance(target, Target):
             if not isinstance(target, (tuple, list)) or len(target) != 2:
-                _checks.no_pair(target)
+                checks.no_pair(target)
             target = Target(*target)
         found.append(target)
     return found
@@ -166,7 +167,7 @@ def _search(model: nn.Module) -> list[Target]:
     found = []
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
-            _checks.no_projection(module)
+            checks.no_projection(module)
             names = [n.removesuffix("_orig") for n, _ in module.named_parameters(recurse=False)]
             gates = _GATES["RNN" if module.mode.startswith("RNN") else module.mode]
             found += [Target(module, n, blocks=gates, recurrent=True) for n in names if n.startswith("weight_hh_l")]
@@ -178,7 +179,7 @@ def _search(model: nn.Module) -> list[Target]:
 
 def _regularizer(target: Target, weight: Tensor, settings: dict[str, Any]) -> ModuliRegularizer:
     blocks = target.blocks
-    _checks.target_blocks(target.name, weight.shape[0], blocks)
+    checks.target_blocks(target.name, weight.shape[0], blocks)
     rows = weight.shape[0] // blocks
     columns = len(range(*(target.columns or slice(None)).indices(weight.shape[1])))
     recurrent = target.recurrent

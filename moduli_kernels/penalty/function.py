@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, _checks, _encoding, reference
-from ._once import only_once
-from ._sharded import check_plain_points, is_sharded, shard_of, shared_by_ranks, sum_over_ranks
-from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
-from .manifolds import Manifold, manifold as resolve_manifold
+from .. import backends, checks, reference
+from ..autograd import only_once
+from ..distributed import check_plain_points, is_sharded, shard_of, shared_by_ranks, sum_over_ranks
+from ..geometry import encoding
+from ..geometry.inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.manifolds import Manifold, manifold as resolve_manifold
+from ..ops import torch_ops
 
-_penalty = torch.ops.moduli_kernels.penalty.default
-_penalty_with_grads = torch.ops.moduli_kernels.penalty_with_grads.default
-_penalty_grads = torch.ops.moduli_kernels.penalty_grads.default
-_accumulate_penalty_grad_ = torch.ops.moduli_kernels.accumulate_penalty_grad_.default
-_proximal_step_ = torch.ops.moduli_kernels.proximal_step_.default
-_scale_grads_ = torch.ops.moduli_kernels.scale_grads_.default
+_penalty = torch_ops.penalty.default
+_penalty_with_grads = torch_ops.penalty_with_grads.default
+_penalty_grads = torch_ops.penalty_grads.default
+_accumulate_penalty_grad_ = torch_ops.accumulate_penalty_grad_.default
+_proximal_step_ = torch_ops.proximal_step_.default
+_scale_grads_ = torch_ops.scale_grads_.default
 
 
 def moduli_penalty(
@@ -79,9 +81,9 @@ def _of_shard(
     """`moduli_penalty` of a sharded weight. rows, cols and mask are whole and equal on every rank."""
     check_plain_points(rows, cols)
     manifold = resolve_manifold(manifold)
-    _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
-    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    scale = _checks.finite("strength", strength)
+    checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    scale = checks.finite("strength", strength)
     if reduction == "mean":  # over the entries of all ranks
         scale /= max(1, weight.shape[0] * weight.shape[1])
     shard = shard_of(weight)
@@ -107,12 +109,12 @@ def checked(weight: Tensor, rows: Tensor, cols: Tensor | None, manifold: Manifol
         )
     check_plain_points(rows, cols)
     manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
-    _checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
-    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    scale = _checks.finite("strength", strength)
+    checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    scale = checks.finite("strength", strength)
     if reduction == "mean":
         scale /= max(1, weight.shape[0] * weight.shape[1])
-    what = reference.Penalty(manifold, inhibitor, _checks.power(power), blocks, scale)
+    what = reference.Penalty(manifold, inhibitor, checks.power(power), blocks, scale)
     dtype = reference.compute_dtype(weight)
     return what, rows.to(dtype), None if cols is None else cols.to(dtype)
 
@@ -157,7 +159,7 @@ def refuse_second_derivative() -> None:
 class _OpRunner:
     """Through the registered ops (compiled kernels)."""
 
-    def __init__(self, what: reference.Penalty, code: _encoding.ManifoldCode, inhibitor: _encoding.InhibitorCode):
+    def __init__(self, what: reference.Penalty, code: encoding.ManifoldCode, inhibitor: encoding.InhibitorCode):
         self.table_source = what.inhibitor if isinstance(what.inhibitor, TabulatedInhibitor) else None
         self.code = (*code, *inhibitor, what.power, what.blocks, what.scale)
 
@@ -275,8 +277,8 @@ def _refuse_traced_csr(weight: Tensor) -> None:
 
 def runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRunner:
     """What computes it: the ops or, for what they do not know, the reference."""
-    backend = _backend.active(weight.device.type)
-    code, inhibitor = _encoding.encode_manifold(what.manifold), _encoding.encode_inhibitor(what.inhibitor)
+    backend = backends.active(weight.device.type)
+    code, inhibitor = encoding.encode_manifold(what.manifold), encoding.encode_inhibitor(what.inhibitor)
     if (code is None or inhibitor is None) and not torch.compiler.is_compiling():
         if code is None:
             Manifold.warn_tiled(type(what.manifold).__name__, "the manifold")

@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, _encoding
-from ._once import only_once
-from .inhibitors import TabulatedInhibitor
-from .penalty import checked, refuse_second_derivative, row_strided
-from .reference import Penalty, compute_dtype
-from .regularizer import ModuliRegularizer
+from .. import backends
+from ..autograd import only_once
+from ..geometry import encoding
+from ..geometry.inhibitors import TabulatedInhibitor
+from ..ops import torch_ops
+from ..reference import Penalty, compute_dtype
+from .function import checked, refuse_second_derivative, row_strided
+from .modules import ModuliRegularizer
 
-_penalties_with_grads = torch.ops.moduli_kernels.penalties_with_grads.default
-_penalties_grads = torch.ops.moduli_kernels.penalties_grads.default
-_scale_penalties_grads_ = torch.ops.moduli_kernels.scale_penalties_grads_.default
+_penalties_with_grads = torch_ops.penalties_with_grads.default
+_penalties_grads = torch_ops.penalties_grads.default
+_scale_penalties_grads_ = torch_ops.scale_penalties_grads_.default
 
 
 class Layer(NamedTuple):
@@ -38,13 +40,13 @@ def share_launches(regularizers: list[torch.nn.Module], weights: list[Tensor]) -
     if any(type(r) is not ModuliRegularizer or r._forward_hooks or r._forward_pre_hooks for r in regularizers):
         return False
     if any(w.layout != torch.strided or w.device != first.device or compute_dtype(w) != compute_dtype(first)
-           for w in weights) or _backend.active(first.device.type) != "triton":
+           for w in weights) or backends.active(first.device.type) != "triton":
         return False
     formulas = [(r.manifold, r.inhibitor, r.power) for r in regularizers]
     if any(formula != formulas[0] for formula in formulas):
         return False
     manifold, inhibitor, _ = formulas[0]
-    return _encoding.encode_manifold(manifold) is not None and _encoding.encode_inhibitor(inhibitor) is not None
+    return encoding.encode_manifold(manifold) is not None and encoding.encode_inhibitor(inhibitor) is not None
 
 
 def layer_of(r: ModuliRegularizer, weight: Tensor) -> Layer:
@@ -71,7 +73,7 @@ class _Runner:
         first = layers[0].what
         self.count = len(layers)
         self.table_source = first.inhibitor if isinstance(first.inhibitor, TabulatedInhibitor) else None
-        self.code = (*_encoding.encode_manifold(first.manifold), *_encoding.encode_inhibitor(first.inhibitor),
+        self.code = (*encoding.encode_manifold(first.manifold), *encoding.encode_inhibitor(first.inhibitor),
                      first.power, [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
 
     def split(self, tensors: tuple) -> tuple[tuple, tuple, tuple]:

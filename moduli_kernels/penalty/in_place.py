@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _checks
-from .inhibitors import Inhibitor
-from .manifolds import Manifold
-from .penalty import checked, runner, stored
+from .. import checks
+from ..geometry.inhibitors import Inhibitor
+from ..geometry.manifolds import Manifold
+from .function import checked, runner, stored
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def proximal_step_(
         ValueError, TypeError: as `moduli_penalty`; step < 0 or not finite.
         NotImplementedError: for a DTensor.
     """
-    step = _checks.finite("step", step)
+    step = checks.finite("step", step)
     if step < 0:
         raise ValueError(f"step must be >= 0, got {step}; pass the learning rate.")
     what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, 1.0, blocks, mask, reduction, strength)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import _checks
-from ._sharded import is_sharded, shard_of, sum_over_ranks
-from .embedding import ManifoldEmbedding
-from .inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
-from .manifolds import Manifold, manifold as resolve_manifold
-from .penalty import moduli_penalty
+from .. import checks
+from ..distributed import is_sharded, shard_of, sum_over_ranks
+from ..geometry.embedding import ManifoldEmbedding
+from ..geometry.inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.manifolds import Manifold, manifold as resolve_manifold
+from .function import moduli_penalty
 
 
 class ModuliRegularizer(nn.Module):
@@ -53,23 +53,23 @@ class ModuliRegularizer(nn.Module):
         super().__init__()
         self.manifold = resolve_manifold(manifold)
         self.inhibitor = resolve_inhibitor(inhibitor)
-        self.power = _checks.power(power)
-        self.blocks = _checks.positive_int("blocks", blocks)
-        self.reduction = _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.strength = _checks.finite("strength", strength)
+        self.power = checks.power(power)
+        self.blocks = checks.positive_int("blocks", blocks)
+        self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        self.strength = checks.finite("strength", strength)
 
         def embed(name: str, n: int | ManifoldEmbedding) -> ManifoldEmbedding:
             if isinstance(n, ManifoldEmbedding):
-                _checks.embedding_manifold(name, n.manifold, self.manifold)
+                checks.embedding_manifold(name, n.manifold, self.manifold)
                 return n
-            _checks.embedding_size(name, n)
+            checks.embedding_size(name, n)
             return ManifoldEmbedding(n, self.manifold, trainable=trainable, generator=generator, dtype=dtype,
                                      device=device)
 
         self.rows = embed("rows", rows)
         self.cols = self.rows if cols is None else embed("cols", cols)
         if self.rows.trainable or self.cols.trainable:
-            _checks.warn_untrainable(self.inhibitor)
+            checks.warn_untrainable(self.inhibitor)
 
     def forward(self, weight: Tensor, mask: Tensor | None = None) -> Tensor:
         """The penalty of `weight`, 0-d, of which entries under a `mask` that is False cost nothing; shapes, dtypes and
@@ -113,7 +113,7 @@ class ModuliRegularizer(nn.Module):
         saved = json.loads(bytes(state.tolist()).decode())
         mine = json.loads(bytes(self.get_extra_state().tolist()).decode())
         for name, value in mine.items():
-            _checks.saved_setting(name, saved.get(name), value)
+            checks.saved_setting(name, saved.get(name), value)
 
     def extra_repr(self) -> str:
         shared = ", cols=rows" if self.cols is self.rows else ""
@@ -150,10 +150,10 @@ class CoefficientRegularizer(nn.Module):
 
     def __init__(self, coefficients: Tensor, power: float = 1.0, reduction: str = "mean", strength: float = 1.0):
         super().__init__()
-        _checks.coefficient_tensor(coefficients)
-        self.power = _checks.power(power)
-        self.reduction = _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.strength = _checks.finite("strength", strength)
+        checks.coefficient_tensor(coefficients)
+        self.power = checks.power(power)
+        self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
+        self.strength = checks.finite("strength", strength)
         self.register_buffer("coefficients", coefficients.detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class CoefficientRegularizer(nn.Module):
             ValueError, TypeError: weight does not fit; the message says how.
             NotImplementedError: for a DTensor that is not cut in rows.
         """
-        _checks.coefficient_arguments(weight, self.coefficients)
+        checks.coefficient_arguments(weight, self.coefficients)
         entries, coefficients, group = weight.shape[0] * weight.shape[1], self.coefficients, None
         if is_sharded(weight):
             shard = shard_of(weight)

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from .manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Sphere
+from ..geometry.manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Sphere
 
 _ARC = np.linspace(0, 1, 33)  # parameters of the points that make a curved link
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._charts import chart, slice_chart
-from .histograms import kept_by_distance
-from .manifolds import Euclidean, Manifold, manifold as manifold_of
-from .ordering import fundamental, manifold_order
+from .. import checks
+from ..geometry.manifolds import Euclidean, Manifold, manifold as manifold_of
+from ..geometry.ordering import fundamental, manifold_order
+from ..histograms import kept_by_distance
+from .charts import chart, slice_chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -266,7 +266,7 @@ def _check(name: str, weight: Tensor, points: Tensor, m: Manifold) -> int:
         raise TypeError(f"{name} must be dense, got {weight.layout}; pass {name}.to_dense().")
     if weight.is_complex():
         raise TypeError(f"{name} must be real or bool, got {weight.dtype}; pass {name}.abs().")
-    _checks.embedding_points(points, weight.shape[0], m)
+    checks.embedding_points(points, weight.shape[0], m)
     return weight.shape[0]
 
 

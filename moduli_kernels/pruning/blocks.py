@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._prune_targets import Pairs, described
+from .targets import Pairs, described
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._sharded import check_resharded, is_sharded, shard_of
+from ..distributed import check_resharded, is_sharded, shard_of
 
 
 def live_mask(module: nn.Module | None, name: str) -> Tensor | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._sharded import is_sharded, shard_of
-from .pruning import MagnitudePruner
+from ..distributed import is_sharded, shard_of
+from .pruner import MagnitudePruner
 
 
 @torch.no_grad()

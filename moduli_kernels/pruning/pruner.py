@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _mask_hooks, _prune_blocks, _torch_prune
-from ._prune_targets import described, grouped, is_mask, prunable, target_pairs
+from . import blocks as blocks_of_pruning, hooks, torch_prune as torch_prune_masks
 from .schedules import fraction
+from .targets import described, grouped, is_mask, prunable, target_pairs
 
 
 class MagnitudePruner:
@@ -63,13 +63,13 @@ class MagnitudePruner:
         pairs = target_pairs(targets)
         for i, (module, name) in enumerate(pairs):
             prunable(i, module, name)
-        blocks = _prune_blocks.checked_blocks(block, order, pairs)
+        blocks = blocks_of_pruning.checked_blocks(block, order, pairs)
         self._weights = grouped(pairs)
         self._sharded = any(weight.sharded for weight in self._weights)
         if self._sharded:
-            from . import _sharded_prune  # needs torch.distributed
+            from . import sharded as sharded_pruning  # needs torch.distributed
 
-            _sharded_prune.check_targets({w.key: w.parameter for w in self._weights}, block is not None)
+            sharded_pruning.check_targets({w.key: w.parameter for w in self._weights}, block is not None)
         self._blocks = [blocks.get(id(weight.parameter)) for weight in self._weights]
         self.optimizer = optimizer
         self._hooked = True
@@ -118,7 +118,7 @@ class MagnitudePruner:
         for weight in self._weights:
             grad = weight.parameter.grad
             if grad is not None and grad.layout == torch.strided:
-                _mask_hooks.zero(grad, weight.mask)
+                hooks.zero(grad, weight.mask)
             elif grad is not None:
                 weight.parameter.grad = grad * weight.mask
 
@@ -126,11 +126,11 @@ class MagnitudePruner:
         """Masks with `count` entries cut (of blocks: at most). By selection: sorting takes 7 x longer."""
         parameters, masks = [w.parameter.detach() for w in self._weights], [w.mask for w in self._weights]
         if self._sharded:
-            from . import _sharded_prune
+            from . import sharded as sharded_pruning
 
-            return _sharded_prune.keep(parameters, masks, count)
+            return sharded_pruning.keep(parameters, masks, count)
         if any(self._blocks):
-            return _prune_blocks.keep(parameters, masks, self._blocks, count)
+            return blocks_of_pruning.keep(parameters, masks, self._blocks, count)
         dtype = reduce(torch.promote_types, (w.parameter.dtype for w in self._weights), torch.float32)
         shapes = [w.parameter.shape for w in self._weights]
         sizes = [shape.numel() for shape in shapes]
@@ -148,9 +148,9 @@ class MagnitudePruner:
 
     def _check_no_nan(self) -> None:
         if self._sharded:
-            from . import _sharded_prune
+            from . import sharded as sharded_pruning
 
-            found = _sharded_prune.any_nan([w.parameter for w in self._weights], [w.mask for w in self._weights])
+            found = sharded_pruning.any_nan([w.parameter for w in self._weights], [w.mask for w in self._weights])
         else:
             found = ((weight.parameter.isnan() & weight.mask).any() for weight in self._weights)
         for weight, has_nan in zip(self._weights, found, strict=True):
@@ -164,9 +164,9 @@ class MagnitudePruner:
         """Sets masked weights to 0: after an optimizer step the pruner does not see, or writes by hand."""
         self._check_writable()
         for weight in self._weights:
-            _mask_hooks.zero(weight.parameter, weight.mask)
+            hooks.zero(weight.parameter, weight.mask)
             if self._hooked:
-                _mask_hooks.attach(*weight.owners[0], self.optimizer)
+                hooks.attach(*weight.owners[0], self.optimizer)
 
     def _check_writable(self) -> None:
         for weight in self._weights:
@@ -239,7 +239,7 @@ class MagnitudePruner:
         """Stops masking gradients, and weights after optimizer steps. Masks stay and `apply()` works."""
         self._hooked = False
         for weight in self._weights:
-            _mask_hooks.detach(*weight.owners[0], self.optimizer)
+            hooks.detach(*weight.owners[0], self.optimizer)
 
     def make_permanent(self) -> None:
         """Leaves plain modules: masked weights are 0, mask buffers and hooks are gone. It ends here."""
@@ -265,7 +265,7 @@ class MagnitudePruner:
         masks = self.state_dict()
         self.make_permanent()
         for weight in self._weights:
-            _torch_prune.hand_over(weight, masks[weight.key])
+            torch_prune_masks.hand_over(weight, masks[weight.key])
 
     @classmethod
     def from_torch_prune(cls, targets_or_model: nn.Module | Iterable[tuple[nn.Module, str]],
@@ -279,7 +279,7 @@ class MagnitudePruner:
             ValueError: torch has pruned none of them, or a mask holds anything but 0 and 1; nothing is changed.
         """
         _optimizer(optimizer)
-        return cls(_torch_prune.take_over(targets_or_model), optimizer=optimizer)
+        return cls(torch_prune_masks.take_over(targets_or_model), optimizer=optimizer)
 
 
 def _optimizer(optimizer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from . import _checks
+from .. import checks
 
 
 def fraction(name: str, value: Any) -> float:
@@ -35,9 +35,9 @@ def linear_schedule(target: float, epochs: int, *, variant: str = "paper", hold:
         TypeError: target is no number, epochs or hold no integer.
     """
     target = fraction("target", target)
-    _checks.positive_int("epochs", epochs)
-    _checks.positive_int("hold", hold, minimum=0)
-    _checks.one_of("variant", variant, ("paper", "language_model"))
+    checks.positive_int("epochs", epochs)
+    checks.positive_int("hold", hold, minimum=0)
+    checks.one_of("variant", variant, ("paper", "language_model"))
     if epochs == 1:
         shares = [1.0]
     elif variant == "paper":

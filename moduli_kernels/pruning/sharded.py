@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._sharded import Shard, is_sharded, shard_of
+from ..distributed import Shard, is_sharded, shard_of
 
 _DIGIT = 11  # bits: histograms of 2048 counts, 3 of them for float32 and 6 for float64
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from ._mask_hooks import live_mask
-from ._sharded import check_resharded, is_sharded
+from ..distributed import check_resharded, is_sharded
+from .hooks import live_mask
 
 Pairs = list[tuple[nn.Module, str]]
 

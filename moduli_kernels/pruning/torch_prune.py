@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from ._prune_targets import Pairs, Weight, floating, grouped, names_pruned_by_torch, prunable, target_pairs
+from .targets import Pairs, Weight, floating, grouped, names_pruned_by_torch, prunable, target_pairs
 
 
 def hand_over(weight: Weight, mask: Tensor) -> None:

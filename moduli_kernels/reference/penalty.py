@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inhibitors import Inhibitor
-from .manifolds import Manifold
+from ..geometry.inhibitors import Inhibitor
+from ..geometry.manifolds import Manifold
 
 TILE = 1 << 18
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import _checks_rnn
-from ._checks import one_of
-from ._rnn_masks import MaskedModule, kept, mask_of
-from ._rnn_op import Weights, autocast_dtype, masked_rnn
-from .reference import compute_dtype
-from .reference_rnn import Step
+from ..checks import one_of
+from ..reference import compute_dtype
+from ..reference.rnn import Step
+from . import checks
+from .layer import Weights, autocast_dtype, masked_rnn
+from .masked_module import MaskedModule, kept, mask_of
 
 
 def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
@@ -39,10 +39,10 @@ def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tens
     """
     weight = w_hh if isinstance(w_hh, Tensor) else x
     autocast = autocast_dtype(weight.device.type, weight) if isinstance(weight, Tensor) else None
-    _checks_rnn.step_arguments(x, h, w_ih, w_hh, {"b_ih": b_ih, "b_hh": b_hh},
+    checks.step_arguments(x, h, w_ih, w_hh, {"b_ih": b_ih, "b_hh": b_hh},
                                {"mask_ih": (mask_ih, w_ih), "mask_hh": (mask_hh, w_hh)}, autocast is not None)
-    one_of("nonlinearity", nonlinearity, _checks_rnn.NONLINEARITIES)
-    step, dtype = Step(nonlinearity, _checks_rnn.leak(leak), reverse=False), compute_dtype(w_hh)
+    one_of("nonlinearity", nonlinearity, checks.NONLINEARITIES)
+    step, dtype = Step(nonlinearity, checks.leak(leak), reverse=False), compute_dtype(w_hh)
     inputs, state = (x, h) if x.dim() == 2 else (x[None], h[None])
     weights = Weights(w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh)
     _, after = masked_rnn(inputs[None].to(dtype), state.to(dtype), weights, None, step)
@@ -76,7 +76,7 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
                  leak: float = 1.0):
         super().__init__(input_size, hidden_size, bias, nonlinearity, device=device, dtype=dtype)
-        self._leak = _checks_rnn.leak(leak)
+        self._leak = checks.leak(leak)
 
     @property
     def leak(self) -> float:
@@ -90,7 +90,7 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
 
     @leak.setter
     def leak(self, value: float) -> None:
-        self._leak = _checks_rnn.leak(value)
+        self._leak = checks.leak(value)
 
     def _weight_names(self) -> list[str]:
         return ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
@@ -107,7 +107,7 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
         masks = {name: mask_of(self, name, getattr(self, name)) for name in self._weight_names()}
         if self.leak == 1 and all(mask is None for mask in masks.values()):
             return super().forward(input, hx)
-        _checks_rnn.cell_input(input, hx, self.hidden_size, self.input_size, self.nonlinearity)
+        checks.cell_input(input, hx, self.hidden_size, self.input_size, self.nonlinearity)
         if hx is None:
             hx = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
         biases = [kept(getattr(self, name), masks[name]) for name in self._weight_names()[2:]]

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ._checks import FLOATING, _kind, one_of
-from ._prune_targets import described, is_mask, names_pruned_by_torch
+from ..checks import FLOATING, _kind, one_of
+from ..pruning.targets import described, is_mask, names_pruned_by_torch
 
 NONLINEARITIES = ("tanh", "relu")
 PATHS = ("auto", "dense", "sparse")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _checks_rnn, _rnn_stack
-from ._rnn_op import Weights
+from . import checks, stack
+from .layer import Weights
 
 if TYPE_CHECKING:
     from .sparse_rnn import SparseRNN
@@ -76,7 +76,7 @@ class CompressedRNN(nn.Module):
         plain: Any = nn.RNN(**self.settings, device="meta", dtype=dtype)  # its checks, names and shapes
         for name in self.settings:
             setattr(self, name, getattr(plain, name))
-        self.leak = _checks_rnn.leak(leak)
+        self.leak = checks.leak(leak)
         self._shapes = {name: tuple(weight.shape) for name, weight in plain.named_parameters()}
         self._names = [list(names) for names in plain._all_weights]
         for name, shape in self._shapes.items():
@@ -144,10 +144,10 @@ class CompressedRNN(nn.Module):
         data = input.data if isinstance(input, PackedSequence) else input
         for name, tensor in (("input", data), ("hx", hx)):
             if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-                _checks_rnn.no_gradient(name)
+                checks.no_gradient(name)
         layers = self._layers()
-        batch = _rnn_stack.batch_of(self, input, hx, layers[0].w_hh)
-        return _rnn_stack.results(self, batch, *_rnn_stack.sparse(self, batch, layers))
+        batch = stack.batch_of(self, input, hx, layers[0].w_hh)
+        return stack.results(self, batch, *stack.sparse(self, batch, layers))
 
     def train(self, mode: bool = True) -> CompressedRNN:
         """Stays in eval mode, whatever the model around it does."""
@@ -160,7 +160,7 @@ class CompressedRNN(nn.Module):
             NotImplementedError: for True.
         """
         if requires_grad:
-            _checks_rnn.no_gradient("weights")
+            checks.no_gradient("weights")
         return self
 
     def extra_repr(self) -> str:
@@ -219,10 +219,10 @@ class CompressedRNN(nn.Module):
                 settings: str | None = (file.metadata() or {}).get(METADATA)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
-            _checks_rnn.compressed_file(path, f"which safetensors cannot read ({error})")
+            checks.compressed_file(path, f"which safetensors cannot read ({error})")
         dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
         if settings is None or not dtypes:
-            _checks_rnn.compressed_file(path, "without its settings" if settings is None else "without weights")
+            checks.compressed_file(path, "without its settings" if settings is None else "without weights")
         new = cls(**json.loads(settings), device=device, dtype=dtypes[0])
         new.load_state_dict(tensors, assign=True)
         return new
@@ -241,7 +241,7 @@ class CompressedRNN(nn.Module):
             if whole is not None and whole.shape == shape:
                 self._hold(name, own.new_empty(shape))
             elif all(part is not None for part in parts):
-                problem = _checks_rnn.compressed_problem(f"{prefix}{name}", *parts, shape)  # pyright: ignore[reportCallIssue]
+                problem = checks.compressed_problem(f"{prefix}{name}", *parts, shape)  # pyright: ignore[reportCallIssue]
                 if problem is None:
                     self._hold(name, own.new_empty(len(parts[0])),  # pyright: ignore[reportArgumentType]
                                *(torch.empty_like(part, device=own.device) for part in parts[1:]))  # pyright: ignore[reportArgumentType]
@@ -271,4 +271,4 @@ def _safetensors() -> None:
     try:
         import safetensors  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
-        _checks_rnn.no_safetensors()
+        checks.no_safetensors()

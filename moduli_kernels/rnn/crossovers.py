@@ -1,6 +1,6 @@
 """Which path a recurrent net takes: the masked op ("sparse") or the vendor's RNN over masked weights ("dense").
 
-`choose` reads rnn_crossovers.json, so a net's results do not depend on timings of the moment. The table holds ratios
+`choose` reads crossovers.json, so a net's results do not depend on timings of the moment. The table holds ratios
 "time of the dense path over time of the sparse path", measured in alternation by benchmarks/tune_rnn.py for a layer
 whose W_ih and W_hh are both hidden x hidden and masked to the same density, on a full grid of
 
@@ -29,7 +29,7 @@ import torch
 MARGIN = 1.2  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
 # There the dense path has to mask weights and gradients as well, which the table leaves out.
 MARGIN_OF_MASKED_TRAINING = 1.0
-FILE = pathlib.Path(__file__).with_name("rnn_crossovers.json")
+FILE = pathlib.Path(__file__).with_name("crossovers.json")
 AXES = ("hidden", "batch", "steps")
 
 # Of the layout of a hidden weight: neurons along a block, and the kept entries that make it one, rather than strays: a

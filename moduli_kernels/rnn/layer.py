@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend, _checks_rnn, _library_blocks, _library_rnn
-from ._once import only_once
-from .block_layout import BlockLayout
-from .reference import compute_dtype
-from .reference_rnn import Step
+from .. import backends
+from ..autograd import only_once
+from ..ops import blocked_rnn as blocked_rnn_op, masked_rnn as masked_rnn_op, torch_ops
+from ..ops.block_layout import BlockLayout
+from ..reference import compute_dtype
+from ..reference.rnn import Step
+from . import checks
 
 
 def untraced(function: Callable) -> Callable:
@@ -47,10 +49,10 @@ def constant_at_compile_time(function: Callable) -> Callable:
 
 
 class Weights(NamedTuple):
-    """Of one layer in one direction, as the ops take them (_library_rnn.py), in any floating dtype.
+    """Of one layer in one direction, as the ops take them (masked_rnn_op.py), in any floating dtype.
 
     w_ih (H, I), w_hh (H, H), biases (H,), masks like the weights; or, compressed, values (entries,) with row pointers
-    and columns, of any integer dtype. layout: of mask_hh, where w_hh is to be walked by it (_library_blocks.py).
+    and columns, of any integer dtype. layout: of mask_hh, where w_hh is to be walked by it (blocked_rnn_op.py).
     """
 
     w_ih: Tensor
@@ -69,14 +71,14 @@ class Weights(NamedTuple):
 def has_kernel(device_type: str) -> bool:
     """Whether anything but the reference serves this type of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or _backend.active(device_type) == "reference":
+    if key is None or backends.active(device_type) == "reference":
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key("moduli_kernels::masked_rnn", key)
 
 
 def walks_blocks(device_type: str, dtype: torch.dtype) -> bool:
     """Whether there are kernels that walk a hidden weight by a layout, for this dtype of computation."""
-    return dtype == torch.float32 and _backend.active(device_type) == "triton"
+    return dtype == torch.float32 and backends.active(device_type) == "triton"
 
 
 def autocast_dtype(device_type: str, weight: Tensor) -> torch.dtype | None:
@@ -98,15 +100,15 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
     masks = [None if mask is None else mask.contiguous() for mask in weights[4:6]]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
     if weights.layout is None:
-        module, name = _library_rnn, "masked_rnn"
+        module, name = masked_rnn_op, "masked_rnn"
         given, given_back = [None if index is None else index.to(torch.int64) for index in weights[6:10]], []
     else:
-        module, name = _library_blocks, "blocked_rnn"
-        given = given_back = [_library_blocks.flat(weights.layout), weights.layout.side]
-    if _backend.active(x.device.type) == "reference":
+        module, name = blocked_rnn_op, "blocked_rnn"
+        given = given_back = [blocked_rnn_op.flat(weights.layout), weights.layout.side]
+    if backends.active(x.device.type) == "reference":
         op, grads_op = getattr(module, f"_{name}"), getattr(module, f"_{name}_grads")
     else:
-        op, grads_op = (getattr(torch.ops.moduli_kernels, each).default for each in (name, f"{name}_grads"))
+        op, grads_op = (getattr(torch_ops, each).default for each in (name, f"{name}_grads"))
         if torch.compiler.is_compiling():
             return op(*floating, *masks, *given, lengths, *step, needs_grad)[:2]
     if not torch.compiler.is_compiling():
@@ -119,10 +121,10 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
 
 def _refuse_transforms(tensors: list[Tensor | None]) -> None:
     if torch._C._are_functorch_transforms_active():
-        _checks_rnn.functorch()
+        checks.functorch()
     if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
                                               for t in tensors):
-        _checks_rnn.forward_mode()
+        checks.forward_mode()
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -138,7 +140,7 @@ def _below_autograd() -> contextlib.AbstractContextManager:
 
 
 class _MaskedRNN(torch.autograd.Function):
-    """forward and backward by two ops, those of _library_rnn.py or _library_blocks.py, or by the reference under their
+    """forward and backward by two ops, those of masked_rnn_op.py or blocked_rnn_op.py, or by the reference under their
     schemas. given, given_back: what these take between masks and lengths."""
 
     @staticmethod
@@ -161,8 +163,8 @@ class _MaskedRNN(torch.autograd.Function):
                 None if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,
                 *ctx.given_back, lengths, states, activations, *ctx.step, *needs)
-            grads = _library_rnn.grads_asked_for(grads, need)
+            grads = masked_rnn_op.grads_asked_for(grads, need)
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
             sources = [t for t in (grad_output, grad_h_n, x, h, w_ih, w_hh) if t is not None]
-            grads = only_once(grads, _checks_rnn.second_derivative, *sources)
+            grads = only_once(grads, checks.second_derivative, *sources)
         return (None,) * 6 + (*grads, None, None)

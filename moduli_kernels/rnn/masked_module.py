@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks_rnn, _mask_hooks, rnn_paths
-from ._rnn_op import walks_blocks
-from .block_layout import BlockLayout, block_layout
-from .reference import compute_dtype
+from ..ops.block_layout import BlockLayout, block_layout
+from ..pruning.pruner import hooks
+from ..reference import compute_dtype
+from . import checks, crossovers
+from .layer import walks_blocks
 
 
 def mask_of(module: nn.Module, name: str, weight: Tensor) -> Tensor | None:
@@ -23,7 +24,7 @@ def mask_of(module: nn.Module, name: str, weight: Tensor) -> Tensor | None:
     mask = module._buffers.get(f"{name}_mask")
     if mask is None:
         return None
-    _checks_rnn.found_mask(module, name, mask, weight)
+    checks.found_mask(module, name, mask, weight)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -88,8 +89,8 @@ def _state(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
 
 
 def _laid_out(mask: Tensor, order: Tensor | None) -> BlockLayout:
-    layout = block_layout(mask if mask.dtype == torch.bool else mask != 0, order, order, side=rnn_paths.SIDE,
-                          threshold=rnn_paths.THRESHOLD)
+    layout = block_layout(mask if mask.dtype == torch.bool else mask != 0, order, order, side=crossovers.SIDE,
+                          threshold=crossovers.THRESHOLD)
     if mask.is_cuda:  # it may be read on any stream from now on
         torch.cuda.current_stream(mask.device).synchronize()
     return layout
@@ -123,18 +124,18 @@ class MaskedModule(nn.Module):
             ValueError: name is no weight of this module or pruned by torch.nn.utils.prune; mask has another shape.
             TypeError: mask is no bool tensor.
         """
-        _checks_rnn.maskable(self, name, self._weight_names())
+        checks.maskable(self, name, self._weight_names())
         weight, buffer = getattr(self, name), f"{name}_mask"
         if mask is None:
             if buffer in self._buffers:
                 delattr(self, buffer)
             return
-        _checks_rnn.new_mask(name, mask, weight)
-        if _mask_hooks.live_mask(self, name) is None:
+        checks.new_mask(name, mask, weight)
+        if hooks.live_mask(self, name) is None:
             self.register_buffer(buffer, mask.detach().to(weight.device, copy=True))
         else:
             self._buffers[buffer].copy_(mask)
-        _mask_hooks.zero(weight, self._buffers[buffer])
+        hooks.zero(weight, self._buffers[buffer])
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         error_msgs = rest[-1]
@@ -142,7 +143,7 @@ class MaskedModule(nn.Module):
             key, weight = f"{prefix}{name}_mask", self._parameters.get(name)
             if key not in state_dict or weight is None or self._buffers.get(f"{name}_mask") is not None:
                 continue
-            problem = _checks_rnn.saved_mask_problem(key, state_dict[key], weight)
+            problem = checks.saved_mask_problem(key, state_dict[key], weight)
             if problem is None:
                 self.register_buffer(f"{name}_mask", torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
             else:
@@ -179,13 +180,13 @@ class OrderedModule(MaskedModule):
             ValueError: name is no hidden weight of this module; order is no permutation of the neurons.
             TypeError: order is no int64 tensor.
         """
-        _checks_rnn.hidden_weight(self, name, self._hidden_names())
+        checks.hidden_weight(self, name, self._hidden_names())
         buffer = f"{name}_order"
         if order is None:
             if buffer in self._buffers:
                 delattr(self, buffer)
             return
-        _checks_rnn.new_order(order, self.hidden_size)
+        checks.new_order(order, self.hidden_size)
         if buffer in self._buffers:
             self._buffers[buffer].copy_(order)
         else:
@@ -201,10 +202,10 @@ class OrderedModule(MaskedModule):
         if mask is None or torch.compiler.is_compiling() or not walks_blocks(weight.device.type, compute_dtype(weight)):
             return None
         case = self.hidden_size, batch, self._facts.density(name, mask)
-        if rnn_paths.hidden_form(*case) == "masked":
+        if crossovers.hidden_form(*case) == "masked":
             return None
         layout = self._facts.layout(name, mask, self._buffers.get(f"{name}_order"))
-        if layout is None or rnn_paths.hidden_form(*case, len(layout.kept), len(layout.strays)) == "masked":
+        if layout is None or crossovers.hidden_form(*case, len(layout.kept), len(layout.strays)) == "masked":
             return None
         return layout
 
@@ -226,7 +227,7 @@ class OrderedModule(MaskedModule):
             key, buffer = f"{prefix}{name}_order", f"{name}_order"
             if key not in state_dict or buffer in self._buffers:
                 continue
-            problem = _checks_rnn.saved_order_problem(key, state_dict[key], self.hidden_size)
+            problem = checks.saved_order_problem(key, state_dict[key], self.hidden_size)
             if problem is None:
                 self.register_buffer(buffer, torch.arange(self.hidden_size, device=getattr(self, name).device))
             else:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _backend, _checks, _rnn_timing, rnn_paths
-from ._rnn_masks import OrderedModule
-from ._rnn_op import autocast_dtype, constant_at_compile_time, has_kernel
+from .. import backends, checks
+from . import crossovers, timing
+from .layer import autocast_dtype, constant_at_compile_time, has_kernel
+from .masked_module import OrderedModule
 
 
 class Measured(NamedTuple):
@@ -46,7 +47,7 @@ class PathChoice(OrderedModule):
 
     def _asked_for(self) -> tuple:
         """Of the masks and settings, all that a choice depends on."""
-        return _versions(self._buffers), self._path, self._leak, _backend._forced
+        return _versions(self._buffers), self._path, self._leak, backends._forced
 
     def _last_choice(self, *case) -> str:
         """The path of `_choice`, asked for again only where something it depends on has changed: small nets notice."""
@@ -61,7 +62,7 @@ class PathChoice(OrderedModule):
             return "sparse", f"leak is {self.leak}, which torch's RNN does not know"
         if self.path != "auto":
             return self.path, f"path is {self.path!r}"
-        if _backend._forced == "reference":
+        if backends._forced == "reference":
             return "sparse", "the backend 'reference' is asked for"
         if not has_kernel(device):
             return "dense", f"no compiled kernel serves {device} here (python -m moduli_kernels.env_report says why)"
@@ -69,12 +70,12 @@ class PathChoice(OrderedModule):
         tuned = self._tuned.get(_tuning_key(device, dtype, batch, training, densities))
         if tuned is not None:
             return tuned, "tune() measured it"
-        ratio = rnn_paths.predicted(device, dtype, self.hidden_size, batch, *densities, training, steps,
+        ratio = crossovers.predicted(device, dtype, self.hidden_size, batch, *densities, training, steps,
                                     inputs=self._mean_inputs())
         if ratio is None:
             return "dense", f"the table of crossovers has nothing for {dtype} on {device}; tune() measures it"
-        least = rnn_paths.margin(any(density is not None for density in densities), training)
-        told = f"by the table of crossovers {rnn_paths.told(ratio, least)}"
+        least = crossovers.margin(any(density is not None for density in densities), training)
+        told = f"by the table of crossovers {crossovers.told(ratio, least)}"
         return "sparse" if ratio > least else "dense", told
 
     @constant_at_compile_time
@@ -117,7 +118,7 @@ class PathChoice(OrderedModule):
         """
         batch, steps = self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps
         for name, value in (("batch", batch), ("steps", steps)):
-            _checks.positive_int(name, value, minimum=0)
+            checks.positive_int(name, value, minimum=0)
         weight = self.weight_hh_l0
         device, dtype = weight.device.type, autocast_dtype(weight.device.type, weight) or weight.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -126,7 +127,7 @@ class PathChoice(OrderedModule):
         if path == "dense":
             by = "torch's own RNN over the whole stack"
         elif has_kernel(device):
-            by = f"the masked kernel ({_backend.active(device)})"
+            by = f"the masked kernel ({backends.active(device)})"
         lines = [f"{path}: {by}, for {steps} steps of a batch of {batch}, {dtype} on {device}, "
                  f"{'forward and backward' if training else 'forward'}; {why}."]
         for names in self._all_weights:
@@ -171,7 +172,7 @@ class PathChoice(OrderedModule):
         before, choices = self._path, ("dense", "sparse") if self.leak == 1 else ("sparse",)
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                seconds = _rnn_timing.alternating({p: (lambda p=p: run(p)) for p in choices}, device)
+                seconds = timing.alternating({p: (lambda p=p: run(p)) for p in choices}, device)
         finally:
             self._path = before
         path = min(seconds, key=seconds.get)
@@ -189,4 +190,4 @@ def _tuning_key(device: str, dtype: torch.dtype, batch: int, training: bool, den
     """What counts as the same case: batch sizes and densities with the same nearest power of 2."""
     def near(value):
         return None if value is None else round(math.log2(max(value, 1e-6)))
-    return device, _backend.active(device), dtype, training, near(batch), *map(near, densities)
+    return device, backends.active(device), dtype, training, near(batch), *map(near, densities)

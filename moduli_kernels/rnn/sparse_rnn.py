@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _checks_rnn, _rnn_stack, rnn_paths
-from ._rnn_choice import PathChoice
-from ._rnn_masks import kept, mask_of
-from ._rnn_op import Weights, autocast_dtype, untraced
-from .compressed_rnn import CompressedRNN
+from . import checks, crossovers, stack
+from .compressed import CompressedRNN
+from .layer import Weights, autocast_dtype, untraced
+from .masked_module import kept, mask_of
+from .path_choice import PathChoice
 
 
 class SparseRNN(PathChoice, nn.RNN):
@@ -29,7 +29,7 @@ class SparseRNN(PathChoice, nn.RNN):
         **kwargs: as torch.nn.RNN.
         leak: share of the new state, in (0, 1]; 1 is torch.nn.RNN.
         path: "auto", "dense" (torch's own RNN over masked weights; needs leak=1) or "sparse" (the masked kernel).
-            "auto" takes what `tune` has measured, else the shipped table of rnn_paths.py.
+            "auto" takes what `tune` has measured, else the shipped table of crossovers.py.
 
     A mask is a bool buffer `<weight>_mask` (True = kept), made by `set_mask`, MagnitudePruner or load_state_dict. A
     masked weight counts as 0 whatever stands there, NaN included, and its gradient is exactly 0. With a mask of 0/1
@@ -37,7 +37,7 @@ class SparseRNN(PathChoice, nn.RNN):
     them away first (`set_mask(name, None)`), or load with strict=False to keep them.
 
     On CUDA the sparse path multiplies a large masked hidden weight in blocks, and what lies astray one by one, where
-    rnn_paths.hidden_form predicts that to be faster; `set_order` with `mk.manifold_order` makes the blocks few. They
+    crossovers.hidden_form predicts that to be faster; `set_order` with `mk.manifold_order` makes the blocks few. They
     are found once per version of a mask (writes through `mask.data` do not count), so a CUDA graph must be recorded
     again when a mask changes.
 
@@ -62,8 +62,8 @@ class SparseRNN(PathChoice, nn.RNN):
 
     def __init__(self, *args: Any, leak: float = 1.0, path: str = "auto", **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._leak = _checks_rnn.leak(leak)
-        self._path = _checks_rnn.path(path, self._leak)
+        self._leak = checks.leak(leak)
+        self._path = checks.path(path, self._leak)
 
     @property
     def leak(self) -> float:
@@ -77,8 +77,8 @@ class SparseRNN(PathChoice, nn.RNN):
 
     @leak.setter
     def leak(self, value: float) -> None:
-        value = _checks_rnn.leak(value)
-        _checks_rnn.path(self._path, value)
+        value = checks.leak(value)
+        checks.path(self._path, value)
         self._leak = value
 
     @property
@@ -92,7 +92,7 @@ class SparseRNN(PathChoice, nn.RNN):
 
     @path.setter
     def path(self, value: str) -> None:
-        self._path = _checks_rnn.path(value, self._leak)
+        self._path = checks.path(value, self._leak)
 
     def extra_repr(self) -> str:
         defaults = {"nonlinearity": "tanh", "leak": 1, "path": "auto"}
@@ -118,7 +118,7 @@ class SparseRNN(PathChoice, nn.RNN):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
         weight = self.weight_hh_l0
-        batch = _rnn_stack.batch_of(self, input, hx, weight)
+        batch = stack.batch_of(self, input, hx, weight)
         training = torch.is_grad_enabled() and (
             batch.data.requires_grad or batch.hx.requires_grad
             or any(p.requires_grad for p in self._parameters.values()))  # pyright: ignore[reportOptionalMemberAccess]
@@ -132,15 +132,15 @@ class SparseRNN(PathChoice, nn.RNN):
             self._seen = (batch.size, batch.steps)
             path = self._last_choice(weight.device.type, dtype, batch.size, batch.steps, training)
         if path == "sparse":
-            output, h_n = _rnn_stack.sparse(self, batch, self._layers(batch.size))
+            output, h_n = stack.sparse(self, batch, self._layers(batch.size))
         else:
             as_they_are = not self._buffers and not torch.compiler.is_compiling()
             weights = self._flat_weights if as_they_are else [self._kept(name) for name in self._weight_names()]
             if not torch.compiler.is_compiling():
                 same = all(weight is own for weight, own in zip(weights, self._flat_weights))
                 self._straight = self._case_of(input) if same else None
-            output, h_n = _rnn_stack.dense(self, batch, weights)  # pyright: ignore[reportArgumentType]
-        return _rnn_stack.results(self, batch, output, h_n)
+            output, h_n = stack.dense(self, batch, weights)  # pyright: ignore[reportArgumentType]
+        return stack.results(self, batch, output, h_n)
 
     _forward_untraced = untraced(_forward)
 
@@ -176,7 +176,7 @@ class SparseRNN(PathChoice, nn.RNN):
         if mask is not self._buffers.get(f"{name}_mask"):  # floats, of which nothing is remembered
             return False
         density = self._facts.density(name, mask)
-        return (density is not None and rnn_paths.is_best_read_whole(density, batch, mask.numel())
+        return (density is not None and crossovers.is_best_read_whole(density, batch, mask.numel())
                 and self._facts.zero_where_masked(name, weight, mask))
 
     # -- to and from other nets --
@@ -194,7 +194,7 @@ class SparseRNN(PathChoice, nn.RNN):
             TypeError: rnn is no nn.RNN.
             ValueError: an unknown path, or "dense" with a leak.
         """
-        _checks_rnn.rnn_module(rnn)
+        checks.rnn_module(rnn)
         new = cls(**_settings(rnn), leak=getattr(rnn, "leak", 1.0), path=path, device="meta")
         _copy_weights(rnn, new)
         for name in rnn._flat_weights_names:
@@ -212,7 +212,7 @@ class SparseRNN(PathChoice, nn.RNN):
         Raises:
             ValueError: leak is not 1.
         """
-        _checks_rnn.leakless(self.leak)
+        checks.leakless(self.leak)
         new = nn.RNN(**_settings(self), device="meta")
         _copy_weights(self, new)
         return new

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import _checks_rnn
-from ._rnn_op import Weights, autocast_dtype, masked_rnn
-from .reference import compute_dtype
-from .reference_rnn import Step
+from ..reference import compute_dtype
+from ..reference.rnn import Step
+from . import checks
+from .layer import Weights, autocast_dtype, masked_rnn
 
 
 class Batch(NamedTuple):
@@ -44,7 +44,7 @@ def batch_of(net: nn.Module, input: Tensor | PackedSequence, hx: Tensor | None, 
             hx = hx.index_select(1, indices[0])
         size, steps = int(batch_sizes[0]), len(batch_sizes)
     else:
-        data, batched = input, _checks_rnn.sequence_dim(input, hx)
+        data, batched = input, checks.sequence_dim(input, hx)
         if not batched:
             data, hx = data.unsqueeze(0 if net.batch_first else 1), None if hx is None else hx.unsqueeze(1)
         size, steps = data.shape[:2] if net.batch_first else data.shape[1::-1]
@@ -53,7 +53,7 @@ def batch_of(net: nn.Module, input: Tensor | PackedSequence, hx: Tensor | None, 
         hx = torch.zeros(states, size, net.hidden_size, dtype=data.dtype, device=data.device)
     net.check_forward_args(data, hx, batch_sizes)
     autocast = autocast_dtype(data.device.type, weight) is not None
-    _checks_rnn.sequence_tensors(data, hx, weight, steps, autocast)
+    checks.sequence_tensors(data, hx, weight, steps, autocast)
     return Batch(data, hx, size, steps, batched, batch_sizes, *indices)
 
 

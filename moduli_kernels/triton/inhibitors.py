@@ -8,7 +8,7 @@ import math
 import triton
 import triton.language as tl
 
-from .elementary import cos_sinc, parameter, power_positive, root_and_reciprocal
+from .math import cos_sinc, parameter, power_positive, root_and_reciprocal
 
 DIFFERENCE_OF_GAUSSIANS = tl.constexpr(0)
 DIFFUSION = tl.constexpr(1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementary import SIGN_BIT, TINY, atan_of_ratio, parameter, signed_by
+from .math import SIGN_BIT, TINY, atan_of_ratio, parameter, signed_by
 
 FLAT = tl.constexpr(0)
 SPHERE = tl.constexpr(1)

@@ -8,12 +8,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from penalty_cases import DEVICE, MANIFOLDS, draw_points, draw_weight, expected, generator, on_device, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moduli_kernels as mk
-from moduli_kernels import _backend
+from moduli_kernels import backends
+from tests.support.penalty_cases import (
+    DEVICE,
+    MANIFOLDS,
+    draw_points,
+    draw_weight,
+    expected,
+    generator,
+    on_device,
+    relative_error,
+)
 
 pytestmark = [on_device, pytest.mark.cuda, pytest.mark.skipif(
     DEVICE != "cuda", reason="needs a CUDA GPU, and MODULI_KERNELS_TEST_DEVICE=cuda")]
@@ -70,7 +79,7 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 
 def test_triton_serves_the_gpu():
-    assert _backend.active("cuda") == "triton"
+    assert backends.active("cuda") == "triton"
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from penalty_cases import DEVICE
+
+from tests.support.penalty_cases import DEVICE
 
 pytest.importorskip("safetensors")
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import DEVICE, on_device
-from rnn_cases import assert_same, draw, net_of, plain_rnn, run
-from test_cuda_only import capture, same
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import _library_blocks, reference_rnn
-from moduli_kernels.block_layout import block_layout
-from moduli_kernels.reference_rnn import Step
+from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
+from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.reference import rnn as reference_rnn
+from moduli_kernels.reference.rnn import Step
+from tests.cuda.test_cuda_only import capture, same
+from tests.support.penalty_cases import DEVICE, on_device
+from tests.support.rnn_cases import assert_same, draw, net_of, plain_rnn, run
 
 pytestmark = [on_device, pytest.mark.cuda, pytest.mark.skipif(
     DEVICE != "cuda", reason="needs a CUDA GPU, and MODULI_KERNELS_TEST_DEVICE=cuda")]
@@ -77,7 +78,7 @@ class Net:
             order = torch.randperm(n, generator=generator, device="cpu").to(device)
             back = order.argsort()
             self.mask_hh = self.mask_hh[back][:, back].contiguous()
-            self.layout = _library_blocks.flat(block_layout(self.mask_hh, order, order, side=side, threshold=threshold))
+            self.layout = blocked_rnn_op.flat(block_layout(self.mask_hh, order, order, side=side, threshold=threshold))
         if lengths:
             self.lengths = torch.randint(0, steps + 1, (batch,), generator=generator, device="cpu").to(device)
 

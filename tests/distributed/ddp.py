@@ -1,13 +1,13 @@
-"""Checks of DistributedDataParallel, run by distributed_worker.py in 2 processes."""
+"""Checks of DistributedDataParallel, run by worker.py in 2 processes."""
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from distributed_worker import CLOSE, LossOf, Net, alike, batches, mine, regularizer, same, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moduli_kernels as mk
+from tests.distributed.worker import CLOSE, LossOf, Net, alike, batches, mine, regularizer, same, train
 
 N = 13
 

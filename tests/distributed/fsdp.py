@@ -1,5 +1,5 @@
 """Checks of training and saving under FSDP2 (fully_shard), against one process with the whole batch: run by
-distributed_worker.py in 3 processes."""
+worker.py in 3 processes."""
 from __future__ import annotations
 
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from distributed_shards import mesh, raises, randn
-from distributed_worker import CLOSE, LossOf, Net, alike, batches, mine, regularizer, train, whole
-from pruning_cases import Weights
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import moduli_kernels as mk
+from tests.distributed.shards import mesh, raises, randn
+from tests.distributed.worker import CLOSE, LossOf, Net, alike, batches, mine, regularizer, train, whole
+from tests.support.pruning_cases import Weights
 
 
 def training(kind: str, own_group: bool, n: int = 13, replicas: int = 1):

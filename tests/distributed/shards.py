@@ -1,13 +1,11 @@
 """Checks of what is computed on shards, the penalty and the ranking of a pruner, against whole weights: run by
-distributed_worker.py in 3 processes, so that most shards are uneven and some empty."""
+worker.py in 3 processes, so that most shards are uneven and some empty."""
 from __future__ import annotations
 
 import copy
 
 import torch
 import torch.distributed as dist
-from distributed_worker import CLOSE, Net, regularizer, same, whole
-from pruning_cases import Weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +13,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import moduli_kernels as mk
+from tests.distributed.worker import CLOSE, Net, regularizer, same, whole
+from tests.support.pruning_cases import Weights
 
 
 def mesh(replicas: int = 1):

@@ -1,5 +1,5 @@
 """Many processes: DistributedDataParallel and FSDP2 (fully_shard) on gloo and the CPU, started as torchrun does; what
-the processes check stands in distributed_ddp.py, distributed_shards.py and distributed_fsdp.py. And that one process
+the processes check stands in ddp.py, shards.py and fsdp.py. And that one process
 imports nothing of it."""
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def results(tmp_path_factory):
     def started(kind: str, ranks: int) -> list[dict]:
         folder = tmp_path_factory.mktemp(kind)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
-            [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])}
+            [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                   str(HERE / "distributed_worker.py"), kind, str(folder)]
+                   str(HERE / "worker.py"), kind, str(folder)]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
@@ -73,10 +73,11 @@ rnn = torch.nn.RNN(3, 8)
 pruner = mk.MagnitudePruner([(rnn, "weight_hh_l0")])  # no optimizer: torch's own import it
 (rnn(torch.ones(2, 1, 3))[0].sum() + mk.regularize(rnn)()).backward()
 pruner.step_to(0.5)
-late = "torch.distributed.tensor", "moduli_kernels._sharded_prune"
+late = "torch.distributed.tensor", "moduli_kernels.pruning.sharded"
 imported = [name for name in sys.modules if name.startswith(late)]
 assert not imported, imported
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What test_distributed.py starts as many processes: `torchrun ... distributed_worker.py <ddp|fsdp> <folder>`.
+"""What test_distributed.py starts as many processes: `torchrun ... worker.py <ddp|fsdp> <folder>`.
 
 Every check runs on every rank; what it raised, or null, goes to <folder>/<rank>.json. Weights are float64, so that the
 order of sums, which sharding changes, shows as 1e-15 and no more, and a mistake as what it is.
@@ -138,10 +138,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if sys.argv[1] == "ddp":
-        from distributed_ddp import CHECKS
+        from tests.distributed.ddp import CHECKS
     else:
-        import distributed_fsdp
-        import distributed_shards
+        from tests.distributed import fsdp, shards
 
-        CHECKS = {**distributed_shards.CHECKS, **distributed_fsdp.CHECKS}
+        CHECKS = {**shards.CHECKS, **fsdp.CHECKS}
     run(CHECKS, Path(sys.argv[2]))

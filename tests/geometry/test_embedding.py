@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels.manifolds import PRESETS
+from moduli_kernels.geometry.manifolds import PRESETS
 
 
 def seeded(seed=0):

@@ -10,7 +10,7 @@ import scipy.optimize
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels.inhibitors import CallableInhibitor, inhibitor
+from moduli_kernels.geometry.inhibitors import CallableInhibitor, inhibitor
 
 
 def ricker(d, sigma):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_manifolds import every_manifold, sample
 
 import moduli_kernels as mk
-from moduli_kernels.manifolds import PRESETS
+from moduli_kernels.geometry.manifolds import PRESETS
+from tests.geometry.test_manifolds import every_manifold, sample
 
 # --- sampling and grids ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 
 import moduli_kernels as mk
-from moduli_kernels.manifolds import PRESETS, reduced, wrap
+from moduli_kernels.geometry.manifolds import PRESETS, reduced, wrap
 
 MANIFOLDS = {
     **PRESETS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels.ordering import fundamental
+from moduli_kernels.geometry.ordering import fundamental
 
 PRESETS = ("torus", "torus6", "circle", "sphere", "s3", "klein", "r3", "mixed")
 

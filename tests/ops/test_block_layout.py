@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moduli_kernels.block_layout import BlockLayout, Lists, block_layout, gather_blocks
+from moduli_kernels.ops.block_layout import BlockLayout, Lists, block_layout, gather_blocks
 
 
 def entries(layout: BlockLayout, lists: Lists, transposed: bool) -> list[tuple[int, int]]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from penalty_cases import (
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import moduli_kernels as mk
+from moduli_kernels import reference
+from moduli_kernels.geometry import encoding
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     KERNELS,
@@ -19,12 +26,6 @@ from penalty_cases import (
     on_device,
     relative_error,
 )
-from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
-
-import moduli_kernels as mk
-from moduli_kernels import _encoding, reference
 
 ops = torch.ops.moduli_kernels
 
@@ -46,7 +47,7 @@ def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9
                  blocks: int = 1,
                  masked: bool = False, shared: bool = False, needs=(False, False, False),
                  power: float = 1.5) -> tuple:
-    """What `penalty` takes (moduli_kernels/_library.py)."""
+    """What `penalty` takes (moduli_kernels/penalty_ops.py)."""
     point_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     weight = draw_weight(blocks * shape[0], *shape[1:], dtype=dtype).requires_grad_(needs[0])
     rows = draw_points(manifold, shape[0], 1, point_dtype).requires_grad_(needs[1])
@@ -54,8 +55,8 @@ def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9
     mask = torch.rand(weight.shape, generator=generator()) < 0.5 if masked else None
     f = INHIBITORS[inhibitor]
     table = f.table(point_dtype) if inhibitor == "tabulated" else None
-    return (weight, rows, cols, mask, None, None, table, *_encoding.encode_manifold(MANIFOLDS[manifold]),
-            *_encoding.encode_inhibitor(f),
+    return (weight, rows, cols, mask, None, None, table, *encoding.encode_manifold(MANIFOLDS[manifold]),
+            *encoding.encode_inhibitor(f),
             power, blocks, 0.25)
 
 
@@ -107,8 +108,8 @@ def test_ops_agree_with_their_fallback(case):
     """The implementation without a compiler, for any device, serves the same schemas."""
     arguments = op_arguments(**{**OP_CASES[case], "needs": (False, False, False)})
     dtype = arguments[0].dtype
-    what = reference.Penalty(_encoding.decode_manifold(*arguments[7:9]),
-                             _encoding.decode_inhibitor(*arguments[9:11], arguments[6]), *arguments[11:])
+    what = reference.Penalty(encoding.decode_manifold(*arguments[7:9]),
+                             encoding.decode_inhibitor(*arguments[9:11], arguments[6]), *arguments[11:])
     value, gradients = reference.penalty_with_grads(*arguments[:4], what, True, True)
     got, *got_gradients = ops.penalty_with_grads(*arguments, True, True)
     assert relative_error(got, value) <= 1e-6

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, needs_kernels, on_device
-from rnn_cases import draw, draw_mask, net_of, quiet
 
 import moduli_kernels as mk
-from moduli_kernels import _rnn_op
-from moduli_kernels.reference_rnn import Step
+from moduli_kernels.reference.rnn import Step
+from moduli_kernels.rnn import layer
+from tests.support.penalty_cases import BACKENDS, needs_kernels, on_device
+from tests.support.rnn_cases import draw, draw_mask, net_of, quiet
 
 ops = torch.ops.moduli_kernels
 pytestmark = [on_device, *quiet, pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
@@ -83,7 +83,7 @@ def test_gradcheck(backend, case):
     masks, lengths = given[6:8], given[-1]
 
     def run(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
-        return _rnn_op.masked_rnn(x, h, _rnn_op.Weights(w_ih, w_hh, b_ih, b_hh, *masks), lengths, its_step)
+        return layer.masked_rnn(x, h, layer.Weights(w_ih, w_hh, b_ih, b_hh, *masks), lengths, its_step)
 
     with mk.backend(backend):
         assert torch.autograd.gradcheck(run, leaves)
@@ -108,8 +108,8 @@ def test_only_the_gradients_that_are_needed(backend, needed):
 
 
 def loss_of(given: tuple) -> tuple[torch.Tensor, tuple]:
-    weights = _rnn_op.Weights(*given[2:8])
-    output, _ = _rnn_op.masked_rnn(given[0], given[1], weights, None, step())
+    weights = layer.Weights(*given[2:8])
+    output, _ = layer.masked_rnn(given[0], given[1], weights, None, step())
     return output.square().sum(), given[:6]
 
 

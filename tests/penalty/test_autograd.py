@@ -8,7 +8,11 @@ import weakref
 
 import pytest
 import torch
-from penalty_cases import (
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     DEVICE,
     draw_points,
@@ -19,10 +23,6 @@ from penalty_cases import (
     relative_error,
     tiled_warning,
 )
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-import moduli_kernels as mk
 
 pytestmark = [tiled_warning, on_device]
 

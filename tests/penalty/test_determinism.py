@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import (
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     KERNELS,
@@ -17,8 +19,6 @@ from penalty_cases import (
     on_device,
     penalty_and_gradients,
 )
-
-import moduli_kernels as mk
 
 pytestmark = on_device
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import (
+from torch import Tensor
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     KERNELS,
@@ -16,9 +19,6 @@ from penalty_cases import (
     on_device,
     tiled_warning,
 )
-from torch import Tensor
-
-import moduli_kernels as mk
 
 pytestmark = [tiled_warning, on_device]
 

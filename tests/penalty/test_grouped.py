@@ -3,12 +3,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import INHIBITORS, KERNELS, draw_points, draw_weight, needs_kernels, on_device, relative_error
 from torch import Tensor, nn
 
 import moduli_kernels as mk
-from moduli_kernels import _several
-from moduli_kernels.penalty import checked
+from moduli_kernels.penalty import grouped
+from moduli_kernels.penalty.function import checked
+from tests.support.penalty_cases import (
+    INHIBITORS,
+    KERNELS,
+    draw_points,
+    draw_weight,
+    needs_kernels,
+    on_device,
+    relative_error,
+)
 
 pytestmark = [on_device, needs_kernels]
 
@@ -21,9 +29,9 @@ def kernels():
 
 
 def layer(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, manifold="torus", inhibitor=None, power=1.0,
-          blocks=1, reduction="mean", strength=1.0) -> _several.Layer:
+          blocks=1, reduction="mean", strength=1.0) -> grouped.Layer:
     what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, power, blocks, None, reduction, strength)
-    return _several.Layer(weight, rows, cols, what)
+    return grouped.Layer(weight, rows, cols, what)
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -43,7 +51,7 @@ def check(layers: list[tuple[tuple[Tensor, ...], dict]], factors: list[float] | 
     singles = [mk.moduli_penalty(*tensors, **settings, **common) for tensors, settings in layers]
     weights = [1.0] * len(layers) if factors is None else factors
     wanted = gradients(sum(f * single for f, single in zip(weights, singles)))
-    total, values = _several.penalties([layer(*tensors, **settings, **common) for tensors, settings in layers])
+    total, values = grouped.penalties([layer(*tensors, **settings, **common) for tensors, settings in layers])
     assert total.shape == () and values.shape == (len(layers),) and total.dtype == values.dtype == singles[0].dtype
     assert total.requires_grad == values.requires_grad == bool(leaves)
     assert relative_error(values, torch.stack(singles)) <= tolerance
@@ -108,7 +116,7 @@ def test_no_gradient():
     layers = [((weight.detach(), points.detach()), settings) for (weight, points), settings in three()]
     check(layers)
     with torch.no_grad():
-        assert not _several.penalties([layer(*tensors) for tensors, _ in three()])[0].requires_grad
+        assert not grouped.penalties([layer(*tensors) for tensors, _ in three()])[0].requires_grad
 
 
 def test_a_layer_without_entries():
@@ -127,18 +135,18 @@ def test_many_layers():
 def test_repeated_backward(dtype):
     layers = [tensors for tensors, _ in three(dtype=dtype)]
     leaves = [t for tensors in layers for t in tensors]
-    total, values = _several.penalties([layer(*tensors) for tensors in layers])
+    total, values = grouped.penalties([layer(*tensors) for tensors in layers])
     loss = 2 * total + 3 * values[1]
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     again = torch.autograd.grad(loss, leaves)
     assert all(relative_error(b, a) <= (1e-6 if a.dtype.itemsize > 2 else 4e-3) for a, b in zip(first, again))
-    total, values = _several.penalties([layer(*tensors) for tensors in layers])
+    total, values = grouped.penalties([layer(*tensors) for tensors in layers])
     assert torch.autograd.grad(values[1], leaves, allow_unused=True)[2].any()
 
 
 def test_no_second_derivative():
     (weight, points), _ = next(three())
-    total, _ = _several.penalties([layer(weight, points), layer(weight, points)])
+    total, _ = grouped.penalties([layer(weight, points), layer(weight, points)])
     gradient, = torch.autograd.grad(total, weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         gradient.sum().backward()
@@ -147,7 +155,7 @@ def test_no_second_derivative():
 @pytest.mark.parametrize("need_points", [True, False])
 def test_opcheck(need_points):
     layers = [layer(*(t.detach() for t in tensors)) for tensors, _ in three()]
-    run = _several._Runner(layers)
+    run = grouped._Runner(layers)
     weights, rows, cols, _ = zip(*layers)
     arguments, needs = run.arguments((*weights, *rows, *cols)), ([True, False, True], [need_points] * 3)
     ops = torch.ops.moduli_kernels
@@ -167,9 +175,9 @@ def model() -> nn.ModuleList:
 def calls(monkeypatch):
     """How many weights each shared call had; the kernels that share launches are taken to serve this device."""
     made: list[int] = []
-    penalties = _several.penalties
-    monkeypatch.setattr(_several, "penalties", lambda layers: made.append(len(layers)) or penalties(layers))
-    monkeypatch.setattr(_several._backend, "active", lambda device: "triton")
+    penalties = grouped.penalties
+    monkeypatch.setattr(grouped, "penalties", lambda layers: made.append(len(layers)) or penalties(layers))
+    monkeypatch.setattr(grouped.backends, "active", lambda device: "triton")
     return made
 
 
@@ -189,7 +197,7 @@ def test_regularization(calls, monkeypatch, trainable):
     total, losses = reg(), reg.losses()
     assert calls == [5, 5] and list(losses) == [name for name, _ in reg.items()]
     shared = gradients(3 * total, net, reg), gradients(losses["0.weight_hh_l1"] * 2, net, reg)
-    monkeypatch.setattr(_several, "share_launches", lambda *_: False)
+    monkeypatch.setattr(grouped, "share_launches", lambda *_: False)
     one_by_one = reg()
     assert calls == [5, 5] and relative_error(total, one_by_one) <= 1e-6
     assert_same(shared[0], gradients(3 * one_by_one, net, reg))
@@ -212,7 +220,7 @@ def test_one_by_one(calls, monkeypatch):
     hooked.regularizers["2_weight_hh"].register_forward_hook(lambda *_: seen.append(1))
     hooked()
     assert calls == [] and seen == [1]
-    monkeypatch.setattr(_several._backend, "active", lambda device: "reference")
+    monkeypatch.setattr(grouped.backends, "active", lambda device: "reference")
     mk.regularize(net)()
     assert calls == []
 

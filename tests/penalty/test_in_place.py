@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import (
+
+import moduli_kernels as mk
+from moduli_kernels.penalty import in_place
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     MANIFOLDS,
@@ -14,9 +17,6 @@ from penalty_cases import (
     penalty_and_gradients,
     relative_error,
 )
-
-import moduli_kernels as mk
-from moduli_kernels import in_place
 
 pytestmark = [on_device, pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")]
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import (
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     MANIFOLDS,
@@ -18,8 +20,6 @@ from penalty_cases import (
     on_device,
     penalty_and_gradients,
 )
-
-import moduli_kernels as mk
 
 pytestmark = [on_device, pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")]
 CLOSE = {torch.float64: (1e-13, 1e-12), torch.float32: (1e-6, 1e-5)}

@@ -14,9 +14,9 @@ import subprocess
 import sys
 
 import pytest
-from penalty_cases import needs_cpp
 
 from moduli_kernels import reference
+from tests.support.penalty_cases import needs_cpp
 
 COUNTER = r"""
 #include <errno.h>
@@ -97,7 +97,7 @@ def beyond(tmp_path_factory) -> dict[str, float]:
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-fno-builtin", "-o", folder / "counter.so",
                     folder / "counter.c"],
                    check=True)
-    root = str(pathlib.Path(__file__).parents[1])
+    root = str(pathlib.Path(__file__).parents[2])
     environment = {**os.environ, "LD_PRELOAD": str(folder / "counter.so"), "PYTHONPATH": root}
     environment.pop("MODULI_KERNELS_BACKEND", None)
     cases = json.dumps([(name, *case) for name, case in CASES.items()])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import (
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     INHIBITORS,
     MANIFOLDS,
     POWERS,
@@ -16,8 +18,6 @@ from penalty_cases import (
     on_a_grid,
     penalty_and_gradients,
 )
-
-import moduli_kernels as mk
 
 pytestmark = needs_cpp
 CLOSE = {torch.float64: (1e-14, 1e-13), torch.float32: (2e-7, 5e-6), torch.bfloat16: (2e-7, 5e-3)}

@@ -8,7 +8,10 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from penalty_cases import (
+from torch import Tensor
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     MANIFOLDS,
@@ -27,9 +30,6 @@ from penalty_cases import (
     relative_error,
     tiled_warning,
 )
-from torch import Tensor
-
-import moduli_kernels as mk
 
 pytestmark = [tiled_warning, on_device]
 

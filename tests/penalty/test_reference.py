@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from penalty_cases import INHIBITORS, MANIFOLDS, draw_points, draw_weight, generator
 
 import moduli_kernels as mk
 from moduli_kernels import reference
-from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
+from moduli_kernels.geometry.inhibitors import inhibitor as resolve_inhibitor
+from tests.support.penalty_cases import INHIBITORS, MANIFOLDS, draw_points, draw_weight, generator
 
 # torch says once a process that its CSR tensors are young
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")

@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from penalty_cases import INHIBITORS, MANIFOLDS, draw_points, draw_weight, generator
-from test_reference import draw_mask, penalty, points, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moduli_kernels import reference
+from tests.penalty.test_reference import draw_mask, penalty, points, run
+from tests.support.penalty_cases import INHIBITORS, MANIFOLDS, draw_points, draw_weight, generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
 

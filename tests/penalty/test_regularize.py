@@ -10,11 +10,11 @@ import weakref
 
 import pytest
 import torch
-from penalty_cases import draw_weight, expected, generator, on_device, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import draw_weight, expected, generator, on_device, relative_error
 
 pytestmark = on_device
 

@@ -10,7 +10,11 @@ import warnings
 
 import pytest
 import torch
-from penalty_cases import (
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     MANIFOLDS,
@@ -22,10 +26,6 @@ from penalty_cases import (
     relative_error,
     tiled_warning,
 )
-from safetensors.torch import load_model, save_model
-from torch import nn
-
-import moduli_kernels as mk
 
 pytestmark = [tiled_warning, on_device]
 

@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
-from penalty_cases import (
+from torch import Tensor
+
+import moduli_kernels as mk
+from tests.support.penalty_cases import (
     BACKENDS,
     INHIBITORS,
     KERNELS,
@@ -23,9 +26,6 @@ from penalty_cases import (
     penalty_and_gradients,
     tiled_warning,
 )
-from torch import Tensor
-
-import moduli_kernels as mk
 
 pytestmark = [tiled_warning, on_device]
 

@@ -11,12 +11,13 @@ import torch
 
 import moduli_kernels as mk
 from moduli_kernels import plots
+from moduli_kernels.plots import figures
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-from moduli_kernels._charts import _great_circles, chart, slice_chart  # noqa: E402
-from moduli_kernels.ordering import fundamental  # noqa: E402
+from moduli_kernels.geometry.ordering import fundamental  # noqa: E402
+from moduli_kernels.plots.charts import _great_circles, chart, slice_chart  # noqa: E402
 
 PRESETS = ("torus", "torus6", "circle", "sphere", "s3", "klein", "r3", "mixed")
 
@@ -316,7 +317,7 @@ def test_fractions_are_those_of_a_brute_force_histogram(name):
     middle, fraction = ax.lines[0].get_data()
     pairs, edges = np.histogram(d, bins, (0, d.max()))
     kept, _ = np.histogram(d, bins, (0, d.max()), weights=(weight != 0).double().numpy())
-    enough = pairs >= plots.MIN_PAIRS
+    enough = pairs >= figures.MIN_PAIRS
     assert enough.any() and (name != "mixed" or not enough.all())  # the test sees a bin left out
     assert np.allclose(middle, (edges[1:] + edges[:-1]) / 2)
     assert np.allclose(fraction[enough], kept[enough] / pairs[enough], atol=3e-4)

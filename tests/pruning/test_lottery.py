@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from penalty_cases import on_device
 from torch import nn
 
-from moduli_kernels.lottery import reinitialize_, rewind_
-from moduli_kernels.pruning import MagnitudePruner
+from moduli_kernels.pruning.lottery import reinitialize_, rewind_
+from moduli_kernels.pruning.pruner import MagnitudePruner
+from tests.support.penalty_cases import on_device
 
 pytestmark = on_device
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from penalty_cases import generator, on_device
-from pruning_cases import Net, Tied, Weights, cut_count, loss_of
 from torch.nn.utils import prune as torch_prune
 
-from moduli_kernels.pruning import MagnitudePruner
+from moduli_kernels.pruning.pruner import MagnitudePruner
+from tests.support.penalty_cases import generator, on_device
+from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of
 
 pytestmark = on_device
 

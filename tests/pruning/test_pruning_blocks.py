@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from penalty_cases import draw_weight, generator, on_device
-from pruning_cases import Net, Tied, Weights, cut_count, loss_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moduli_kernels as mk
-from moduli_kernels.pruning import MagnitudePruner
+from moduli_kernels.pruning.pruner import MagnitudePruner
+from tests.support.penalty_cases import draw_weight, generator, on_device
+from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of
 
 pytestmark = on_device
 

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from penalty_cases import on_device
-from pruning_cases import Net, Tied, Weights
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from moduli_kernels.pruning import MagnitudePruner
+from moduli_kernels.pruning.pruner import MagnitudePruner
+from tests.support.penalty_cases import on_device
+from tests.support.pruning_cases import Net, Tied, Weights
 
 pytestmark = on_device
 

@@ -8,12 +8,12 @@ import weakref
 
 import pytest
 import torch
-from penalty_cases import on_device
-from pruning_cases import Net, Weights, loss_of
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from moduli_kernels.pruning import MagnitudePruner
+from moduli_kernels.pruning.pruner import MagnitudePruner
+from tests.support.penalty_cases import on_device
+from tests.support.pruning_cases import Net, Weights, loss_of
 
 pytestmark = on_device
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given, strategies as st
 
-from moduli_kernels.schedules import linear_schedule
+from moduli_kernels.pruning.schedules import linear_schedule
 
 
 def test_the_papers_schedule():

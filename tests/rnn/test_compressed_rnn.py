@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from penalty_cases import BACKENDS, examples, on_device
-from rnn_cases import draw, net_of, quiet, weight_names
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import moduli_kernels as mk
-from moduli_kernels.compressed_rnn import METADATA
+from moduli_kernels.rnn.compressed import METADATA
+from tests.support.penalty_cases import BACKENDS, examples, on_device
+from tests.support.rnn_cases import draw, net_of, quiet, weight_names
 
 pytestmark = [on_device, *quiet]
 

@@ -11,12 +11,13 @@ import sys
 
 import pytest
 import torch
-from penalty_cases import DEVICE, KERNELS, needs_kernels, on_device
-from rnn_cases import PATHS, draw, net_of, quiet
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels import _backend, _rnn_op, _rnn_timing, rnn_paths
+from moduli_kernels import backends, runtime
+from moduli_kernels.rnn import crossovers, layer, stack, timing
+from tests.support.penalty_cases import DEVICE, KERNELS, needs_kernels, on_device
+from tests.support.rnn_cases import PATHS, draw, net_of, quiet
 
 pytestmark = [on_device, *quiet]
 
@@ -35,22 +36,22 @@ def table_file(ratio, **more) -> dict:
 def table(monkeypatch):
     """Sets the tables, by what `table_file` takes."""
     def put(*files):
-        made = {(file["device"], file["dtype"]): rnn_paths.parsed(file) for file in files}
-        monkeypatch.setattr(rnn_paths, "tables", lambda: made)
-        rnn_paths.predicted.cache_clear()
+        made = {(file["device"], file["dtype"]): crossovers.parsed(file) for file in files}
+        monkeypatch.setattr(crossovers, "tables", lambda: made)
+        crossovers.predicted.cache_clear()
     yield put
-    rnn_paths.predicted.cache_clear()
+    crossovers.predicted.cache_clear()
 
 
 def predicted(hidden=16, batch=1, steps=1, density=0.1, training=True, dtype=torch.float32, device="cpu", **more):
     density_ih, density_hh = density if isinstance(density, tuple) else (density, density)
-    return rnn_paths.predicted(device, dtype, hidden, batch, density_ih, density_hh, training, steps, **more)
+    return crossovers.predicted(device, dtype, hidden, batch, density_ih, density_hh, training, steps, **more)
 
 
 # --- the table and its rule ---------------------------------------------------------------------------------------
 
 def test_the_shipped_table():
-    tables = rnn_paths.tables()
+    tables = crossovers.tables()
     assert ("cpu", "float32") in tables
     for table in tables.values():
         assert list(table.densities) == sorted(table.densities) and 0 < table.densities[0] and table.densities[-1] == 1
@@ -73,7 +74,7 @@ def test_between_and_beyond_the_grid(table):
     assert predicted(1000, 1000, 1000, 0.001) == pytest.approx(64 * 8 / 4 / 0.1)
     assert predicted(1, 0, 0, 0.0) == pytest.approx(16 / 0.1)
     assert predicted(32, 2, 2, None) == pytest.approx(32)
-    assert rnn_paths._between((1, 2, 4), 2) == [(2, 1.0)]
+    assert crossovers._between((1, 2, 4), 2) == [(2, 1.0)]
 
 
 def test_the_density_is_that_of_both_weights_together(table):
@@ -82,23 +83,23 @@ def test_the_density_is_that_of_both_weights_together(table):
     assert predicted(density=(None, 0.2)) == pytest.approx(1 / 0.6)
     assert predicted(density=(None, 0.2), inputs=0) == pytest.approx(1 / 0.2)
     assert predicted(density=(0.6, None), inputs=48) == pytest.approx(1 / 0.7)
-    assert rnn_paths.joint_density(0.5, None, 4, 4) == 0.75 and rnn_paths.joint_density(1, 1, 0, 0) == 0
+    assert crossovers.joint_density(0.5, None, 4, 4) == 0.75 and crossovers.joint_density(1, 1, 0, 0) == 0
 
 
 def test_choose(table):
     table(table_file(lambda h, b, s, t, d: {None: 0.9, 0.1: 2.0, 1.0: 1.0}[d] if t else 0.5))
     arguments = ("cpu", torch.float32, 16, 1)
-    assert rnn_paths.choose(*arguments, 0.1, 0.1, True, 1) == "sparse"
-    assert rnn_paths.choose(*arguments, None, 0.1, True, 1, inputs=1) == "sparse"
+    assert crossovers.choose(*arguments, 0.1, 0.1, True, 1) == "sparse"
+    assert crossovers.choose(*arguments, None, 0.1, True, 1, inputs=1) == "sparse"
     for others in ((0.1, 0.1, False, 1), (None, None, True, 1), (1.0, 1.0, True, 1)):
-        assert rnn_paths.choose(*arguments, *others) == "dense"
+        assert crossovers.choose(*arguments, *others) == "dense"
 
 
 def test_other_dtypes_and_devices(table):
     table(table_file(lambda *case: 2.0))
     assert predicted(dtype=torch.float64) == pytest.approx(2) and predicted(dtype=torch.bfloat16) is None
     assert predicted(device="cuda") is None
-    assert rnn_paths.choose("cuda", torch.float32, 1, 1, 0.1, 0.1, True, 1) == "dense"
+    assert crossovers.choose("cuda", torch.float32, 1, 1, 0.1, 0.1, True, 1) == "dense"
     table(table_file(lambda *case: 2.0), table_file(lambda *case: 3.0, dtype="float64"))
     assert predicted(dtype=torch.float64) == pytest.approx(3)
 
@@ -107,24 +108,23 @@ def test_a_grid_with_a_hole():
     file = table_file(lambda *case: 1.0)
     del file["rows"][3]
     with pytest.raises(KeyError):
-        rnn_paths.parsed(file)
+        crossovers.parsed(file)
 
 
 # --- the module's choice ------------------------------------------------------------------------------------------
 
 def paths_taken(monkeypatch) -> list[str]:
-    from moduli_kernels import _rnn_stack
     taken = []
     for path in PATHS:
-        run = getattr(_rnn_stack, path)
-        monkeypatch.setattr(_rnn_stack, path, lambda *a, run=run, path=path: taken.append(path) or run(*a))
+        run = getattr(stack, path)
+        monkeypatch.setattr(stack, path, lambda *a, run=run, path=path: taken.append(path) or run(*a))
     return taken
 
 
 @needs_kernels
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table below is the CPU's")
 def test_auto_follows_the_table(table, monkeypatch):
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
     taken, x = paths_taken(monkeypatch), draw(4, 8, 16)
     table(table_file(lambda h, b, s, t, d: {None: 0.5, 0.1: 4.0, 1.0: 0.25}[d] * (1 if t else 0.1)))
     net = net_of(16, 16, densities=(1.0, 1.0), path="auto")
@@ -158,15 +158,14 @@ def test_the_user_decides(monkeypatch):
 
 def test_dense_where_there_is_no_kernel(monkeypatch):
     """A device that only the reference serves; an extension that was not built."""
-    from moduli_kernels import _library
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
     taken, net = paths_taken(monkeypatch), mk.SparseRNN(3, 4, device="meta")
     net(torch.ones(2, 2, 3, device="meta"))
     assert taken == ["dense"] and "no compiled kernel serves meta here" in net.explain()
     net.path = "sparse"
     assert net(torch.ones(2, 2, 3, device="meta"))[0].shape == (2, 2, 4)
-    monkeypatch.setattr(_library, "cpu_ops_error", "not built")
-    assert not _rnn_op.has_kernel("cpu")
+    monkeypatch.setattr(runtime, "cpu_ops_error", "not built")
+    assert not layer.has_kernel("cpu")
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
@@ -203,7 +202,7 @@ def test_explain_refuses_sizes_that_no_input_has(sizes, error):
 @needs_kernels
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table below is the CPU's")
 def test_explain(table, monkeypatch):
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
     table(table_file(lambda h, b, s, t, d: 4.0 if d == 0.1 else 0.5))
     net = mk.SparseRNN(16, 16, 2, bidirectional=True)
     net.set_mask("weight_hh_l1_reverse", torch.arange(256).view(16, 16) % 10 == 0)
@@ -240,14 +239,14 @@ def test_explain(table, monkeypatch):
 def test_tune_measures_and_remembers(monkeypatch, winner):
     measured = []
 
-    def alternating(passes, device, runs=_rnn_timing.RUNS):
+    def alternating(passes, device, runs=timing.RUNS):
         for run in passes.values():
             run()
         measured.append(list(passes))
         return {path: 1.0 if path == winner else 2.0 for path in passes}
 
-    monkeypatch.setattr(_backend, "_forced", None)
-    monkeypatch.setattr(_rnn_timing, "alternating", alternating)
+    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(timing, "alternating", alternating)
     net, x = net_of(4, 6, 2, path="auto", dropout=0.5), draw(5, 3, 4)
     state = torch.get_rng_state()
     found = net.tune(x)
@@ -275,7 +274,7 @@ def test_tune_measures_and_remembers(monkeypatch, winner):
 def test_timing_alternates():
     turns = []
     passes = {name: (lambda name=name: turns.append(name)) for name in "ab"}
-    seconds = _rnn_timing.alternating(passes, torch.device("cpu"), runs=3)
+    seconds = timing.alternating(passes, torch.device("cpu"), runs=3)
     assert "".join(turns) == "ab" + "ab" + "ba" + "ab" and list(seconds) == ["a", "b"] and min(seconds.values()) >= 0
 
 
@@ -285,20 +284,20 @@ def test_the_script_that_measures_the_table(tmp_path):
     before = [table_file(lambda *case: 1.0, device=device) for device in ("cpu", "cuda")]
     output.write_text(json.dumps({"tables": before}))
     command = [sys.executable, "-m", "benchmarks.tune_rnn", "--quick"]
-    run = functools.partial(subprocess.run, check=False, cwd=rnn_paths.FILE.parents[1], capture_output=True, text=True)
+    run = functools.partial(subprocess.run, check=False, cwd=crossovers.FILE.parents[1], capture_output=True, text=True)
     done = run([*command, "--output", str(output)])
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())["tables"]
     assert [table["device"] for table in written] == ["cuda", "cpu"] and written[1]["source"].startswith("measured: ")
-    assert rnn_paths.parsed(written[1]).densities == (0.1, 1.0)
+    assert crossovers.parsed(written[1]).densities == (0.1, 1.0)
     refused = run(command)
     assert refused.returncode == 2 and "--output" in refused.stderr
 
 
 def test_importing_reads_no_table():
-    code = ("import moduli_kernels.rnn_paths as p, sys; assert not p.tables.cache_info().misses; "
+    code = ("import moduli_kernels.rnn.crossovers as p, sys; assert not p.tables.cache_info().misses; "
             "assert 'torch._dynamo' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=rnn_paths.FILE.parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=crossovers.FILE.parents[1])
 
 
 def test_the_dense_path_is_nn_rnns_own():

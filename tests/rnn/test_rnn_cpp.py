@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from moduli_kernels import _library, _library_rnn
+from moduli_kernels import runtime
+from moduli_kernels.ops import masked_rnn as masked_rnn_op
 
-pytestmark = pytest.mark.skipif(_library.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
+pytestmark = pytest.mark.skipif(runtime.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
 
 # T, B, I, H: each width of a strip with and without lanes that are filled up, blocks of columns, rows that fill no
 # panel; of one lane, whose vectors lie along the columns, some that fill none
@@ -51,7 +52,7 @@ def compiled(*arguments):
 def check(dtype, sizes):
     """Against the reference in float64: 1e-13 and 1e-5 relative in norm, or, where sums cancel, 3 x the error that the
     reference itself has in this dtype."""
-    reference = _library_rnn._masked_rnn, _library_rnn._masked_rnn_grads
+    reference = masked_rnn_op._masked_rnn, masked_rnn_op._masked_rnn_grads
     limit = 1e-13 if dtype == torch.float64 else 1e-5
     for density in (None, 0.0, 0.3, 1.0):
         for k, step in enumerate(STEPS):

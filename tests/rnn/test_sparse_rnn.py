@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, DEVICE, on_device
-from rnn_cases import PATHS, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import BACKENDS, DEVICE, on_device
+from tests.support.rnn_cases import PATHS, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run
 
 pytestmark = [on_device, *quiet]
 

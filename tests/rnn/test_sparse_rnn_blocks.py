@@ -8,11 +8,12 @@ import re
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, on_device
-from rnn_cases import Run, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run
 
 import moduli_kernels as mk
-from moduli_kernels import _library_blocks, _rnn_masks, _rnn_op, rnn_paths
+from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
+from moduli_kernels.rnn import crossovers, layer, masked_module
+from tests.support.penalty_cases import BACKENDS, on_device
+from tests.support.rnn_cases import Run, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run
 
 pytestmark = [on_device, *quiet]
 ops = torch.ops.moduli_kernels
@@ -21,11 +22,11 @@ ops = torch.ops.moduli_kernels
 @pytest.fixture
 def laid_out(monkeypatch):
     """Every masked hidden weight is walked by a layout; which were made, in a list."""
-    made, layout = [], _rnn_masks.block_layout
-    monkeypatch.setattr(rnn_paths, "hidden_form", lambda *_: "blocks")
-    monkeypatch.setattr(rnn_paths, "THRESHOLD", 4)
-    monkeypatch.setattr(_rnn_masks, "walks_blocks", lambda *_: True)
-    monkeypatch.setattr(_rnn_masks, "block_layout",
+    made, layout = [], masked_module.block_layout
+    monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
+    monkeypatch.setattr(crossovers, "THRESHOLD", 4)
+    monkeypatch.setattr(masked_module, "walks_blocks", lambda *_: True)
+    monkeypatch.setattr(masked_module, "block_layout",
                         lambda *arguments, **named: made.append(layout(*arguments, **named)) or made[-1])
     return made
 
@@ -39,18 +40,18 @@ def laid_out(monkeypatch):
     ((4096, 200, 0.1), "blocks"), ((4096, 200, 0.1, 1638, 0), "blocks"),  # in full blocks, but not one by one
     ((4096, 200, 0.1, 0, 1677722), "masked"), ((2048, 20, 1.0), "masked"), ((4096, 0, 0.02), "masked")])
 def test_rule(case, form):
-    assert rnn_paths.hidden_form(*case) == form
+    assert crossovers.hidden_form(*case) == form
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_where_kernels_are(backend, monkeypatch):
-    monkeypatch.setattr(rnn_paths, "hidden_form", lambda *_: "blocks")
+    monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
     made = []
-    monkeypatch.setattr(_rnn_masks, "block_layout", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(masked_module, "block_layout", lambda *_, **__: made.append(1))
     with mk.backend(backend):
         kind = torch.get_default_device().type
-        assert _rnn_op.walks_blocks(kind, torch.float32) == (backend == "triton")
-        assert not _rnn_op.walks_blocks(kind, torch.float64)
+        assert layer.walks_blocks(kind, torch.float32) == (backend == "triton")
+        assert not layer.walks_blocks(kind, torch.float64)
         net = net_of(4, 40, dtype=torch.float64)
         net(draw(5, 3, 4, dtype=torch.float64)), net.explain()
     assert not made
@@ -58,7 +59,7 @@ def test_only_where_kernels_are(backend, monkeypatch):
 
 def test_the_rule_sees_the_layout(laid_out, monkeypatch):
     net, asked = net_of(4, 40), []
-    monkeypatch.setattr(rnn_paths, "hidden_form", lambda *case: asked.append(case) or (
+    monkeypatch.setattr(crossovers, "hidden_form", lambda *case: asked.append(case) or (
         "blocks" if len(asked) == 1 else "masked"))
     net(draw(5, 3, 4))
     density = net._density("weight_hh_l0")
@@ -78,7 +79,7 @@ def test_explain(laid_out):
     net.set_order("weight_hh_l0", torch.arange(39, -1, -1))
     assert net.explain().endswith(told.format("set by set_order"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnn_paths, "hidden_form", lambda *_: "masked")
+        patch.setattr(crossovers, "hidden_form", lambda *_: "masked")
         assert "weight_hh_l0 4.19 % kept, read whole\n" in net.explain()
     net.path = "dense"
     assert "weight_hh_l0 4.19 % kept\n" in net.explain() and len(laid_out) == 2
@@ -95,7 +96,7 @@ SETTINGS = {
 
 def masked_run(net: mk.SparseRNN, *arguments) -> Run:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnn_paths, "hidden_form", lambda *_: "masked")
+        patch.setattr(crossovers, "hidden_form", lambda *_: "masked")
         return run(net, *arguments)
 
 
@@ -109,8 +110,8 @@ def test_as_the_masked_form(laid_out, monkeypatch, case, packed, backend):
     x = draw(*((3, 5) if net.batch_first else (5, 3)), 4, dtype=torch.float64)
     hx = draw(len(net._all_weights), 3, 40, seed=1, dtype=torch.float64)
     lengths = torch.tensor([2, 5, 3], device="cpu") if packed else None
-    called, flat = [], _library_blocks.flat
-    monkeypatch.setattr(_library_blocks, "flat", lambda layout: called.append(layout) or flat(layout))
+    called, flat = [], blocked_rnn_op.flat
+    monkeypatch.setattr(blocked_rnn_op, "flat", lambda layout: called.append(layout) or flat(layout))
     with mk.backend(backend):
         want, got = masked_run(net, x, hx, lengths), run(net, x, hx, lengths)
         assert len(called) == len(laid_out) == len(net._all_weights)
@@ -221,7 +222,7 @@ def test_inference_mode(laid_out):
 def test_recording_a_cuda_graph(laid_out, monkeypatch):
     """A layout that is known is taken, and kept for as long as the graph may live; none is made."""
     net, x, recording = net_of(4, 40), draw(5, 3, 4), [True]
-    monkeypatch.setattr(_rnn_masks, "capturing", lambda _: recording[0])
+    monkeypatch.setattr(masked_module, "capturing", lambda _: recording[0])
     assert net._layout("weight_hh_l0", 3) is None and net(x) is not None
     recording[0] = False
     net(x)

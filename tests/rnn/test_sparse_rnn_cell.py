@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from penalty_cases import BACKENDS, examples, on_device, relative_error
-from rnn_cases import TOLERANCE, draw, draw_mask, quiet
 from torch import nn
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import BACKENDS, examples, on_device, relative_error
+from tests.support.rnn_cases import TOLERANCE, draw, draw_mask, quiet
 
 pytestmark = [on_device, *quiet]
 

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from penalty_cases import BACKENDS, needs_kernels, on_device
-from rnn_cases import PATHS, draw, draw_mask, net_of, quiet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moduli_kernels as mk
-from moduli_kernels import _backend
+from moduli_kernels import backends
+from tests.support.penalty_cases import BACKENDS, needs_kernels, on_device
+from tests.support.rnn_cases import PATHS, draw, draw_mask, net_of, quiet
 
 # torch's own, on the way
 pytestmark = [on_device, *quiet, pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -37,7 +37,7 @@ def rnns_allowed():
 @pytest.fixture
 def kernels_chosen(monkeypatch):
     """Whatever MODULI_KERNELS_BACKEND the suite runs under."""
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
 
 
 def train(net: mk.SparseRNN, compiled: nn.Module, steps: int = 4) -> None:

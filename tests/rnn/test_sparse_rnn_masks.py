@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from penalty_cases import needs_kernels, on_device
-from rnn_cases import PATHS, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run, weight_names
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import moduli_kernels as mk
-from moduli_kernels import _backend
+from moduli_kernels import backends
+from tests.support.penalty_cases import needs_kernels, on_device
+from tests.support.rnn_cases import PATHS, assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run, weight_names
 
 pytestmark = [on_device, *quiet]
 
@@ -211,7 +211,7 @@ def test_to_rnn_can_be_exported():
 
 @needs_kernels  # else the path does not depend on them
 def test_densities_are_counted_once_a_version(monkeypatch):
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
     net, counted = net_of(4, 6, 2, densities=(0.5, 0.3), path="auto"), []
     count = torch.count_nonzero
     monkeypatch.setattr(torch, "count_nonzero", lambda mask: counted.append(1) or count(mask))

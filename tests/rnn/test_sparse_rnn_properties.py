@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from penalty_cases import BACKENDS, KERNELS, examples, generator, needs_kernels, on_device
-from rnn_cases import PATHS, TOLERANCE, assert_same, draw, net_of, plain_rnn, quiet, run, weight_names
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import BACKENDS, KERNELS, examples, generator, needs_kernels, on_device
+from tests.support.rnn_cases import PATHS, TOLERANCE, assert_same, draw, net_of, plain_rnn, quiet, run, weight_names
 
 pytestmark = [on_device, *quiet]
 

@@ -1,6 +1,6 @@
 """Prints as JSON a digest of what the compiled kernels give, to the last bit, over a fixed set of cases.
 
-    python tests/bitwise_cases.py            with MODULI_KERNELS_ISA=portable, avx2 or avx512
+    python tests/support/bitwise_cases.py           with MODULI_KERNELS_ISA=portable, avx2 or avx512
 
 Inputs are made by integer arithmetic and contain no vendor product, so that the digests depend on the kernels and
 their compiler alone. test_bitwise.py compares them with those in data/bitwise.json; `--record` writes that file, which
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import moduli_kernels as mk
 
-RECORD = pathlib.Path(__file__).parent / "data" / "bitwise.json"
+RECORD = pathlib.Path(__file__).parents[1] / "data" / "bitwise.json"
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = {"few": 63, "odd": 131, "many": 420}
@@ -200,7 +200,7 @@ def compiler() -> str:
 
 def child(isa: str) -> dict[str, str]:
     """The digests on one instruction set, in a process of its own, which reads the variable once."""
-    root = pathlib.Path(__file__).resolve().parent.parent
+    root = pathlib.Path(__file__).resolve().parents[2]
     environment = os.environ | {"MODULI_KERNELS_ISA": isa, "MODULI_KERNELS_BACKEND": "cpp",
                                 "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run([sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True)

@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import moduli_kernels as mk
-from moduli_kernels import _encoding
-from moduli_kernels.triton import launch, launch_kept, launch_several
+from moduli_kernels.geometry import encoding
+from moduli_kernels.triton.penalty import launch, launch_grouped, launch_kept
 
 N = 4096
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -70,7 +70,7 @@ class Recorder:
 def record(call) -> list[Launch]:
     """What `call` launches; nothing runs."""
     launches: list[Launch] = []
-    kernels = [(module, name) for module in (launch, launch_kept, launch_several) for name in vars(module)
+    kernels = [(module, name) for module in (launch, launch_kept, launch_grouped) for name in vars(module)
                if isinstance(getattr(module, name), triton.JITFunction)]
     before = [getattr(*kernel) for kernel in kernels]
     try:
@@ -90,8 +90,8 @@ def op_arguments(manifold: str, inhibitor: mk.Inhibitor, dtype: torch.dtype, pow
     m = mk.manifold(manifold)
     rows = torch.empty(n, m.ambient_dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     table = inhibitor.table(rows.dtype) if isinstance(inhibitor, mk.TabulatedInhibitor) else None
-    kinds, parameters = _encoding.encode_manifold(m)
-    kind, numbers = _encoding.encode_inhibitor(inhibitor)
+    kinds, parameters = encoding.encode_manifold(m)
+    kind, numbers = encoding.encode_inhibitor(inhibitor)
     return launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
         "weight": weight, "rows": rows, "table": table, "factors": kinds, "factor_parameters": parameters,
         "inhibitor": kind, "inhibitor_parameters": numbers, "power": power, "blocks": blocks, "scale": 1.0})

@@ -9,15 +9,15 @@ from unittest import mock
 
 import torch
 import triton
-import triton_machine_code as code
 from triton.backends.compiler import GPUTarget
 
-from moduli_kernels import _library_blocks
-from moduli_kernels.block_layout import block_layout
-from moduli_kernels.triton import launch_blocks, launch_rnn, launch_steps
-from moduli_kernels.triton.launch_steps import Device
+from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
+from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.triton.rnn import launch_blocked, launch_masked, steps
+from moduli_kernels.triton.rnn.steps import Device
+from tests.support import machine_code as code
 
-MODULES = [launch_rnn, launch_steps, launch_blocks]
+MODULES = [launch_masked, steps, launch_blocked]
 # of each architecture a GPU: A100, RTX 3090, H100, B200, RTX 5090
 DEVICES = {80: Device(108, 163 * 1024), 86: Device(82, 99 * 1024), 90: Device(132, 227 * 1024),
            100: Device(148, 227 * 1024), 120: Device(170, 99 * 1024)}
@@ -37,7 +37,7 @@ def record(call: Callable[[], Any], architecture: int, precision: str = "tf32") 
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, rnn, "fp32_precision", before)
         rnn.fp32_precision = precision
-        stack.enter_context(mock.patch.object(launch_steps, "on_gpu", lambda x: True))
+        stack.enter_context(mock.patch.object(steps, "on_gpu", lambda x: True))
         for module in MODULES:
             stack.enter_context(mock.patch.object(module, "device_of", lambda x: DEVICES[architecture]))
             for name, kernel in list(vars(module).items()):
@@ -63,8 +63,8 @@ def train(n: int, batch: int, steps: int = 50, inputs: int | None = None, dtype:
     masks = [torch.empty(w.shape, dtype=torch.bool) if masked else None for w in weights]
     length = torch.empty(batch, dtype=torch.int64) if lengths else None
     step = ("tanh", leak, reverse)
-    launch_rnn.masked_rnn(x, h, *weights, *biases, *masks, None, None, None, None, length, *step, True)
-    launch_rnn.masked_rnn_grads(output, h, x, h, *weights, *masks, length, output, output, *step, *[True] * 5)
+    launch_masked.masked_rnn(x, h, *weights, *biases, *masks, None, None, None, None, length, *step, True)
+    launch_masked.masked_rnn_grads(output, h, x, h, *weights, *masks, length, output, output, *step, *[True] * 5)
 
 
 def train_blocked(n: int, batch: int, side: int, share: float, density: float, steps: int = 50, inputs: int = 16,
@@ -74,12 +74,13 @@ def train_blocked(n: int, batch: int, side: int, share: float, density: float, s
     blocks = torch.rand(-(-n // side), -(-n // side), generator=generator) < share
     mask = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)[:n, :n].clone()
     mask |= torch.rand(n, n, generator=generator) < density
-    layout = _library_blocks.flat(block_layout(mask, side=side, threshold=side * side // 4))
+    layout = blocked_rnn_op.flat(block_layout(mask, side=side, threshold=side * side // 4))
     x, h, output = (torch.empty(size, dtype=dtype) for size in ((steps, batch, inputs), (batch, n), (steps, batch, n)))
     w_ih, w_hh, bias = (torch.empty(size, dtype=dtype) for size in ((n, inputs), (n, n), (n,)))
     step = ("tanh", leak, False)
-    *_, states, s = launch_blocks.blocked_rnn(x, h, w_ih, w_hh, bias, bias, None, mask, layout, side, None, *step, True)
-    launch_blocks.blocked_rnn_grads(output, h, x, h, w_ih, w_hh, None, mask, layout, side, None, states, s, *step,
+    *_, states, s = launch_blocked.blocked_rnn(x, h, w_ih, w_hh, bias, bias, None, mask, layout, side, None, *step,
+                                             True)
+    launch_blocked.blocked_rnn_grads(output, h, x, h, w_ih, w_hh, None, mask, layout, side, None, states, s, *step,
                                     *[True] * 5)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import _backend, _library, reference
-from moduli_kernels.inhibitors import inhibitor as resolve_inhibitor
-from moduli_kernels.manifolds import PRESETS, manifold as resolve_manifold
+from moduli_kernels import backends, reference, runtime
+from moduli_kernels.geometry.inhibitors import inhibitor as resolve_inhibitor
+from moduli_kernels.geometry.manifolds import PRESETS, manifold as resolve_manifold
 
 # The product has flat factors of 1 and of 3 columns, so that odd and even columns meet every kind of
 # neighbour.
@@ -50,13 +50,13 @@ VARIANTS = {  # other branches of the same formulas
 POWERS = (1.0, 1.5, 2.0, 3.0, 2.7)
 
 DEVICE = os.environ.get("MODULI_KERNELS_TEST_DEVICE", "cpu")
-KERNELS = "triton" if DEVICE == "cuda" or _library.triton_interpreted else "cpp"  # the backend that is put to the test
+KERNELS = "triton" if DEVICE == "cuda" or runtime.triton_interpreted else "cpp"  # the backend that is put to the test
 on_device = pytest.mark.usefixtures("default_device")
 
 
 def _missing(backend: str) -> str:
     """Why the kernels of a backend cannot be tested here, "" if they can."""
-    available, reason = _backend.availability()[backend]
+    available, reason = backends.availability()[backend]
     if backend == "cpp" and DEVICE != "cpu":
         return f"about the CPU's kernels, and MODULI_KERNELS_TEST_DEVICE={DEVICE} asks for those of another device"
     return "" if available else reason

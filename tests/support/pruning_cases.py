@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import torch
-from penalty_cases import generator
 from torch import nn
+
+from tests.support.penalty_cases import generator
 
 
 class Weights(nn.Module):

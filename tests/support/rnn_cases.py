@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from penalty_cases import generator, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import moduli_kernels as mk
+from tests.support.penalty_cases import generator, relative_error
 
 # torch's own: the reference makes compressed weights whole by torch.sparse_csr; cuDNN and weights one by one
 quiet = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),

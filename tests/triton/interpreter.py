@@ -1,7 +1,7 @@
-"""Triton kernels in its interpreter, on CPU tensors, against the float64 reference. Run by test_triton_interpreter.py
+"""Triton kernels in its interpreter, on CPU tensors, against the float64 reference. Run by test_interpreter.py
 in a process with TRITON_INTERPRET=1; alone:
 
-    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
+    TRITON_INTERPRET=1 python -m pytest tests/triton/interpreter.py
 
 The interpreter truncates where it rounds to bfloat16: 16-bit gradients are held to one unit in the last place.
 """
@@ -13,7 +13,13 @@ import random
 import numpy
 import pytest
 import torch
-from penalty_cases import (
+from torch import Tensor
+
+import moduli_kernels as mk
+from moduli_kernels import backends
+from moduli_kernels.geometry import encoding
+from moduli_kernels.triton.penalty import launch, tiles
+from tests.support.penalty_cases import (
     INHIBITORS,
     MANIFOLDS,
     TOLERANCE,
@@ -27,11 +33,6 @@ from penalty_cases import (
     penalty_and_gradients,
     relative_error,
 )
-from torch import Tensor
-
-import moduli_kernels as mk
-from moduli_kernels import _backend
-from moduli_kernels.triton import launch, launch_table
 
 # NumPy, of what is right here: log2(0), and inf - inf and 0 / 0 of poisoned points
 pytestmark = [
@@ -50,9 +51,9 @@ NEEDED = ("all", "shared", "weight", "points", "value")
 def small_tiles(monkeypatch):
     """4 rows x 1 vector, few programs: many tiles, blocks, strips and groups of small weights."""
     def use(programs: int, prefetch: bool = False, repeat: int = 1):
-        tile = launch_table.Tile(1, repeat, programs, prefetch)
-        monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(launch_table.TABLE[9], tile))
-    monkeypatch.setattr(launch_table, "FEWEST_ROWS", 4)
+        tile = tiles.Tile(1, repeat, programs, prefetch)
+        monkeypatch.setattr(tiles, "OVERRIDES", dict.fromkeys(tiles.TABLE[9], tile))
+    monkeypatch.setattr(tiles, "FEWEST_ROWS", 4)
     return use
 
 
@@ -72,7 +73,7 @@ def assert_within_ulps(got: Tensor, want: Tensor, ulps: float) -> None:
 
 def check(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, grad: float = 1.0, **settings) -> Result:
     """Value and all gradients, within the tolerance of the weight's dtype."""
-    assert _backend.active("cpu") == "triton"
+    assert backends.active("cpu") == "triton"
     got = penalty_and_gradients(weight, rows, cols, grad=grad, **settings)
     want = expected(weight, rows, cols, grad=grad, **settings)
     tolerance = TOLERANCE[got.value.dtype]
@@ -394,14 +395,14 @@ def test_flat_factors_fall_into_runs():
     assert periods == [4.0, 5.0, 7.0, 8.0, 9.0]
 
 
-@pytest.mark.parametrize("tile", [launch_table.Tile(8, 4, 512), launch_table.Tile(8, 2, 512),
-                                  launch_table.Tile(4, 1, 1024)], ids=str)
+@pytest.mark.parametrize("tile", [tiles.Tile(8, 4, 512), tiles.Tile(8, 2, 512),
+                                  tiles.Tile(4, 1, 1024)], ids=str)
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_shares_cover_the_weight(width, tile):
     for rows, columns in itertools.product((1, 63, 650, 4096, 8192, 50000), repeat=2):
-        shares = launch_table.shares_for(rows, columns, tile, tile.repeat * width, True)
+        shares = tiles.shares_for(rows, columns, tile, tile.repeat * width, True)
         strip, block = shares.tiles * tile.rows, shares.group * tile.repeat * width
-        assert shares.tiles <= launch_table.LANES
+        assert shares.tiles <= tiles.LANES
         assert (shares.strips - 1) * strip < rows <= shares.strips * strip
         assert (shares.groups - 1) * block < columns <= shares.groups * block
 
@@ -416,8 +417,8 @@ def test_accumulates(shape, masked, dtype):
     weight, before = draw_weight(*shape, dtype=dtype), draw_weight(*shape, seed=1, dtype=dtype)
     rows, cols = (on_a_grid(draw_points("torus", n, n)) for n in shape[:2])
     mask = draw_weight(*shape, seed=2) > 0 if masked else None
-    kinds, parameters = mk._encoding.encode_manifold(mk.FlatTorus())
-    kind, numbers = mk._encoding.encode_inhibitor(mk.DifferenceOfGaussians())
+    kinds, parameters = encoding.encode_manifold(mk.FlatTorus())
+    kind, numbers = encoding.encode_inhibitor(mk.DifferenceOfGaussians())
     arguments = launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
         "weight": weight, "rows": rows, "cols": cols, "mask": mask, "factors": kinds, "factor_parameters": parameters,
         "inhibitor": kind, "inhibitor_parameters": numbers, "power": 1.0, "blocks": 1, "scale": 0.1})

@@ -1,6 +1,6 @@
 """The barrier between steps of the masked RNN's kernels, in Triton's interpreter: programs as threads of which one runs
 at a time, in an order that is drawn; they change places where they arrive and where they wait. A program that went on
-too early would read states that nobody has written, which are NaN here. Run by test_triton_interpreter_rnn.py.
+too early would read states that nobody has written, which are NaN here. Run by test_interpreter_rnn.py.
 
 This is the protocol: who counts, what is waited for, that all go on. What the GPU makes of fences and caches is seen in
 the machine code alone (test_triton_machine_code_rnn.py) until one runs it (test_cuda_only_rnn.py).
@@ -20,8 +20,8 @@ from triton.runtime import interpreter
 from triton_interpreter_blocks import Blocked
 from triton_interpreter_rnn import Layer, force
 
-from moduli_kernels.reference_rnn import Step
-from moduli_kernels.triton import launch_steps, rnn_backward, rnn_forward, rnn_table
+from moduli_kernels.reference.rnn import Step
+from moduli_kernels.triton.rnn import backward as rnn_backward, forward as rnn_forward, shares as shares_table, steps
 
 builder = interpreter.interpreter_builder
 pytestmark = [
@@ -109,7 +109,7 @@ def arrive(counter) -> None:
 @pytest.fixture(autouse=True)
 def together(monkeypatch):
     monkeypatch.setattr(interpreter, "GridExecutor", Together)
-    monkeypatch.setattr(launch_steps, "on_gpu", lambda x: True)
+    monkeypatch.setattr(steps, "on_gpu", lambda x: True)
     for module in (rnn_forward, rnn_backward):
         monkeypatch.setattr(module, "wait", wait)
         monkeypatch.setattr(module, "arrive", arrive)
@@ -130,8 +130,8 @@ def test_strips_and_parts(monkeypatch, way, n, strips, step):
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_blocks_and_strays(monkeypatch, step):
-    monkeypatch.setattr(rnn_table, "KEPT_TILE", 128)
-    monkeypatch.setattr(launch_steps, "INTERPRETED", launch_steps.Device(6, 99 * 1024))
+    monkeypatch.setattr(shares_table, "KEPT_TILE", 128)
+    monkeypatch.setattr(steps, "INTERPRETED", steps.Device(6, 99 * 1024))
     Blocked(40, 20, 3, threshold=20, lengths=step.reverse).check(step)
     assert Together.waits > 0
 

@@ -1,5 +1,5 @@
 """The Triton kernels of the masked RNN over blocks and strays in its interpreter, through the ops, against the float64
-reference. Run by test_triton_interpreter_rnn.py in a process with TRITON_INTERPRET=1. As triton_interpreter_rnn.py."""
+reference. Run by test_interpreter_rnn.py in a process with TRITON_INTERPRET=1. As triton_interpreter_rnn.py."""
 from __future__ import annotations
 
 import pytest
@@ -8,10 +8,10 @@ from torch import Tensor
 from triton_interpreter_rnn import STEPS, Layer, ops
 
 import moduli_kernels as mk
-from moduli_kernels import _library_blocks
-from moduli_kernels.block_layout import block_layout
-from moduli_kernels.reference_rnn import Step
-from moduli_kernels.triton import launch_blocks, launch_steps, rnn_table
+from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
+from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.reference.rnn import Step
+from moduli_kernels.triton.rnn import launch_blocked, shares as shares_table, steps
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),
@@ -37,7 +37,7 @@ class Blocked(Layer):
             self.w_hh[~self.mask_hh] = float("nan")
 
     def run(self, step: Step, needs: tuple[bool, ...] = (True,) * 5) -> dict[str, Tensor]:
-        layout, side = _library_blocks.flat(self.layout), self.layout.side
+        layout, side = blocked_rnn_op.flat(self.layout), self.layout.side
         masks = self.mask_ih, self.mask_hh, layout, side
         output, h_n, *kept = ops.blocked_rnn(self.x, self.h, *self.weights()[:4], *masks, self.lengths, *step, True)
         grads = ops.blocked_rnn_grads(*self.grads, self.x, self.h, self.w_ih, self.w_hh, *masks, self.lengths, *kept,
@@ -48,14 +48,14 @@ class Blocked(Layer):
 @pytest.fixture(params=["sampled", "whole"])
 def gradient(request, monkeypatch):
     """Both ways to the hidden weight's gradient, whatever would be chosen."""
-    monkeypatch.setattr(launch_blocks, "STRAY_COST", 0 if request.param == "sampled" else 10**9)
+    monkeypatch.setattr(launch_blocked, "STRAY_COST", 0 if request.param == "sampled" else 10**9)
     return request.param
 
 
 @pytest.mark.parametrize("threshold", [ALL, 20, NONE])
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_every_step(step, threshold, monkeypatch):
-    monkeypatch.setattr(launch_blocks, "STRAY_COST", 0)
+    monkeypatch.setattr(launch_blocked, "STRAY_COST", 0)
     layer = Blocked(37, threshold=threshold, lengths=step.leak != 1, poison=True)
     assert (len(layer.layout.kept) > 0) == (threshold != NONE) and (len(layer.layout.strays) > 0) == (threshold != ALL)
     layer.check(step)
@@ -89,15 +89,15 @@ def test_orders(ordered, same_order, gradient):
 
 
 def test_more_strips_and_tiles_than_programs(monkeypatch):
-    monkeypatch.setattr(launch_steps, "INTERPRETED", launch_steps.Device(3, 99 * 1024))
-    monkeypatch.setattr(rnn_table, "KEPT_TILE", 256)
+    monkeypatch.setattr(steps, "INTERPRETED", steps.Device(3, 99 * 1024))
+    monkeypatch.setattr(shares_table, "KEPT_TILE", 256)
     Blocked(40, 33, 2, threshold=20).check(Step("tanh", 0.5, False))
 
 
 @pytest.mark.parametrize("step", STEPS[:3:2], ids=str)
 def test_all_steps_in_one_launch(monkeypatch, step):
     """As on a GPU, with one program along the rows: it need not wait for another."""
-    monkeypatch.setattr(launch_steps, "INTERPRETED", launch_steps.Device(1, 99 * 1024))
+    monkeypatch.setattr(steps, "INTERPRETED", steps.Device(1, 99 * 1024))
     Blocked(37, 9, 4, threshold=20, lengths=step.leak == 0.3).check(step)
 
 
@@ -136,7 +136,7 @@ def test_compressed_hidden_weight(density, lengths):
 def test_autograd_and_the_checks_of_ops(backend):
     layer, step = Blocked(19, 5, 2, threshold=20), ("tanh", 0.5, False)
     leaves = [t.requires_grad_() for t in (layer.x, layer.h, layer.w_ih, layer.w_hh, layer.b_ih, layer.b_hh)]
-    arguments = (*leaves, layer.mask_ih, layer.mask_hh, _library_blocks.flat(layer.layout), 16, None, *step, True)
+    arguments = (*leaves, layer.mask_ih, layer.mask_hh, blocked_rnn_op.flat(layer.layout), 16, None, *step, True)
     with mk.backend(backend):
         output, h_n, *_ = ops.blocked_rnn(*arguments)
         found = torch.autograd.grad((output, h_n), leaves, layer.grads)
@@ -148,13 +148,13 @@ def test_autograd_and_the_checks_of_ops(backend):
     assert all((got.double() - want[name]).norm() <= 2e-6 * want[name].norm() for got, name in zip(found, names))
 
 
-@pytest.mark.parametrize("device", [launch_steps.INTERPRETED, launch_steps.Device(20, 64 * 1024)], ids=str)
+@pytest.mark.parametrize("device", [steps.INTERPRETED, steps.Device(20, 64 * 1024)], ids=str)
 def test_all_programs_fit_at_once_and_everything_is_done(device):
     for side in (None, 16, 32, 64):
         for n in (1, 63, 650, 2113, 4096, 20000):
             for pitch in (8, 24, 40, 200, 1000, 20000):
                 for strays in (0, n, n * n // 50):
-                    s = rnn_table.kept_shares(n, pitch, side, strays, 4, *device)
+                    s = shares_table.kept_shares(n, pitch, side, strays, 4, *device)
                     assert s.parts * s.tiles * s.batch >= pitch > (s.parts * s.tiles - s.tiles) * s.batch
                     assert s.strips * s.parts <= device.multiprocessors and s.rows == (side or s.rows)
-                    assert s.rows * s.batch * s.entries <= rnn_table.KEPT_TILE and s.stages in (3, 5, 7)
+                    assert s.rows * s.batch * s.entries <= shares_table.KEPT_TILE and s.stages in (3, 5, 7)

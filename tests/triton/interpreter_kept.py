@@ -1,12 +1,16 @@
 """Compressed rows, sparse masks and the proximal step in Triton's interpreter, as triton_interpreter.py:
 
-    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter_kept.py
+    TRITON_INTERPRET=1 python -m pytest tests/triton/interpreter_kept.py
 """
 from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import (
+
+import moduli_kernels as mk
+from moduli_kernels import reference
+from moduli_kernels.triton.penalty import launch_kept
+from tests.support.penalty_cases import (
     INHIBITORS,
     MANIFOLDS,
     Result,
@@ -19,10 +23,6 @@ from penalty_cases import (
     penalty_and_gradients,
     relative_error,
 )
-
-import moduli_kernels as mk
-from moduli_kernels import reference
-from moduli_kernels.triton import launch_kept
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),

@@ -1,5 +1,5 @@
 """The Triton kernels of the masked RNN in its interpreter, through the ops, against the float64 reference. Run by
-test_triton_interpreter_rnn.py in a process with TRITON_INTERPRET=1.
+test_interpreter_rnn.py in a process with TRITON_INTERPRET=1.
 
 The interpreter runs programs one after the other, so the launcher goes step by step, unless there is but one program
 along the rows. What many of them add is the barrier alone, which triton_interpreter_barrier.py is about. It truncates
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import reference_rnn
-from moduli_kernels.reference_rnn import Step
-from moduli_kernels.triton import launch_steps, rnn_table
-from moduli_kernels.triton.rnn_table import Shares
+from moduli_kernels.reference import rnn as reference_rnn
+from moduli_kernels.reference.rnn import Step
+from moduli_kernels.triton.rnn import shares as shares_table, steps
+from moduli_kernels.triton.rnn.shares import Shares
 
 # NumPy, of what is right here: e^2x of large x, and inf - inf of poisoned weights
 pytestmark = [
@@ -30,26 +30,26 @@ ops = torch.ops.moduli_kernels
 def taken(monkeypatch):
     """The ways that launches took, as (way, tiles of the batch in a part)."""
     ways: list[tuple[str, int]] = []
-    shares_for = rnn_table.shares_for
+    shares_for = shares_table.shares_for
 
     def noted(*arguments):
         shares = shares_for(*arguments)
         ways.append((shares.way, shares.tiles))
         return shares
 
-    monkeypatch.setattr(rnn_table, "shares_for", noted)
+    monkeypatch.setattr(shares_table, "shares_for", noted)
     return ways
 
 
 def force(monkeypatch, way: str, n: int, batch: int, rows: int = 16, tile: int = 8, parts: int = 2, strips: int = 2,
           more: int = 0):
     """One of the ways, of a size that would not take it."""
-    depth = max(128 if way == "held" else 16, rnn_table.power_of_2(n - more))
-    tiles = rnn_table.cdiv(rnn_table.cdiv(batch, tile), parts)
-    shares = {"alone": Shares("alone", depth, tile, depth, 1, 8, 1, rnn_table.cdiv(batch, tile), 1),
-              "held": Shares("held", rows, tile, depth, 8, 8, rnn_table.cdiv(n, rows), parts, tiles, more=more),
+    depth = max(128 if way == "held" else 16, shares_table.power_of_2(n - more))
+    tiles = shares_table.cdiv(shares_table.cdiv(batch, tile), parts)
+    shares = {"alone": Shares("alone", depth, tile, depth, 1, 8, 1, shares_table.cdiv(batch, tile), 1),
+              "held": Shares("held", rows, tile, depth, 8, 8, shares_table.cdiv(n, rows), parts, tiles, more=more),
               "streamed": Shares("streamed", rows, tile, 16, 1, 8, strips, parts, tiles)}[way]
-    monkeypatch.setattr(rnn_table, "shares_for", lambda *_: shares)
+    monkeypatch.setattr(shares_table, "shares_for", lambda *_: shares)
 
 
 class Layer:
@@ -123,7 +123,7 @@ def test_a_depth_in_two_parts(monkeypatch):
     """Which is no power of 2: n = 650 has 768, as 512 + 256."""
     for n, parts, whole in [(650, 16, (512, 256)), (512, 16, (512, 0)), (769, 16, (1024, 0)), (1, 8, (128, 0)),
                             (150, 8, (256, 0)), (257, 8, (256, 128)), (1100, 16, (1024, 256)), (1290, 16, (1024, 512))]:
-        assert rnn_table.depths(n, parts) == whole
+        assert shares_table.depths(n, parts) == whole
     force(monkeypatch, "held", 150, 9, more=128)
     Layer(150, 9, 2, density=0.4).check(STEPS[2])
 
@@ -175,11 +175,11 @@ def test_dtypes(n, dtype):
 
 
 def test_tf32_is_switched_as_for_cudnn(monkeypatch):
-    precision = lambda: launch_steps.numbers_for(torch.empty(1)).PRECISION  # noqa: E731
+    precision = lambda: steps.numbers_for(torch.empty(1)).PRECISION  # noqa: E731
     assert precision() == "tf32"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     assert precision() == "tf32x3"
-    assert launch_steps.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
+    assert steps.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
     Layer(130, 5, 2).check()
 
 
@@ -253,14 +253,14 @@ def test_the_other_backends_are_served_as_before():
 
 # --- how it is shared out --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device", [launch_steps.INTERPRETED, launch_steps.Device(84, 99 * 1024),
-                                    launch_steps.Device(20, 64 * 1024)], ids=str)
+@pytest.mark.parametrize("device", [steps.INTERPRETED, steps.Device(84, 99 * 1024),
+                                    steps.Device(20, 64 * 1024)], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_all_programs_fit_at_once_and_everything_is_done(itemsize, exact, device):
     for n in (1, 16, 63, 128, 129, 650, 1024, 2048, 2113, 4096, 20000):
         for batch in (1, 8, 20, 33, 200, 1000, 20000):
-            s = rnn_table.shares_for(n, batch, itemsize, exact, *device)
+            s = shares_table.shares_for(n, batch, itemsize, exact, *device)
             assert s.parts * s.tiles * s.batch >= batch > (s.parts * s.tiles - s.tiles) * s.batch
             assert s.way == "alone" or s.strips * s.parts <= device.multiprocessors
             assert s.way == "streamed" or s.rows * s.strips >= n and s.depth + s.more >= n

@@ -1,17 +1,18 @@
 """The kernels of several weights in Triton's interpreter: against single calls, launches counted. Run by
-test_triton_interpreter_several.py in a process with TRITON_INTERPRET=1."""
+test_interpreter_several.py in a process with TRITON_INTERPRET=1."""
 from __future__ import annotations
 
 import pytest
 import torch
-from penalty_cases import INHIBITORS, draw_points, draw_weight
-from test_several_layers import check, kernels, layer, leaf, three  # noqa: F401 - kernels is a fixture
 
 import moduli_kernels as mk
-from moduli_kernels import _library, _several
-from moduli_kernels.triton import launch, launch_several, launch_table
+from moduli_kernels import runtime
+from moduli_kernels.penalty import grouped
+from moduli_kernels.triton.penalty import launch, launch_grouped, tiles
+from tests.penalty.test_grouped import check, kernels, layer, leaf, three  # noqa: F401 - kernels is a fixture
+from tests.support.penalty_cases import INHIBITORS, draw_points, draw_weight
 
-assert _library.triton_interpreted, "run with TRITON_INTERPRET=1"
+assert runtime.triton_interpreted, "run with TRITON_INTERPRET=1"
 # NumPy, of what is right here: log2(0)
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) e
 @pytest.fixture
 def small_tiles(monkeypatch):
     """4 rows x 1 vector: many tiles, strips and groups of small weights."""
-    tile = launch_table.Tile(1, 1, 6, True)
-    monkeypatch.setattr(launch_table, "OVERRIDES", dict.fromkeys(launch_table.TABLE[9], tile))
-    monkeypatch.setattr(launch_table, "FEWEST_ROWS", 4)
+    tile = tiles.Tile(1, 1, 6, True)
+    monkeypatch.setattr(tiles, "OVERRIDES", dict.fromkeys(tiles.TABLE[9], tile))
+    monkeypatch.setattr(tiles, "FEWEST_ROWS", 4)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def launches(monkeypatch):
             made.append(self.name)
             return self.kernel[grid]
 
-    for module in (launch, launch_several):
+    for module in (launch, launch_grouped):
         for name in ("penalty_kernel", "finish_kernel", "scale_kernel", "penalties_kernel", "finish_penalties_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
@@ -47,7 +48,7 @@ def launches(monkeypatch):
 def test_three_trained_layers_are_three_launches(launches):
     """Forward and backward; no other operation touches the device but the ones that autograd begins with."""
     leaves = [(leaf(draw_weight(n, n)), leaf(draw_points("torus", n))) for n in (32, 16, 20)]
-    total, _ = _several.penalties([layer(*pair) for pair in leaves])
+    total, _ = grouped.penalties([layer(*pair) for pair in leaves])
     assert launches == ["penalties_kernel", "finish_penalties_kernel"]
     operations = []
 
@@ -65,7 +66,7 @@ def test_three_trained_layers_are_three_launches(launches):
 
 def test_repeated_backward_is_two_launches(launches):
     leaves = [(leaf(draw_weight(n, n)), leaf(draw_points("torus", n))) for n in (32, 16, 20)]
-    total, _ = _several.penalties([layer(*pair) for pair in leaves])
+    total, _ = grouped.penalties([layer(*pair) for pair in leaves])
     total.backward(retain_graph=True)
     launches.clear()
     total.backward()
@@ -74,11 +75,11 @@ def test_repeated_backward_is_two_launches(launches):
 
 def test_kinds_of_layers_are_launches_of_their_own(launches, monkeypatch):
     """Two squares together, a convolution, a weight without entries and a large one alone."""
-    monkeypatch.setattr(launch_several, "LARGEST", 1000)
+    monkeypatch.setattr(launch_grouped, "LARGEST", 1000)
     points = {n: draw_points("torus", n) for n in (0, 9, 20, 40)}
     tensors = [(draw_weight(20, 20), points[20]), (draw_weight(9, 9), points[9]), (draw_weight(9, 20, 2), points[9],
                points[20]), (torch.empty(0, 0), points[0]), (draw_weight(40, 40), points[40])]
-    _several.penalties([layer(*pair) for pair in tensors])
+    grouped.penalties([layer(*pair) for pair in tensors])
     assert launches.count("penalties_kernel") == 1 and launches.count("penalty_kernel") == 2
     check([(pair, {}) for pair in tensors])
 
@@ -111,7 +112,7 @@ def test_like_one_weight_to_the_bit():
     """Layers of one shape are shared out as each alone is."""
     tensors = [(leaf(draw_weight(64, 64, seed=s)), leaf(draw_points("torus", 64, s))) for s in range(2)]
     leaves = [t for pair in tensors for t in pair]
-    _, values = _several.penalties([layer(*pair) for pair in tensors])
+    _, values = grouped.penalties([layer(*pair) for pair in tensors])
     singles = [mk.moduli_penalty(*pair, manifold="torus") for pair in tensors]
     assert torch.equal(values, torch.stack(singles))
     got, want = torch.autograd.grad(values.sum(), leaves), torch.autograd.grad(sum(singles), leaves)

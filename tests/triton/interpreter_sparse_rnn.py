@@ -1,14 +1,14 @@
 """SparseRNN over blocks and strays by the Triton kernels, in the interpreter, against torch.nn.RNN in float64. Run by
-test_triton_interpreter_rnn.py in a process with TRITON_INTERPRET=1."""
+test_interpreter_rnn.py in a process with TRITON_INTERPRET=1."""
 from __future__ import annotations
 
 import pytest
 import torch
-from rnn_cases import assert_same, draw, draw_mask, net_of, plain_rnn, run
 
 import moduli_kernels as mk
-from moduli_kernels import rnn_paths
-from moduli_kernels.triton import launch_blocks
+from moduli_kernels.rnn import crossovers
+from moduli_kernels.triton.rnn import launch_blocked
+from tests.support.rnn_cases import assert_same, draw, draw_mask, net_of, plain_rnn, run
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),
@@ -19,10 +19,10 @@ pytestmark = [
 @pytest.fixture
 def launched(monkeypatch):
     """A net as small as here would be read whole. Which launches there were, in a list."""
-    names, launches = [], {name: getattr(launch_blocks, name) for name in ("blocked_rnn", "blocked_rnn_grads")}
-    monkeypatch.setattr(rnn_paths, "hidden_form", lambda *_: "blocks")
+    names, launches = [], {name: getattr(launch_blocked, name) for name in ("blocked_rnn", "blocked_rnn_grads")}
+    monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
     for name, launch in launches.items():
-        monkeypatch.setattr(launch_blocks, name, lambda *arguments, name=name, launch=launch: (
+        monkeypatch.setattr(launch_blocked, name, lambda *arguments, name=name, launch=launch: (
             names.append(name) or launch(*arguments)))
     return names
 
@@ -58,6 +58,6 @@ def test_a_mask_that_changes_in_place(launched):
 
 
 def test_small_nets_are_read_whole(monkeypatch):
-    monkeypatch.setattr(launch_blocks, "blocked_rnn", None)
+    monkeypatch.setattr(launch_blocked, "blocked_rnn", None)
     net = net_of(4, 37)
     assert "read whole" in net.explain() and net(draw(2, 3, 4))[0].isfinite().all()

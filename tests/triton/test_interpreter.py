@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: tests/triton_interpreter*.py, each in a process of its own, for Triton reads at its
+"""The Triton kernels without a GPU: tests/triton/interpreter*.py, each in a process of its own, for Triton reads at its
 import whether it is to interpret."""
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import sys
 
 import pytest
 
-from moduli_kernels import _backend, _library
+from moduli_kernels import backends, runtime
 
 HERE = pathlib.Path(__file__).parent
 
-needs_triton = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+needs_triton = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["triton_interpreter.py", "triton_interpreter_kept.py"])
+@pytest.mark.parametrize("name", ["interpreter.py", "interpreter_kept.py"])
 def test_in_the_interpreter(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True)
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def run(code: str, **variables: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"} | variables,
-                          cwd=HERE.parent, capture_output=True, text=True)
+                          cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -39,7 +39,7 @@ def test_import_and_the_cpu_need_no_triton():
                "print('triton' in sys.modules)") == "False"
 
 
-AVAILABILITY = "from moduli_kernels import _backend; print(*_backend.availability()['triton'], _backend.active('cuda'))"
+AVAILABILITY = "from moduli_kernels import backends; print(*backends.availability()['triton'], backends.active('cuda'))"
 
 
 def test_unavailable_without_triton():
@@ -72,8 +72,8 @@ def test_available_in_the_interpreter():
 def test_not_chosen_by_itself_in_the_interpreter():
     """TRITON_INTERPRET=1 alone changes nothing: the CPU stays with what served it."""
     code = ("import sys, torch, moduli_kernels as mk\n"
-            "from moduli_kernels import _backend\n"
+            "from moduli_kernels import backends\n"
             "w = torch.ones(3, 3, requires_grad=True)\n"
             "mk.moduli_penalty(w, torch.rand(3, 2), manifold='torus').mul(2).backward()\n"
-            "print(_backend.active('cpu'), 'triton' in sys.modules)")
-    assert run(code, TRITON_INTERPRET="1") == f"{_backend.active('cpu')} False"
+            "print(backends.active('cpu'), 'triton' in sys.modules)")
+    assert run(code, TRITON_INTERPRET="1") == f"{backends.active('cpu')} False"

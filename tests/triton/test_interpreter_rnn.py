@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from moduli_kernels import _library
+from moduli_kernels import runtime
 
 HERE = pathlib.Path(__file__).parent
-pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+pytestmark = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 
 
 def test_in_the_interpreter(tmp_path):
@@ -22,8 +22,8 @@ def test_in_the_interpreter(tmp_path):
         with open(tmp_path / name, "w") as log:  # the process keeps its own handle
             running[name] = subprocess.Popen(
                 [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                 HERE / f"triton_interpreter_{name}.py"],
-                env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)
+                 HERE / f"interpreter_{name}.py"],
+                env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], stdout=log, stderr=subprocess.STDOUT)
     failed = [(tmp_path / name).read_text()[-4000:] for name, process in running.items() if process.wait()]
     assert not failed, "\n".join(failed)
 
@@ -35,14 +35,14 @@ def test_import_and_the_cpu_need_no_triton():
             "output, *_ = torch.ops.moduli_kernels.masked_rnn(x, h, w, w, *nothing, 'tanh', 1.0, False, True)\n"
             "output.sum().backward()\n"
             "print('triton' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=HERE.parent,
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"}, cwd=HERE.parents[1],
                           capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
 
 def test_the_workload_of_compute_sanitizer(monkeypatch):
     """Runs, and its layers are the reference's, on whatever serves the CPU; wherever it is off, it says so."""
-    monkeypatch.syspath_prepend(str(HERE.parent / "scripts"))
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "scripts"))
     import gpu_workload
     import gpu_workload_rnn
 

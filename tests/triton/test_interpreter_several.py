@@ -9,16 +9,16 @@ import sys
 import pytest
 import torch
 
-from moduli_kernels import _library
+from moduli_kernels import runtime
 
 HERE = pathlib.Path(__file__).parent
-pytestmark = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+pytestmark = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 
 
 def test_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreter_several.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True)
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreter_several.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -28,21 +28,20 @@ def test_in_the_interpreter():
     ((128, 128, 128), "torus", True, True), ((37, 1, 130), "torus", True, False), ((128,) * 8, "sphere", True, False)],
     ids=str)
 def test_compiles_without_spilling(monkeypatch, sizes, manifold, trained, grad):
-    import triton_machine_code as code
-
-    from moduli_kernels.triton import launch_several
+    from moduli_kernels.triton.penalty import launch_grouped
+    from tests.support import machine_code as code
 
     launches: list[code.Launch] = []
     for name in ("penalties_kernel", "finish_penalties_kernel"):
-        monkeypatch.setattr(launch_several, name, code.Recorder(getattr(launch_several, name), launches))
+        monkeypatch.setattr(launch_grouped, name, code.Recorder(getattr(launch_grouped, name), launches))
     each = [code.op_arguments(manifold, code.CASES["torus trained"][1], torch.float32, 1.0, n) for n in sizes]
     first, count = each[0], len(sizes)
     arguments = ([a.weight for a in each], [a.rows for a in each], [None] * count, None, *first[7:12], [1] * count,
                  [0.1] * count, [True] * count, [trained] * count)
     if grad:
-        launch_several.penalties_grads(torch.ones(()).expand(count), *arguments)
+        launch_grouped.penalties_grads(torch.ones(()).expand(count), *arguments)
     else:
-        launch_several.penalties_with_grads(*arguments)
+        launch_grouped.penalties_with_grads(*arguments)
     assert [launch.kernel.__name__ for launch in launches] == ["penalties_kernel", "finish_penalties_kernel"]
     for recorded in launches:
         assert code.usage(code.machine_code(recorded, 90))["STACK"] == 0

@@ -7,16 +7,15 @@ import os
 import pytest
 import torch
 
-from moduli_kernels import _library
+from moduli_kernels import runtime
 
 pytestmark = [
-    pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton"),
+    pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
-if _library.triton_installed:
-    import triton_machine_code as code
-
-    from moduli_kernels.triton import launch, launch_kept, launch_table
+if runtime.triton_installed:
+    from moduli_kernels.triton.penalty import launch, launch_kept, tiles
+    from tests.support import machine_code as code
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # case -> registers and, for each entry of W, instructions and special-function operations of the inner loop, at most
@@ -159,7 +158,7 @@ def test_bytes_moved(case, generation, n):
     assert a["EVEN"] and tile * penalty.grid[0] * penalty.grid[1] == n * n
     parts = [a[name] for name in ("row_parts", "column_parts") if a[name] is not None]
     coordinates = a["COORDINATES"]
-    limit = 0.01 * coordinates * 4 * max(n * n, launch_table.SMALL)
+    limit = 0.01 * coordinates * 4 * max(n * n, tiles.SMALL)
     assert sum(t.numel() * t.element_size() for t in parts) <= limit
     assert len(parts) == (0 if "frozen" in case else 2) and a["value_parts"].numel() <= 4096
     if n == 4096:  # beside W and dW: points, once a strip or a group, and parts, written and read
@@ -171,16 +170,16 @@ def test_bytes_moved(case, generation, n):
 def test_programs_fill_a_gpu_at_the_sizes_that_count():
     for n, programs in ((1024, 128), (2048, 256), (4096, 256), (8192, 512)):
         for trained in (False, True):
-            tile = launch_table.tile_for(9, 2, False, trained)
+            tile = tiles.tile_for(9, 2, False, trained)
             for itemsize in (2, 4):
-                shares = launch_table.shares_for(n, n, tile, tile.vectors(itemsize) * 128 // itemsize, trained)
+                shares = tiles.shares_for(n, n, tile, tile.vectors(itemsize) * 128 // itemsize, trained)
                 assert shares.strips * shares.groups >= programs
 
 
 def test_generations_that_are_not_in_the_table():
-    assert launch_table.tile_for(7, 2, True, True) == launch_table.tile_for(8, 2, True, True)
-    assert launch_table.tile_for(11, 2, True, True) == launch_table.tile_for(10, 2, True, True)
-    assert launch_table.tile_for(13, 2, True, True) == launch_table.tile_for(12, 2, True, True)
+    assert tiles.tile_for(7, 2, True, True) == tiles.tile_for(8, 2, True, True)
+    assert tiles.tile_for(11, 2, True, True) == tiles.tile_for(10, 2, True, True)
+    assert tiles.tile_for(13, 2, True, True) == tiles.tile_for(12, 2, True, True)
 
 
 def test_nothing_is_read_back_from_the_device(monkeypatch):

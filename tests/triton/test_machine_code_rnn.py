@@ -7,16 +7,15 @@ import os
 import pytest
 import torch
 
-from moduli_kernels import _library
+from moduli_kernels import runtime
 
 pytestmark = [
-    pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton"),
+    pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
-if _library.triton_installed:
-    import triton_machine_code_rnn as rnn
-
-    from moduli_kernels.triton import launch_rnn, launch_steps
+if runtime.triton_installed:
+    from moduli_kernels.triton.rnn import launch_masked, steps
+    from tests.support import machine_code_rnn as rnn
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # what one trains with: rows, batch, -> the way its steps go on an H100
@@ -70,7 +69,7 @@ def test_compressed_rows(n, batch):
     entries = n * n // 50
     x, h, w_ih, values = torch.empty(50, batch, 16), torch.empty(batch, n), torch.empty(n, 16), torch.empty(entries)
     crow, col = torch.empty(n + 1, dtype=torch.int64), torch.empty(entries, dtype=torch.int64)
-    launches = rnn.record(lambda: launch_rnn.masked_rnn(
+    launches = rnn.record(lambda: launch_masked.masked_rnn(
         x, h, w_ih, values, None, None, None, None, None, None, crow, col, None, "tanh", 1.0, False, False), 90)
     assert [launch.kernel.__name__ for launch in launches] == ["product_kernel", "forward_kernel"]
     for launch in launches:
@@ -146,4 +145,4 @@ def test_nothing_is_read_back_from_the_device():
             rnn.train(650, 20, leak=0.5, lengths=True)
 
     assert len(rnn.record(train, 90)) == 6
-    assert launch_steps.on_gpu(torch.empty(0)) is False  # what was patched is back
+    assert steps.on_gpu(torch.empty(0)) is False  # what was patched is back

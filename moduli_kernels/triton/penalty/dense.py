@@ -20,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .distance import distance, prepare
-from .elementary import parameter, power_positive, signed_by
-from .inhibitor import inhibitor
+from ..inhibitors import inhibitor
+from ..manifolds import distance, prepare
+from ..math import parameter, power_positive, signed_by
 
 LANES = tl.constexpr(8)  # of a warp, that share a row of a tile
 

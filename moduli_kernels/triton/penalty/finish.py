@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .distance import SPHERE, unit_vector, zero_or_nan
-from .penalty import load_points
+from ..manifolds import SPHERE, unit_vector, zero_or_nan
+from .dense import load_points
 
 
 @triton.jit

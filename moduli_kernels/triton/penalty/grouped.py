@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementary import parameter
+from ..math import parameter
+from .dense import penalty_program
 from .finish import finish_both, sum_value
-from .penalty import penalty_program
 
 
 @triton.jit

@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .distance import distance, prepare
-from .elementary import parameter
-from .inhibitor import inhibitor
-from .penalty import compensated_add, load_points, magnitude, weight_gradient
+from ..inhibitors import inhibitor
+from ..manifolds import distance, prepare
+from ..math import parameter
+from .dense import compensated_add, load_points, magnitude, weight_gradient
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The ops on CUDA tensors: unpacks arguments, allocates, launches. Schemas and contracts: moduli_kernels/_library.py.
+"""The ops on CUDA tensors: unpacks arguments, allocates, launches. Schemas: moduli_kernels/ops/penalty.py.
 
 Two launches a call, nothing is copied to or read from the device: numbers travel as kernel arguments, `grad` is read
 by the kernels. Safe inside CUDA-graph capture; runs on the tensors' device and its current stream.
@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
-from . import distance, inhibitor
+from ...ops import penalty as penalty_ops
+from .. import inhibitors, manifolds
+from .dense import LANES, penalty_kernel
 from .finish import finish_kernel
-from .launch_table import shares_for, tile_for
-from .penalty import LANES, penalty_kernel
 from .scale import scale_kernel
+from .tiles import shares_for, tile_for
 
 VECTOR_BYTES = 16
 SCALE_BLOCK, SCALE_PROGRAMS, SCALE_TENSORS = 4096, 1024, 24
@@ -29,7 +29,7 @@ INTERPRETED_CAPABILITY = 9
 
 
 # Those of the ops, by their names in the schema.
-Arguments = namedtuple("Arguments", [argument.split()[-1] for argument in _library.PENALTY.split(", ")])
+Arguments = namedtuple("Arguments", [argument.split()[-1] for argument in penalty_ops.PENALTY.split(", ")])
 
 
 class Results(NamedTuple):
@@ -55,18 +55,18 @@ def parameters(values: list[float], dtype: torch.dtype) -> tuple[float, ...]:
 
 
 def factors(codes: list[int], periods: list[float]) -> tuple[tuple[tuple[int, int, int, int], ...], list[float]]:
-    """FACTORS of distance.py and their parameters, from those of moduli_kernels/_encoding.py: FLAT factors fall into
+    """FACTORS of manifolds.py and their parameters, from those of moduli_kernels/_encoding.py: FLAT factors fall into
     runs of periodic and of other axes."""
     out, kept, column, at = [], [], 0, 0
     for kind, columns in zip(codes[::2], codes[1::2]):
-        if kind != distance.FLAT.value:
-            count = 1 if kind == distance.SPHERE.value else 2
+        if kind != manifolds.FLAT.value:
+            count = 1 if kind == manifolds.SPHERE.value else 2
             out.append((kind, column, columns, len(kept)))
             kept += periods[at:at + count]
             at += count
         else:
             for c, period in enumerate(periods[at:at + columns]):
-                run = distance.FLAT.value if period else distance.LINE.value
+                run = manifolds.FLAT.value if period else manifolds.LINE.value
                 if c and out[-1][0] == run:
                     out[-1] = (*out[-1][:2], out[-1][2] + 1, out[-1][3])
                 else:
@@ -148,13 +148,13 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     inner = weight[0, 0].numel()
     kinds, periods = factors(a.factors, a.factor_parameters)
     samples = 0 if a.table is None else a.table.shape[0]
-    code, constants = inhibitor.constants(a.inhibitor, a.inhibitor_parameters, samples)
-    constant = code == inhibitor.CONSTANT.value
+    code, constants = inhibitors.constants(a.inhibitor, a.inhibitor_parameters, samples)
+    constant = code == inhibitors.CONSTANT.value
     sum_points = need_points and not constant
     # a constant inhibitor does not look at distances: one coordinate tells whether the points are finite
-    seen = ((distance.LINE.value, 0, 1, 0),) if constant else kinds
+    seen = ((manifolds.LINE.value, 0, 1, 0),) if constant else kinds
 
-    curved = any(factor[0] in (distance.SPHERE.value, distance.KLEIN.value) for factor in seen)
+    curved = any(factor[0] in (manifolds.SPHERE.value, manifolds.KLEIN.value) for factor in seen)
     tile = tile_for(capability(weight), coordinates, curved, sum_points)
     width = LANES.value * VECTOR_BYTES // weight.element_size()
     repeat = tile.vectors(weight.element_size())

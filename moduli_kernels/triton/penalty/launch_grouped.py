@@ -1,5 +1,5 @@
 """The ops of several weights on CUDA tensors: small ones of one kind share two launches. Schemas and contracts:
-moduli_kernels/_library.py."""
+moduli_kernels/ops/penalty.py."""
 from __future__ import annotations
 
 from collections import namedtuple
@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
-from . import distance, inhibitor
+from ...ops import penalty as penalty_ops
+from .. import inhibitors, manifolds
+from .dense import LANES
+from .grouped import finish_penalties_kernel, penalties_kernel
 from .launch import (
     FINISH_CHUNK,
     FINISH_POINTS,
@@ -28,15 +30,13 @@ from .launch import (
     scale_each_,
     vector_length,
 )
-from .launch_table import shares_for, tile_for
-from .penalty import LANES
-from .several import finish_penalties_kernel, penalties_kernel
+from .tiles import shares_for, tile_for
 
 LAYERS = 8  # of a launch, at most: each takes a handful of kernel arguments
 LARGEST = 1 << 22  # entries of a weight that shares a launch: larger ones keep a GPU busy longer than a launch takes
 
 # Those of the ops, by their names in the schema.
-Several = namedtuple("Several", [argument.split()[-1] for argument in _library.PENALTIES.split(", ")])
+Several = namedtuple("Several", [argument.split()[-1] for argument in penalty_ops.PENALTIES.split(", ")])
 
 
 class Layer(NamedTuple):
@@ -90,11 +90,11 @@ def launch_together(a: Several, layers: list[Layer], grad: Tensor | None, places
     dcols = tuple(map(torch.empty_like, all_cols)) if need_points and cols is not None else None
 
     kinds, periods = factors(a.factors, a.factor_parameters)
-    code, constants = inhibitor.constants(a.inhibitor, a.inhibitor_parameters, 0 if a.table is None else len(a.table))
-    constant = code == inhibitor.CONSTANT.value
+    code, constants = inhibitors.constants(a.inhibitor, a.inhibitor_parameters, 0 if a.table is None else len(a.table))
+    constant = code == inhibitors.CONSTANT.value
     sum_points = need_points and not constant
-    seen = ((distance.LINE.value, 0, 1, 0),) if constant else kinds  # as for one weight
-    curved = any(factor[0] in (distance.SPHERE.value, distance.KLEIN.value) for factor in seen)
+    seen = ((manifolds.LINE.value, 0, 1, 0),) if constant else kinds  # as for one weight
+    curved = any(factor[0] in (manifolds.SPHERE.value, manifolds.KLEIN.value) for factor in seen)
     tile = tile_for(capability(weight), coordinates, curved, sum_points)
     width = LANES.value * VECTOR_BYTES // weight.element_size()
     repeat = tile.vectors(weight.element_size())

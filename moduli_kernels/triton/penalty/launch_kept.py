@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import inhibitor
-from .distance import LINE
+from .. import inhibitors
+from ..manifolds import LINE
+from .dense import LANES
 from .kept import kept_kernel
 from .launch import (
     VECTOR_BYTES,
@@ -28,7 +29,6 @@ from .launch import (
     results_for,
     vector_length,
 )
-from .penalty import LANES
 from .proximal import proximal_kept_kernel, proximal_kernel
 
 WARPS = 4
@@ -74,9 +74,9 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
     dtype = rows.dtype
     n_rows, n_columns, coordinates = rows.shape[0], cols.shape[0], rows.shape[1]
     kinds, periods = factors(a.factors, a.factor_parameters)
-    code, constants = inhibitor.constants(a.inhibitor, a.inhibitor_parameters,
+    code, constants = inhibitors.constants(a.inhibitor, a.inhibitor_parameters,
                                           0 if a.table is None else a.table.shape[0])
-    constant = code == inhibitor.CONSTANT.value
+    constant = code == inhibitors.CONSTANT.value
     sum_points = need_points and not constant
     numbers = [parameters(n, dtype) for n in ([a.scale, a.power], periods, constants)]
     parts = row_parts = column_parts = None
@@ -113,7 +113,7 @@ def launch(a: Arguments, grad: Tensor | None, need_value: bool, need_weight: boo
 
 
 def proximal_step_(*arguments) -> None:
-    """weight, or the values of compressed rows, <- sign(w) max(|w| - step scale f, 0); schema in _library.py."""
+    """weight, or the values of compressed rows, <- sign(w) max(|w| - step scale f, 0); schema in ops/penalty.py."""
     *rest, step = arguments
     a = Arguments(*rest)
     weight, rows, cols = a.weight, a.rows, a.rows if a.cols is None else a.cols
@@ -121,9 +121,9 @@ def proximal_step_(*arguments) -> None:
         return
     dtype, n_rows, n_columns = rows.dtype, rows.shape[0], cols.shape[0]
     kinds, periods = factors(a.factors, a.factor_parameters)
-    code, constants = inhibitor.constants(a.inhibitor, a.inhibitor_parameters,
+    code, constants = inhibitors.constants(a.inhibitor, a.inhibitor_parameters,
                                           0 if a.table is None else a.table.shape[0])
-    if code == inhibitor.CONSTANT.value:  # all it asks of distances is whether the points are finite
+    if code == inhibitors.CONSTANT.value:  # all it asks of distances is whether the points are finite
         kinds = ((LINE.value, 0, 1, 0),)
     numbers = [parameters(n, dtype) for n in ([a.scale * step], periods, constants)]
     settings = {"FACTORS": kinds, "COORDINATES": rows.shape[1], "INHIBITOR": code, "BLOCKS": a.blocks,

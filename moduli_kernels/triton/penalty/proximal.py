@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .distance import distance, prepare
-from .elementary import parameter
-from .inhibitor import inhibitor
-from .penalty import kernel_norms, load_points, load_weights
+from ..inhibitors import inhibitor
+from ..manifolds import distance, prepare
+from ..math import parameter
+from .dense import kernel_norms, load_points, load_weights
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rnn_parts import arrive, load_states, nonlinear, offset, wait
-from .rnn_recurrent import hold, product
+from .parts import arrive, load_states, nonlinear, offset, wait
+from .recurrent import hold, product
 
 
 @triton.jit

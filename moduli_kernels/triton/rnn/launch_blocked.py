@@ -1,32 +1,21 @@
 """The ops of the masked RNN whose hidden weight is walked by a layout of its mask, on CUDA tensors. Schemas and
-contracts: moduli_kernels/_library_blocks.py. As launch_rnn.py, with states along the batch: (T, n, pitch)."""
+contracts: moduli_kernels/blocked_rnn_op.py. As launch_rnn.py, with states along the batch: (T, n, pitch)."""
 from __future__ import annotations
 
 import torch
 import triton
 from torch import Tensor
 
-from .. import _library_blocks
-from .._library_blocks import along_the_batch, unflat
-from ..block_layout import GROUP, BlockLayout, Lists, gather_blocks
-from . import rnn_table
-from .launch import on_device
-from .launch_steps import (
-    TYPES,
-    VECTOR,
-    Fold,
-    Layout,
-    bytes_of,
-    device_of,
-    launch_product,
-    launch_steps,
-    numbers_for,
-    product,
-)
-from .rnn_backward import backward_kernel
-from .rnn_forward import forward_kernel
-from .rnn_kept import Kept
-from .rnn_sampled import sampled_blocks_kernel, sampled_strays_kernel
+from ...ops import blocked_rnn as blocked_rnn_op
+from ...ops.block_layout import GROUP, BlockLayout, Lists, gather_blocks
+from ...ops.blocked_rnn import along_the_batch, unflat
+from ..penalty.launch import on_device
+from . import shares as shares_table
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .kept import Kept
+from .sampled import sampled_blocks_kernel, sampled_strays_kernel
+from .steps import TYPES, VECTOR, Fold, Layout, bytes_of, device_of, launch_product, launch_steps, numbers_for, product
 
 BLOCK_DEPTH, STRAY_ENTRIES, STRAY_DEPTH = 32, 64, 32
 STRAY_COST = 64  # of a product of one entry over a sequence, in those of an entry of a whole matrix
@@ -43,7 +32,7 @@ def steps_of(kernel, before: tuple, kept: Kept, after: tuple, x: Tensor, n: int,
              leak: float, **settings) -> None:
     """launch_steps of kept entries."""
     strays = 0 if kept.strays is None else len(kept.strays)
-    shares = rnn_table.kept_shares(n, pitch, None if kept.blocks is None else side, strays, x.element_size(),
+    shares = shares_table.kept_shares(n, pitch, None if kept.blocks is None else side, strays, x.element_size(),
                                    *device_of(x))
     launch_steps(kernel, (*before, None, None, tuple(kept), *after), x, shares,
                  Layout(n, pitch, pitch, 1, VECTOR), x.shape[0], last, leak, **settings)
@@ -80,7 +69,7 @@ def blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, le
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_blocks._blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths,
+        return blocked_rnn_op._blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths,
                                             nonlinearity, leak, reverse, keep)
     where = unflat(layout, side)
     given = inputs_of(x, w_ih, mask_ih)
@@ -132,7 +121,7 @@ def blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh,
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_blocks._blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout,
+        return blocked_rnn_op._blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout,
                                                   side, lengths, states, activations, nonlinearity, leak, reverse,
                                                   *needs)
     where, pitch = unflat(layout, side), states.shape[2]

@@ -1,5 +1,5 @@
 """The ops of the masked RNN on CUDA tensors: allocates and launches. Schemas and contracts:
-moduli_kernels/_library_rnn.py.
+moduli_kernels/masked_rnn_op.py.
 
 Forward: the product of the inputs, then one launch for all steps. Backward: one launch for all steps, which leaves
 dL/da, and a product for each gradient. float64 is left to the reference. See launch_steps.py.
@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _library_rnn
-from . import rnn_table
-from .launch_blocks import compressed_rnn
-from .launch_steps import TYPES, Layout, bytes_of, device_of, launch_steps, numbers_for, product
-from .rnn_backward import backward_kernel
-from .rnn_forward import forward_kernel
+from ...ops import masked_rnn as masked_rnn_op
+from . import shares as shares_table
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .launch_blocked import compressed_rnn
+from .steps import TYPES, Layout, bytes_of, device_of, launch_steps, numbers_for, product
 
 
-def dense_shares(x: Tensor, n: int) -> rnn_table.Shares:
-    return rnn_table.shares_for(n, x.shape[1], x.element_size(), numbers_for(x).PRECISION == "tf32x3", *device_of(x))
+def dense_shares(x: Tensor, n: int) -> shares_table.Shares:
+    return shares_table.shares_for(n, x.shape[1], x.element_size(), numbers_for(x).PRECISION == "tf32x3", *device_of(x))
 
 
 def dense(values: Tensor, crow: Tensor | None, col: Tensor | None, rows: int, columns: int) -> Tensor:
@@ -34,7 +34,7 @@ def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, 
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_rnn._masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh,
+        return masked_rnn_op._masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh,
                                         col_hh, lengths, nonlinearity, leak, reverse, keep)
     w_ih = dense(w_ih, crow_ih, col_ih, n, inputs)
     if crow_hh is not None:
@@ -55,7 +55,7 @@ def masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, 
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return _library_rnn._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths,
+        return masked_rnn_op._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths,
                                               output, activations, nonlinearity, leak, reverse, *needs)
     da = torch.empty_like(output)
     dh = torch.empty_like(h) if need_h else None

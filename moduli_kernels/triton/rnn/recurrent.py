@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rnn_kept import kept_product, strip_rows
-from .rnn_parts import load_states, load_weight
+from .kept import kept_product, strip_rows
+from .parts import load_states, load_weight
 
 
 @triton.jit

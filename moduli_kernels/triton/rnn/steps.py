@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
-from .._library_blocks import PITCH as VECTOR
-from . import rnn_table
-from .launch import on_device
-from .rnn_product import product_kernel
+from ... import runtime
+from ...ops.blocked_rnn import PITCH as VECTOR
+from ..penalty.launch import on_device
+from . import shares as tables
+from .product import product_kernel
 
-if _library.triton_interpreted:
-    from . import interpreted  # noqa: F401 - mends the interpreter
+if runtime.triton_interpreted:
+    from .. import interpreted  # noqa: F401 - mends the interpreter
 
 
 class Device(NamedTuple):
@@ -97,9 +97,9 @@ def launch_product(a: Tensor, b: Tensor, out: Tensor, depth: int, mask: Tensor |
     if rows * columns == 0:
         return
     more_a, more_b = more or (None, None)
-    aligned = all(stride == 1 or stride % rnn_table.ALIGNED == 0 for stride in (*a.stride(), *b.stride()))
+    aligned = all(stride == 1 or stride % tables.ALIGNED == 0 for stride in (*a.stride(), *b.stride()))
     device, vector = device_of(a), 1 if fold is None else VECTOR
-    tile = rnn_table.product_tile(rows, columns, a.element_size(), aligned, device.multiprocessors)
+    tile = tables.product_tile(rows, columns, a.element_size(), aligned, device.multiprocessors)
     f = fold or Fold("", 0, 0, 0)
     with on_device(a):
         product_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
@@ -107,7 +107,7 @@ def launch_product(a: Tensor, b: Tensor, out: Tensor, depth: int, mask: Tensor |
             0 if more_a is None else more_a.shape[1], *a.stride(), f.a_outer, *b.stride(), f.b_outer, *out.stride(),
             f.out_outer, f.batch, f.out_batch, f.pitch // vector, FOLD=f.axis or None, VECTOR=vector,
             **numbers_for(a)._asdict(), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.warps,
-            num_stages=3, maxnreg=rnn_table.registers_for(tile.warps), enable_fp_fusion=True)
+            num_stages=3, maxnreg=tables.registers_for(tile.warps), enable_fp_fusion=True)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class Layout(NamedTuple):
         return self.n * self.batch
 
 
-def launch_steps(kernel, arguments: tuple, x: Tensor, shares: rnn_table.Shares, layout: Layout, steps: int, last: int,
+def launch_steps(kernel, arguments: tuple, x: Tensor, shares: tables.Shares, layout: Layout, steps: int, last: int,
                  leak: float, **settings) -> None:
     """All steps [0, last) at once, or in the interpreter, where programs cannot wait for each other, one by one, unless
     there is but one along the rows. arguments: the tensors."""
@@ -142,4 +142,4 @@ def launch_steps(kernel, arguments: tuple, x: Tensor, shares: rnn_table.Shares, 
                 WAY=shares.way, ROWS=shares.rows, BATCH=shares.batch, DEPTH=shares.depth, MORE=shares.more,
                 SPLIT=shares.split, ENTRIES=shares.entries, VECTOR=vector, BARRIER=barrier,
                 **numbers_for(x)._asdict(), **settings, num_warps=shares.warps, num_stages=shares.stages,
-                launch_cooperative_grid=barrier, maxnreg=rnn_table.registers_for(shares.warps), enable_fp_fusion=True)
+                launch_cooperative_grid=barrier, maxnreg=tables.registers_for(shares.warps), enable_fp_fusion=True)

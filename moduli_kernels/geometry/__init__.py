@@ -1,0 +1,1 @@
+"""Manifolds, inhibitors, and the points of neurons on a manifold."""

@@ -1,0 +1,1 @@
+"""Pruning while a net trains: masks by magnitude, schedules, lottery tickets."""

@@ -1,0 +1,1 @@
+"""Masked recurrent nets that skip the weights their masks leave out."""
