@@ -11,25 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import check_resharded, is_sharded, shard_of
-
-
-def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
-    """The bool mask of a plain parameter, or None where there is none (any more)."""
-    if module is None or module._parameters.get(name) is None:
-        return None
-    mask = module._buffers.get(f"{name}_mask")
-    return mask if mask is not None and mask.dtype == torch.bool else None
-
-
-def zero(tensor: Tensor, mask: Tensor) -> None:
-    """Sets what the mask cuts to 0; of a sharded tensor, in the rows that this rank holds."""
-    # In place and counted by autograd: a backward pass through the weights as they were is rightly an error.
-    with torch.no_grad():
-        if is_sharded(tensor):
-            shard = shard_of(tensor)
-            tensor, mask = shard.local, shard.rows_of(mask)
-        tensor.masked_fill_(~mask, 0)
+from ..distributed import check_resharded, is_sharded
+from ..masks import live_mask, zero_masked_
 
 
 def attach(module: nn.Module, name: str, optimizer: torch.optim.Optimizer | None) -> None:
@@ -112,7 +95,7 @@ class _ShardGradientHook(_Hook):
     def __call__(self, parameter: Tensor) -> None:
         mask = live_mask(self.module(), self.name)
         if mask is not None:
-            zero(parameter.grad, mask)
+            zero_masked_(parameter.grad, mask)
 
 
 class _StepHook(_Hook):
@@ -132,5 +115,5 @@ class _StepHook(_Hook):
             parameter = module._parameters[self.name]
             if self.sharded:  # whole, it is a copy: masking it would leave the rows that were stepped as they are
                 check_resharded(self.name, parameter, sharded=True)
-            zero(parameter, mask)
+            zero_masked_(parameter, mask)
             _attach_gradient_hook(module, self.name)

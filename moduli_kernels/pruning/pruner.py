@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..masks import zero_masked_
 from . import blocks as blocks_of_pruning, hooks, torch_prune as torch_prune_masks
 from .schedules import fraction
 from .targets import described, grouped, is_mask, prunable, target_pairs
@@ -118,7 +119,7 @@ class MagnitudePruner:
         for weight in self._weights:
             grad = weight.parameter.grad
             if grad is not None and grad.layout == torch.strided:
-                hooks.zero(grad, weight.mask)
+                zero_masked_(grad, weight.mask)
             elif grad is not None:
                 weight.parameter.grad = grad * weight.mask
 
@@ -164,7 +165,7 @@ class MagnitudePruner:
         """Sets masked weights to 0: after an optimizer step the pruner does not see, or writes by hand."""
         self._check_writable()
         for weight in self._weights:
-            hooks.zero(weight.parameter, weight.mask)
+            zero_masked_(weight.parameter, weight.mask)
             if self._hooked:
                 hooks.attach(*weight.owners[0], self.optimizer)
 

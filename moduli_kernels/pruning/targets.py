@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ..distributed import check_resharded, is_sharded
-from .hooks import live_mask
+from ..masks import live_mask
 
 Pairs = list[tuple[nn.Module, str]]
 

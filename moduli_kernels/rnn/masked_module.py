@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..masks import live_mask, zero_masked_
 from ..ops.block_layout import BlockLayout, block_layout
-from ..pruning.pruner import hooks
 from ..reference import compute_dtype
 from . import checks, crossovers
 from .layer import walks_blocks
@@ -131,11 +131,11 @@ class MaskedModule(nn.Module):
                 delattr(self, buffer)
             return
         checks.new_mask(name, mask, weight)
-        if hooks.live_mask(self, name) is None:
+        if live_mask(self, name) is None:
             self.register_buffer(buffer, mask.detach().to(weight.device, copy=True))
         else:
             self._buffers[buffer].copy_(mask)
-        hooks.zero(weight, self._buffers[buffer])
+        zero_masked_(weight, self._buffers[buffer])
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         error_msgs = rest[-1]
