@@ -1,8 +1,8 @@
 """The part of a recurrent module that has to do with masks, and with the order of its neurons.
 
 Masks are bool buffers on the module (moduli_kernels/masks.py), True where a weight is kept. set_mask, MagnitudePruner
-or a state_dict makes them. Masks of floats 0 and 1 by torch.nn.utils.prune are read as well. An order of the neurons, the
-buffer `<weight>_order`, says in which order rows and columns of a mask are laid out in blocks.
+or a state_dict makes them. Masks of floats 0 and 1 by torch.nn.utils.prune are read as well. An order of the neurons,
+the buffer `<weight>_order`, says in which order rows and columns of a mask are laid out in blocks.
 
 What a mask holds is counted once and remembered by tensor and version, since on a GPU every count waits for the device.
 """
