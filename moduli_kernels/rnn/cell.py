@@ -1,4 +1,4 @@
-"""One step of the masked RNN, as a function and in torch.nn.RNNCell's place: for loops that step by themselves."""
+"""One step of the masked RNN for hand-written loops: a function, and a module in the place of torch.nn.RNNCell."""
 from __future__ import annotations
 
 import torch
@@ -6,32 +6,35 @@ from torch import Tensor, nn
 
 from ..checks import one_of
 from ..reference import compute_dtype
-from ..reference.rnn import Step
+from ..reference.rnn import Step, kept
 from . import checks
 from .layer import Weights, autocast_dtype, masked_rnn
-from .masked_module import MaskedModule, kept, mask_of
+from .masked_module import MaskedModule, mask_of
 
 
 def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
                     b_hh: Tensor | None = None, *, mask_ih: Tensor | None = None, mask_hh: Tensor | None = None,
                     nonlinearity: str = "tanh", leak: float = 1.0) -> Tensor:
-    """h' = (1 - leak) h + leak s((mask_ih * w_ih) x + b_ih + (mask_hh * w_hh) h + b_hh)
+    """Computes one step of a recurrent layer with masked weights:
+
+        h' = (1 - leak) h + leak s((mask_ih * w_ih) x + b_ih + (mask_hh * w_hh) h + b_hh)
 
     Args:
-        x: (B, I) or (I,); float32, float64, bfloat16 or float16, as are all but the masks, outside autocast all alike.
+        x: (B, I) or (I,); float32, float64, bfloat16 or float16. All tensors but the masks have one dtype, except under
+            autocast.
         h: (B, H) or (H,), with a batch as x.
         w_ih: (H, I).
         w_hh: (H, H).
         b_ih: (H,) or None.
         b_hh: (H,) or None.
-        mask_ih: bool, (H, I), True = kept, None = all. What stands at masked weights, NaN included, does not matter.
+        mask_ih: bool, (H, I), True = kept; None keeps all. The values of masked weights, NaN included, do not matter.
         mask_hh: bool, (H, H), likewise.
         nonlinearity: s, "tanh" or "relu".
         leak: share of the new state, in (0, 1].
 
     Returns:
-        h' of the shape of h: in x's dtype, under autocast in autocast's. Computed in float32, for float64 weights in
-        float64. Differentiable once in x, h, weights and biases; the gradient of masked weights is 0.
+        h', of the shape of h, in x's dtype or under autocast in autocast's. It is computed in float32, for float64
+        weights in float64. It is differentiable once in x, h, weights and biases; the gradient of masked weights is 0.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which, and what to do.
@@ -40,7 +43,7 @@ def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tens
     weight = w_hh if isinstance(w_hh, Tensor) else x
     autocast = autocast_dtype(weight.device.type, weight) if isinstance(weight, Tensor) else None
     checks.step_arguments(x, h, w_ih, w_hh, {"b_ih": b_ih, "b_hh": b_hh},
-                               {"mask_ih": (mask_ih, w_ih), "mask_hh": (mask_hh, w_hh)}, autocast is not None)
+                          {"mask_ih": (mask_ih, w_ih), "mask_hh": (mask_hh, w_hh)}, autocast is not None)
     one_of("nonlinearity", nonlinearity, checks.NONLINEARITIES)
     step, dtype = Step(nonlinearity, checks.leak(leak), reverse=False), compute_dtype(w_hh)
     inputs, state = (x, h) if x.dim() == 2 else (x[None], h[None])
@@ -50,13 +53,13 @@ def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tens
 
 
 class SparseRNNCell(MaskedModule, nn.RNNCell):
-    """torch.nn.RNNCell with masks and a leak:
+    """Works as torch.nn.RNNCell, with masks and a leak:
 
         h' = (1 - leak) h + leak s((mask_ih * W_ih) x + b_ih + (mask_hh * W_hh) h + b_hh)
 
     A mask is a bool buffer `<weight>_mask` (True = kept), made by `set_mask("weight_hh", mask)`, MagnitudePruner or
-    load_state_dict, and treated as SparseRNN treats it. Without masks and leak it runs torch.nn.RNNCell itself. Whole
-    sequences are SparseRNN's.
+    load_state_dict, and treated as SparseRNN treats it. Without masks and leak it runs torch.nn.RNNCell itself. For
+    whole sequences use SparseRNN.
 
     Args:
         input_size: as torch.nn.RNNCell, I.
@@ -99,7 +102,11 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
         return super().extra_repr() + (f", leak={self.leak}" if self.leak != 1 else "")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """h' (B, hidden_size) of input (B, input_size) and hx (B, hidden_size), None = 0; or all without B.
+        """Returns h' (B, hidden_size).
+
+        Args:
+            input: (B, input_size), or (input_size,) without a batch.
+            hx: (B, hidden_size), without a batch (hidden_size,); None = 0.
 
         Raises:
             ValueError, RuntimeError: input or hx does not fit, or an unknown nonlinearity, as torch.nn.RNNCell.

@@ -1,8 +1,8 @@
-"""Every user-facing error of the recurrent nets (sparse_rnn.py, sparse_rnn_cell.py, compressed_rnn.py).
+"""Holds every user-facing error of the recurrent nets (sparse_rnn.py, cell.py, compressed.py).
 
 Bad input to SparseRNN and SparseRNNCell is refused in the words of torch.nn.RNN and torch.nn.RNNCell. All other
-messages name the argument, what was expected, what came and what to do. Nothing here synchronizes with a GPU, but for
-what is loaded and for orders.
+messages name the argument, what was expected, what came and what to do. Only the checks of orders and of what is loaded
+wait for a GPU.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING, _kind, one_of
+from ..masks import buffer_name
 from ..pruning.targets import described, is_mask, names_pruned_by_torch
 
 NONLINEARITIES = ("tanh", "relu")
@@ -22,7 +23,7 @@ PATHS = ("auto", "dense", "sparse")
 # --- settings --------------------------------------------------------------------------------------------------
 
 def leak(value: Any) -> float:
-    """The share of the new state, in (0, 1], as float."""
+    """Checks the share of the new state, in (0, 1], and returns it as float."""
     how = "pass a float such as 0.1, or 1.0 for none."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"leak must be a number in (0, 1], got {_kind(value)}; {how}")
@@ -32,6 +33,7 @@ def leak(value: Any) -> float:
 
 
 def path(value: Any, its_leak: float) -> str:
+    """Checks the name of a path, and that the leak goes with it."""
     one_of("path", value, PATHS)
     if value == "dense" and its_leak != 1:
         raise ValueError(
@@ -44,7 +46,7 @@ def path(value: Any, its_leak: float) -> str:
 # --- masks -----------------------------------------------------------------------------------------------------
 
 def maskable(module: nn.Module, name: Any, names: list[str]) -> None:
-    """name is one of the module's weights or biases, and a plain Parameter."""
+    """Checks that name is one of the module's weights or biases, and a plain Parameter."""
     kind = type(module).__name__
     if name not in names:
         raise ValueError(f"name must be a weight of this {kind}, got {_kind(name)}; it has {', '.join(names)}.")
@@ -56,7 +58,7 @@ def maskable(module: nn.Module, name: Any, names: list[str]) -> None:
 
 
 def new_mask(name: str, mask: Any, weight: Tensor) -> None:
-    """A mask for the weight `name`."""
+    """Checks a mask that a user sets for the weight `name`."""
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"mask must be a bool tensor (True = kept) or None, got {_kind(mask)}; pass weight != 0, or None.")
@@ -70,7 +72,7 @@ def new_mask(name: str, mask: Any, weight: Tensor) -> None:
 
 
 def saved_mask_problem(key: str, mask: Any, weight: Tensor) -> str | None:
-    """Why a mask in a state_dict does not fit, or None."""
+    """Says why a mask in a state_dict does not fit; None where it does."""
     if is_mask(mask, weight):
         return None
     return (f"{key} must be a torch.bool mask {tuple(weight.shape)}, got {described(mask)}; save the state_dict of a "
@@ -78,22 +80,23 @@ def saved_mask_problem(key: str, mask: Any, weight: Tensor) -> str | None:
 
 
 def found_mask(module: nn.Module, name: str, mask: Tensor, weight: Tensor) -> None:
-    """A buffer `<name>_mask` as it is met in a forward pass."""
+    """Checks the mask that a forward pass finds for the parameter `name`."""
     if mask.shape != weight.shape:
         raise ValueError(
-            f"{name}_mask of {type(module).__name__} must have the shape {tuple(weight.shape)} of {name}, got "
+            f"{buffer_name(name)} of {type(module).__name__} must have the shape {tuple(weight.shape)} of {name}, got "
             f"{tuple(mask.shape)}; set it with set_mask({name!r}, mask)."
         )
 
 
 def hidden_weight(module: nn.Module, name: Any, names: list[str]) -> None:
+    """Checks that name is one of the module's hidden weights, which are `names`."""
     if name not in names:
         raise ValueError(f"name must be a hidden weight of this {type(module).__name__}, got {_kind(name)}; it has "
                          f"{', '.join(names)}.")
 
 
 def new_order(order: Any, hidden: int) -> None:
-    """Of the neurons. Waits for a GPU."""
+    """Checks an order of the neurons that a user sets. Waits for a GPU."""
     wanted = f"order must be an int64 permutation ({hidden},) of the neurons or None"
     how = "manifold_order(points, manifold) gives one."
     if not isinstance(order, Tensor):
@@ -105,7 +108,7 @@ def new_order(order: Any, hidden: int) -> None:
 
 
 def saved_order_problem(key: str, order: Any, hidden: int) -> str | None:
-    """Why an order in a state_dict does not fit, or None."""
+    """Says why an order in a state_dict does not fit; None where it does."""
     if isinstance(order, Tensor) and order.dtype == torch.int64 and _permutes(order, hidden):
         return None
     return (f"{key} must be an int64 permutation ({hidden},) of the neurons, got {_order_in_words(order, hidden)}; "
@@ -124,7 +127,7 @@ def _order_in_words(order: Any, hidden: int) -> str:
 # --- input of the nets over sequences: the words of torch.nn.RNN -----------------------------------------------
 
 def sequence_dim(input: Tensor, hx: Tensor | None) -> bool:
-    """Whether there is a batch dimension, of an input that is not packed."""
+    """Whether an input that is not packed has a batch dimension."""
     if input.dim() not in (2, 3):
         raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
     batched = input.dim() == 3
@@ -136,14 +139,14 @@ def sequence_dim(input: Tensor, hx: Tensor | None) -> bool:
 
 
 def sequence_tensors(data: Tensor, hx: Tensor, weight: Tensor, steps: int, autocast: bool) -> None:
-    """Devices, dtypes and length, after nn.RNN's own check of the shapes."""
+    """Checks devices, dtypes and the length, after nn.RNN's own check of the shapes."""
     for name, tensor in (("hidden", hx), ("parameter", weight)):
         if tensor.device != data.device:
             raise RuntimeError(
                 f"Input and {name} tensors are not at the same device, found input tensor at {data.device} and {name} "
                 f"tensor at {tensor.device}"
             )
-        # under autocast any floating dtypes meet, but not float64 with others
+        # Under autocast floating dtypes may differ, but float64 does not mix with others.
         meets = autocast and data.dtype in FLOATING and (data.dtype == torch.float64) == (tensor.dtype == torch.float64)
         if tensor.dtype != data.dtype and not meets:
             raise RuntimeError(
@@ -157,7 +160,7 @@ def sequence_tensors(data: Tensor, hx: Tensor, weight: Tensor, steps: int, autoc
 # --- input of a step -------------------------------------------------------------------------------------------
 
 def cell_input(input: Tensor, hx: Tensor | None, hidden_size: int, input_size: int, nonlinearity: str) -> None:
-    """As torch.nn.RNNCell words it."""
+    """Checks the input of a cell, in the words of torch.nn.RNNCell."""
     if input.dim() not in (1, 2):
         raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if hx is not None and hx.dim() not in (1, 2):
@@ -177,7 +180,7 @@ def cell_input(input: Tensor, hx: Tensor | None, hidden_size: int, input_size: i
 
 def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any], masks: dict[str, tuple[Any, Any]],
                    autocast: bool) -> None:
-    """Of `masked_rnn_step`. biases and masks by their names; a mask comes with its weight."""
+    """Checks the arguments of `masked_rnn_step`: biases by name, and masks by name, each with its weight."""
     tensors = {"x": x, "h": h, "w_ih": w_ih, "w_hh": w_hh, **{n: b for n, b in biases.items() if b is not None}}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -268,7 +271,7 @@ def no_gradient(name: str) -> NoReturn:
 
 
 def compressed_problem(name: str, values: Tensor, columns: Tensor, rows: Tensor, shape: tuple[int, int]) -> str | None:
-    """Why what was saved as the kept entries of a weight is no torch.sparse_csr matrix of this shape, or None."""
+    """Says why saved entries are no torch.sparse_csr matrix of this shape; None where they are."""
     what = ""
     if {columns.dtype, rows.dtype} <= {torch.int16, torch.int32, torch.int64}:
         try:

@@ -1,10 +1,14 @@
-"""`CompressedRNN`: the inference form of a SparseRNN, which holds the kept weights alone."""
+"""`CompressedRNN`: the inference form of a SparseRNN, which holds the kept weights alone.
+
+sparse_rnn.py imports this file, not the other way round. It sets `CompressedRNN.trainable_form` to SparseRNN, so that
+`to_sparse_rnn` knows what to make.
+"""
 from __future__ import annotations
 
 import json
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +20,23 @@ from .layer import Weights
 if TYPE_CHECKING:
     from .sparse_rnn import SparseRNN
 
-METADATA = "moduli_kernels.CompressedRNN"  # of a safetensors file: the settings as JSON
-PARTS = ("values", "columns", "rows")
+METADATA = "moduli_kernels.CompressedRNN"  # the key in a safetensors file under which the settings stand as JSON
+PARTS = ("values", "columns", "rows")  # the buffers of a compressed weight: <weight>_values, ...
 
 
 class CompressedRNN(nn.Module):
-    """What `SparseRNN.compress()` returns: the same outputs from the kept weights alone, without gradients.
+    """Holds the kept weights of a SparseRNN alone and gives the same outputs, without gradients.
 
-    A new one keeps no weight; `load_state_dict` fills it, without a dense matrix on the way. `save` and `load` take a
-    safetensors file that knows the settings, too.
+    `SparseRNN.compress()` returns one, and `to_sparse_rnn()` goes back. A new one keeps no weight; `load_state_dict`
+    fills it, without a dense matrix on the way. `save` and `load` use a safetensors file that holds the settings too.
 
-    Each weight that a mask cuts is held as torch.sparse_csr holds it: `<weight>_values` (entries,) in the net's dtype,
+    Each masked weight is stored as torch.sparse_csr stores it: `<weight>_values` (entries,) in the net's dtype,
     `<weight>_columns` (entries,) int16 where they fit, else int32, and `<weight>_rows` (hidden_size + 1,) int32, the
-    entries before each row. In float32 that is 6 bytes an entry, 1/13 of the dense matrix at 95 % cut. A weight
-    without a mask is held as it is, and so are biases. All are buffers, so state_dict, device and dtype moves work as
-    ever; the indices are widened to int64 for the length of a call.
+    number of entries before each row. In float32 that is 6 bytes an entry, 1/13 of the dense matrix at 95 % sparsity.
+    Weights without a mask and biases are stored dense. All are buffers, so state_dict and moves between devices and
+    dtypes work as usual. The indices are widened to int64 for the length of a call.
 
-    It stays in eval mode: there is no dropout between its layers. `to_sparse_rnn()` goes back.
+    It stays in eval mode, so there is no dropout between its layers.
 
     Args:
         input_size: as torch.nn.RNN.
@@ -49,8 +53,10 @@ class CompressedRNN(nn.Module):
 
     Raises:
         ValueError, TypeError: as SparseRNN.
-        NotImplementedError: where a gradient is asked for, in a call or by `requires_grad_()`.
+        NotImplementedError: a gradient is asked for, in a call or by `requires_grad_()`.
     """
+
+    trainable_form: ClassVar[type[SparseRNN]]  # sparse_rnn.py sets it
 
     input_size: int
     hidden_size: int
@@ -61,7 +67,7 @@ class CompressedRNN(nn.Module):
     dropout: float
     bidirectional: bool
     _buffers: dict[str, Any]
-    proj_size = 0  # read by nn.RNN's checks, which these are
+    proj_size = 0  # nn.RNN's own checks, borrowed here, read it
     check_forward_args, check_input = nn.RNNBase.check_forward_args, nn.RNNBase.check_input
     get_expected_hidden_size, check_hidden_size = nn.RNNBase.get_expected_hidden_size, nn.RNNBase.check_hidden_size
 
@@ -73,7 +79,7 @@ class CompressedRNN(nn.Module):
             "input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers,
             "nonlinearity": nonlinearity, "bias": bias, "batch_first": batch_first, "dropout": dropout,
             "bidirectional": bidirectional}
-        plain: Any = nn.RNN(**self.settings, device="meta", dtype=dtype)  # its checks, names and shapes
+        plain: Any = nn.RNN(**self.settings, device="meta", dtype=dtype)  # for its checks, names and shapes
         for name in self.settings:
             setattr(self, name, getattr(plain, name))
         self.leak = checks.leak(leak)
@@ -90,7 +96,7 @@ class CompressedRNN(nn.Module):
 
     @classmethod
     def from_layers(cls, settings: dict[str, Any], leak: float, layers: list[Weights]) -> CompressedRNN:
-        """From nn.RNN's arguments (with dtype) and the weights of each layer and direction, masks among them."""
+        """Makes one from nn.RNN's arguments (with dtype) and the weights and masks of each layer and direction."""
         new = cls(**settings, leak=leak, device=layers[0].w_hh.device)
         with torch.no_grad():
             for names, weights in zip(new._names, layers):
@@ -104,7 +110,7 @@ class CompressedRNN(nn.Module):
         return new
 
     def _hold(self, name: str, *tensors: Tensor) -> None:
-        """A weight as one dense tensor, or as values, columns and rows; in place of what was held."""
+        """Stores a weight as one dense tensor, or as values, columns and rows, in place of what was stored."""
         for key in (name, *(f"{name}_{part}" for part in PARTS)):
             self._buffers.pop(key, None)
         keys = [name] if len(tensors) == 1 else [f"{name}_{part}" for part in PARTS]
@@ -112,7 +118,7 @@ class CompressedRNN(nn.Module):
             self.register_buffer(key, tensor)
 
     def _held(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(values, rows, columns), the last two None where the weight is held dense."""
+        """Returns (values, rows, columns), the last two None where the weight is stored dense."""
         if name in self._buffers:
             return self._buffers[name], None, None
         values, columns, rows = (self._buffers[f"{name}_{part}"] for part in PARTS)
@@ -128,14 +134,14 @@ class CompressedRNN(nn.Module):
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        """For nn.RNN's check of the dtype."""
+        """The hidden weights, whose dtype nn.RNN's check reads."""
         return [self._held(names[1])[0] for names in self._names]
 
     # -- use --
 
     def forward(self, input: Tensor | PackedSequence,
                 hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
-        """(output, h_n), as SparseRNN's.
+        """Returns (output, h_n) as SparseRNN does.
 
         Raises:
             NotImplementedError: input or hx requires a gradient.
@@ -150,11 +156,11 @@ class CompressedRNN(nn.Module):
         return stack.results(self, batch, *stack.sparse(self, batch, layers))
 
     def train(self, mode: bool = True) -> CompressedRNN:
-        """Stays in eval mode, whatever the model around it does."""
+        """Leaves the module in eval mode, whatever the model around it does."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> CompressedRNN:
-        """The module itself; there is nothing to train.
+        """Returns the module itself, since there is nothing to train.
 
         Raises:
             NotImplementedError: for True.
@@ -164,16 +170,14 @@ class CompressedRNN(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        told = ", ".join(f"{name}: {self._held(name)[0].numel()} of {math.prod(shape)}"
+        kept = ", ".join(f"{name}: {self._held(name)[0].numel()} of {math.prod(shape)}"
                          for name, shape in self._shapes.items() if len(shape) == 2)
-        return f"{self.input_size}, {self.hidden_size}, kept {told}"
+        return f"{self.input_size}, {self.hidden_size}, kept {kept}"
 
     def to_sparse_rnn(self) -> SparseRNN:
-        """A SparseRNN with these weights and their masks, to train on or to prune further."""
-        from .sparse_rnn import SparseRNN
-
+        """Returns a SparseRNN with these weights and their masks, to train or prune further."""
         weights = self._layers()
-        new = SparseRNN(**self.settings, leak=self.leak, device="meta", dtype=weights[0].w_hh.dtype)
+        new = self.trainable_form(**self.settings, leak=self.leak, device="meta", dtype=weights[0].w_hh.dtype)
         new.to_empty(device=weights[0].w_hh.device).eval()
         with torch.no_grad():
             for name, shape in self._shapes.items():
@@ -203,12 +207,16 @@ class CompressedRNN(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CompressedRNN:
-        """From a file that `save` wrote.
+        """Reads a file that `save` wrote.
+
+        Args:
+            path: of the file.
+            device: where the buffers go.
 
         Raises:
-            ValueError: another file, or a torn one.
+            ValueError: the file is of another kind, or incomplete.
             RuntimeError: its tensors do not fit its settings.
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such file.
             ImportError: safetensors is not installed.
         """
         _safetensors()
@@ -229,8 +237,10 @@ class CompressedRNN(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               strict: bool, missing_keys: list[str], *rest: Any) -> None:
-        """Makes room for as many entries as were saved, after looking at them: indices out of bounds would be read.
-        What does not fit is kept away from the buffers, also from those of its shape."""
+        """Makes room for as many entries as were saved, once their indices are checked, since the kernels trust them.
+
+        What does not fit stays away from the buffers, also from those of its shape.
+        """
         state_dict, refused = dict(state_dict), set()
         for name, shape in self._shapes.items():
             if len(shape) == 1:
@@ -259,7 +269,7 @@ def _index_dtype(largest: int) -> torch.dtype:
 
 
 def _compressed(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, columns, rows) of the entries that the mask keeps, row by row."""
+    """Returns (values, columns, rows) of the entries that the mask keeps, row by row."""
     ends = mask.sum(1).cumsum(0)
     entries = int(ends[-1])
     rows = torch.zeros(len(mask) + 1, dtype=torch.int32 if entries < 2**31 else torch.int64, device=mask.device)

@@ -1,19 +1,20 @@
-"""Which path a recurrent net takes: the masked op ("sparse") or the vendor's RNN over masked weights ("dense").
+"""Predicts which path of a recurrent net is faster: the masked op ("sparse") or the vendor's RNN ("dense").
 
-`choose` reads crossovers.json, so a net's results do not depend on timings of the moment. The table holds ratios
-"time of the dense path over time of the sparse path", measured in alternation by benchmarks/tune_rnn.py for a layer
-whose W_ih and W_hh are both hidden x hidden and masked to the same density, on a full grid of
+The dense path multiplies the whole weights, with 0 where they are masked. The choice reads a shipped table,
+crossovers.json, so that the results of a net do not depend on timings of the moment. The table holds ratios "time of
+the dense path over time of the sparse path", which benchmarks/tuning measured in alternation for a layer whose W_ih and
+W_hh are both (hidden, hidden) and masked to the same density. It covers a full grid of
 
     hidden, batch, steps, density, and training (forward and backward) or not,
 
-and beside it `unmasked`, the same for a layer that has no mask at all. Rule: the ratio at a point is interpolated
-linearly in the logarithms of ratio and coordinates, which are first moved onto the grid's nearest edge where they lie
-beyond it; sparse where it is above `margin`. What counts as density is the kept share of the entries of both weights
-together.
+and beside it `unmasked`, the same ratio for a layer without any mask. The ratio at a point is interpolated linearly in
+the logarithms of ratio and coordinates; coordinates beyond the grid are moved onto its nearest edge first. The sparse
+path is taken where the ratio exceeds `margin`. Density means the kept share of the entries of both weights together.
 
-A float64 net takes the table of float32 where it has none of its own. No table for a device or dtype: dense.
+A float64 net uses the table of float32 where there is none of its own. Without a table for a device or dtype the dense
+path is taken.
 
-`hidden_form` decides on the sparse path between two ops for a masked hidden weight on CUDA: by a prediction.
+`hidden_form` chooses, on the sparse path on CUDA, between two ops for a masked hidden weight. It predicts from bytes.
 """
 from __future__ import annotations
 
@@ -26,22 +27,28 @@ from typing import Any, NamedTuple
 
 import torch
 
-MARGIN = 1.2  # predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain
-# There the dense path has to mask weights and gradients as well, which the table leaves out.
+# The predicted ratio from which on the sparse path is taken: a wrong choice costs more than a missed gain.
+MARGIN = 1.2
+# In training the dense path also has to mask weights and gradients, which the table leaves out.
 MARGIN_OF_MASKED_TRAINING = 1.0
 FILE = pathlib.Path(__file__).with_name("crossovers.json")
 AXES = ("hidden", "batch", "steps")
 
-# Of the layout of a hidden weight: neurons along a block, and the kept entries that make it one, rather than strays: a
-# block and so many entries one by one move the same bytes at a batch of 20 to 30.
+# The layout of a hidden weight on CUDA: SIDE neurons along a block, and THRESHOLD kept entries that make it worth a
+# block rather than strays. At a batch of 20 to 30, a block and that many single entries move the same bytes.
 SIDE, THRESHOLD = 32, 64
-# Neurons up to which a step is bounded by other things than bytes, and up to which W stays on the chip
+# Up to FEW neurons a step is bounded by other things than bytes; up to ON_CHIP neurons W stays on the chip.
 FEW, ON_CHIP = 1024, 2048
 
 
 class Table(NamedTuple):
-    """grid: the values of hidden, batch, steps, ascending; densities, ascending; ratios: (hidden, batch, steps,
-    training) -> one number a density, and last that of the layer without a mask. source: where they come from."""
+    """The measured ratios for one device and dtype.
+
+    grid: the measured values of hidden, batch and steps, each ascending.
+    densities: the measured densities, ascending.
+    ratios: (hidden, batch, steps, training) -> one ratio a density, and last the ratio of the layer without a mask.
+    source: where the numbers come from.
+    """
 
     grid: tuple[tuple[int, ...], ...]
     densities: tuple[float, ...]
@@ -50,7 +57,7 @@ class Table(NamedTuple):
 
 
 def parsed(written: dict[str, Any]) -> Table:
-    """A table as the file holds it. Raises KeyError where a point of the grid is missing."""
+    """Reads a table as the file holds it. Raises KeyError where a point of the grid is missing."""
     rows = {(*(row[axis] for axis in AXES), row["training"]): (*row["ratios"], row["unmasked"])
             for row in written["rows"]}
     grid = tuple(tuple(sorted({key[i] for key in rows})) for i in range(len(AXES)))
@@ -60,22 +67,30 @@ def parsed(written: dict[str, Any]) -> Table:
 
 @cache
 def tables() -> dict[tuple[str, str], Table]:
-    """(device type, dtype without "torch.") -> the shipped table."""
+    """The shipped tables, by device type and dtype (written without "torch.")."""
     return {(each["device"], each["dtype"]): parsed(each) for each in json.loads(FILE.read_text())["tables"]}
 
 
 def table_of(device_type: str, dtype: torch.dtype) -> Table | None:
+    """The table for a device and dtype, float32's for float64 without one of its own, or None."""
     found = tables().get((device_type, str(dtype).removeprefix("torch.")))
     return tables().get((device_type, "float32")) if found is None and dtype == torch.float64 else found
 
 
 def choose(device_type: str, dtype: torch.dtype, hidden: int, batch: int, density_ih: float | None,
            density_hh: float | None, training: bool, steps: int, *, inputs: int | None = None) -> str:
-    """"sparse" or "dense", the faster by the table.
+    """Returns "sparse" or "dense", whichever the table predicts to be faster.
 
-    device_type: "cpu", "cuda", ... dtype: of the weights, or what autocast makes of them. hidden: neurons. batch,
-    steps: at least 0. density_ih, density_hh: kept share of W_ih and W_hh, None without a mask. training: whether a
-    backward pass follows. inputs: columns of W_ih, None = hidden.
+    Args:
+        device_type: "cpu", "cuda", ...
+        dtype: of the weights, or what autocast makes of them.
+        hidden: number of neurons.
+        batch: number of sequences, at least 0.
+        density_ih: kept share of W_ih, None without a mask.
+        density_hh: kept share of W_hh, None without a mask.
+        training: whether a backward pass follows.
+        steps: length of the sequence, at least 0.
+        inputs: columns of W_ih, None = hidden.
     """
     ratio = predicted(device_type, dtype, hidden, batch, density_ih, density_hh, training, steps, inputs=inputs)
     masked = density_ih is not None or density_hh is not None
@@ -87,10 +102,13 @@ def margin(masked: bool, training: bool) -> float:
     return MARGIN_OF_MASKED_TRAINING if masked and training else MARGIN
 
 
-@lru_cache(maxsize=1024)  # a net asks the same at each call
+@lru_cache(maxsize=1024)  # a net asks the same question at each call
 def predicted(device_type: str, dtype: torch.dtype, hidden: int, batch: int, density_ih: float | None,
               density_hh: float | None, training: bool, steps: int, *, inputs: int | None = None) -> float | None:
-    """Time of the dense path over time of the sparse one, by the table; None without a table. As `choose`."""
+    """The time of the dense path over the time of the sparse path by the table, None without a table.
+
+    The arguments are those of `choose`.
+    """
     table = table_of(device_type, dtype)
     if table is None:
         return None
@@ -108,7 +126,7 @@ def predicted(device_type: str, dtype: torch.dtype, hidden: int, batch: int, den
 
 
 def joint_density(density_ih: float | None, density_hh: float | None, inputs: int, hidden: int) -> float:
-    """Kept share of the entries of W_ih (hidden, inputs) and W_hh (hidden, hidden) together."""
+    """The kept share of the entries of W_ih (hidden, inputs) and W_hh (hidden, hidden) together."""
     ih, hh = (1.0 if density is None else density for density in (density_ih, density_hh))
     return (ih * inputs + hh * hidden) / max(1, inputs + hidden)
 
@@ -127,43 +145,58 @@ def _between(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
     return [(low, 1 - share), (high, share)]
 
 
-def is_best_read_whole(density: float, batch: int, entries: int) -> bool:
-    """Whether the CPU's kernel, forward alone, is faster with all of a weight as it lies in memory, 0 where masked,
-    than with its kept entries, which it has to find at each call. density: kept share. entries: masked ones too.
+def is_dense_product_best(density: float, batch: int, entries: int) -> bool:
+    """Whether the CPU's kernel, forward alone, should multiply all of a weight that is 0 where it is masked.
 
-    Rule: measured (benchmarks/NOTES.md). A batch of 1 reads a weight in the caches at 16 entries for one by itself;
-    others multiply all of it from the kernel's own share on (csrc/cpu/rnn_matrix.h: dense_from).
+    The alternative is to find the kept entries first, which costs a pass over the mask at each call.
+
+    Args:
+        density: kept share.
+        batch: number of sequences.
+        entries: number of entries, masked ones included.
+
+    The thresholds are measured (benchmarks/NOTES.md). At a batch of 1 a dense row in the caches is read 16 entries at a
+    time; larger batches multiply the whole weight from the share on at which the kernel does so anyway
+    (csrc/cpu/rnn: dense_from).
     """
     if batch > 1:
         return density > 0.7
     return density > (0.1 if entries <= 2**22 else 0.2)
 
 
-def told(ratio: float, least: float) -> str:
-    """A ratio in words; least: the margin it is held against."""
-    told = f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
+def in_words(ratio: float, least: float) -> str:
+    """Describes a predicted ratio; `least` is the margin that it has to exceed."""
+    words = f"sparse takes about 1/{ratio:.3g} of the time of dense" if ratio > 1 else (
         f"dense takes about 1/{1 / ratio:.3g} of the time of sparse")
-    return told + (f", too little to rely on (under 1/{least:g})" if 1 < ratio <= least else "")
+    return words + (f", too little to rely on (under 1/{least:g})" if 1 < ratio <= least else "")
 
 
 # --- how a masked hidden weight is read on CUDA ----------------------------------------------------------------
 
 def hidden_form(hidden: int, batch: int, density: float, blocks: float | None = None, strays: int = 0) -> str:
-    """"masked" (masked_rnn: the whole weight and its mask) or "blocks" (blocked_rnn: its blocks and stray weights), the
-    one that is predicted to be faster on CUDA. Nothing of this has been measured (benchmarks/NOTES.md, "RNN on CUDA").
+    """Predicts which op is faster on CUDA for a masked hidden weight. No prediction has been measured on a GPU yet
+    (benchmarks/NOTES.md, "RNN on CUDA").
 
-    hidden: neurons. batch: elements. density: kept share. blocks, strays: how many its layout has, of SIDE x SIDE
-    entries and of one. blocks None: there is no layout yet; "blocks" says then that one is worth making, for the best
-    one of so many entries, all in full blocks, would be faster.
+    Args:
+        hidden: number of neurons.
+        batch: number of sequences.
+        density: kept share.
+        blocks: blocks of SIDE x SIDE entries that the layout has. None: there is no layout yet; the answer "blocks"
+            then says that making one is worthwhile, since the best possible layout would be faster.
+        strays: kept entries beside the blocks.
 
-    Rule: masked up to FEW neurons, where a step takes as long as its barrier and W stays on the chip. Beyond, the one
-    with fewer bytes a step through the second-level cache, all in float32. Masked: all states for each strip of 16 rows
-    while W stays on the chip; else all states for each 64 rows, and W and its mask for each 128 elements of the batch.
-    Blocks: each with the states of its columns; a stray weight, its column's number and the states of its column.
+    Returns:
+        "masked" (the op masked_rnn: the whole weight and its mask) or "blocks" (the op blocked_rnn).
+
+    Up to FEW neurons the answer is "masked": a step takes as long as its barrier and W stays on the chip. Beyond, the
+    op wins that moves fewer bytes a step through the second-level cache, all in float32. The op masked_rnn reads all
+    states for each strip of 16 rows while W stays on the chip, else all states for each 64 rows, and W and its mask for
+    each 128 elements of the batch. The op blocked_rnn reads each block with the states of its columns, and each stray
+    weight with its column's number and the states of that column.
     """
     if hidden <= FEW:
         return "masked"
-    states = 4 * (-(-batch // 8) * 8)  # bytes of a neuron's
+    states = 4 * (-(-batch // 8) * 8)  # bytes of one neuron's states
     if blocks is None:
         blocks, strays = density * hidden**2 / SIDE**2, 0
     listed = blocks * SIDE * (4 * SIDE + states) + strays * (8 + states)

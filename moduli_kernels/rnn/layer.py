@@ -1,8 +1,8 @@
-"""One layer of the masked RNN in one direction: which implementation runs, dtypes, and the derivative in eager mode.
+"""Runs one layer of the masked RNN in one direction: which implementation, which dtypes, and the derivative.
 
-Eager: an autograd.Function around the ops (or, where the reference is chosen, around what serves the same schemas in
-plain PyTorch), so that a second derivative and a dual tensor are refused in words. Under torch.compile: the op itself
-with its registered formula. Inside, autocast is off: compute is in float64 for float64 weights, else in float32.
+In eager mode an autograd.Function wraps the ops, or where the reference is chosen what serves the same schemas in plain
+PyTorch. It refuses a second derivative and a dual tensor in words. Under torch.compile the op itself runs, with its
+registered formula. Autocast is off inside: the computation is in float64 for float64 weights, else in float32.
 """
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from . import checks
 
 
 def untraced(function: Callable) -> Callable:
-    """`function` as torch.compile runs it where it could not take the caller into a graph: as it is, and without
-    compiling what it calls piece by piece. Does not import the compiler, which takes seconds."""
+    """Has torch.compile run `function` outside its graphs, and not compile what it calls piece by piece.
+
+    It does so where torch.compile could not take the caller into a graph. It does not import the compiler, which takes
+    seconds.
+    """
     disabled = None
 
     @functools.wraps(function)
@@ -43,16 +46,20 @@ def untraced(function: Callable) -> Callable:
 
 
 def constant_at_compile_time(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, without importing the compiler."""
+    """Does what torch.compiler.assume_constant_result does, without importing the compiler."""
     function._dynamo_marked_constant = True
     return function
 
 
 class Weights(NamedTuple):
-    """Of one layer in one direction, as the ops take them (masked_rnn_op.py), in any floating dtype.
+    """The weights of one layer in one direction, as the ops take them (ops/masked_rnn.py), in any floating dtype.
 
-    w_ih (H, I), w_hh (H, H), biases (H,), masks like the weights; or, compressed, values (entries,) with row pointers
-    and columns, of any integer dtype. layout: of mask_hh, where w_hh is to be walked by it (blocked_rnn_op.py).
+    w_ih: (H, I), or with crow_ih and col_ih its kept values (entries,).
+    w_hh: (H, H), or with crow_hh and col_hh its kept values (entries,).
+    b_ih, b_hh: (H,).
+    mask_ih, mask_hh: bool, like the weights.
+    crow_ih, col_ih, crow_hh, col_hh: row pointers and columns of compressed weights, of any integer dtype.
+    layout: the layout of mask_hh, where the op is to multiply w_hh by it (ops/blocked_rnn.py).
     """
 
     w_ih: Tensor
@@ -77,31 +84,42 @@ def has_kernel(device_type: str) -> bool:
 
 
 def walks_blocks(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether there are kernels that walk a hidden weight by a layout, for this dtype of computation."""
+    """Whether there are kernels that multiply a hidden weight by a layout of blocks, for this dtype of computation."""
     return dtype == torch.float32 and backends.active(device_type) == "triton"
 
 
 def autocast_dtype(device_type: str, weight: Tensor) -> torch.dtype | None:
-    """What autocast makes of a product with this weight; None without autocast, and for float64, which it leaves."""
+    """The dtype in which autocast runs a product with this weight.
+
+    None without autocast, and for float64, which autocast leaves alone.
+    """
     if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
-    """output (T, B, H) and the last state (B, H) of x (T, B, I) and h (B, H), which are in the weights' compute dtype.
+    """Returns output (T, B, H) and the last state (B, H).
 
-    lengths: (B,) int64 on the device, or None where all elements have T steps. Raises NotImplementedError on a second
-    and on a forward-mode derivative.
+    Args:
+        x: (T, B, I), in the weights' compute dtype, as is h.
+        h: (B, H).
+        weights: of the layer and direction.
+        lengths: (B,) int64 on the device, the steps of each sequence; None where all have T steps.
+        step: nonlinearity, leak and direction.
+
+    Raises:
+        NotImplementedError: on a second and on a forward-mode derivative.
     """
     dtype = compute_dtype(weights.w_hh)
     floating = [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous()
-                for t in (x, h, *weights[:4])]
-    masks = [None if mask is None else mask.contiguous() for mask in weights[4:6]]
+                for t in (x, h, weights.w_ih, weights.w_hh, weights.b_ih, weights.b_hh)]
+    masks = [None if mask is None else mask.contiguous() for mask in (weights.mask_ih, weights.mask_hh)]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
     if weights.layout is None:
         module, name = masked_rnn_op, "masked_rnn"
-        given, given_back = [None if index is None else index.to(torch.int64) for index in weights[6:10]], []
+        compressed = (weights.crow_ih, weights.col_ih, weights.crow_hh, weights.col_hh)
+        given, given_back = [None if index is None else index.to(torch.int64) for index in compressed], []
     else:
         module, name = blocked_rnn_op, "blocked_rnn"
         given = given_back = [blocked_rnn_op.flat(weights.layout), weights.layout.side]
@@ -135,19 +153,19 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _below_autograd() -> contextlib.AbstractContextManager:
-    """Straight to the kernel: the op's own derivative, for torch.compile, is in Python and takes 50 us to pass."""
+    """Skips the op's own derivative, which is there for torch.compile, is in Python and takes 50 us to pass."""
     return torch.no_grad() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 
 class _MaskedRNN(torch.autograd.Function):
-    """forward and backward by two ops, those of masked_rnn_op.py or blocked_rnn_op.py, or by the reference under their
-    schemas. given, given_back: what these take between masks and lengths."""
+    """Forward and backward by two ops: those of ops/masked_rnn.py or ops/blocked_rnn.py, or the reference under their
+    schemas. given and given_back are what the two take between masks and lengths."""
 
     @staticmethod
     def forward(ctx, op, grads_op, given, given_back, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
         with _without_autocast(x.device.type), _below_autograd():
-            output, h_n, *kept = op(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *given, lengths, *step, True)
-        *_, states, activations = output, *kept  # masked_rnn's states are its output
+            output, h_n, *saved = op(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *given, lengths, *step, True)
+        *_, states, activations = output, *saved  # the states of masked_rnn are its output
         ctx.grads_op, ctx.given_back, ctx.step = grads_op, given_back, step
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations)
@@ -156,7 +174,7 @@ class _MaskedRNN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_h_n):
         x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations = ctx.saved_tensors
-        need = ctx.needs_input_grad[6:12]
+        need = ctx.needs_input_grad[6:12]  # of x, h, w_ih, w_hh, b_ih, b_hh
         needs = (*need[:4], need[4] or need[5])
         with _below_autograd(), _without_autocast(x.device.type):
             grads = ctx.grads_op(

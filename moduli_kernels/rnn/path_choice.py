@@ -1,4 +1,4 @@
-"""Which path a SparseRNN takes, why, and what has been measured: the part of it that decides."""
+"""The part of SparseRNN that decides which path it takes: torch's own RNN ("dense") or the masked op ("sparse")."""
 from __future__ import annotations
 
 import math
@@ -8,14 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import backends, checks
+from .. import backends
+from ..checks import positive_int
+from ..masks import get_mask
 from . import crossovers, timing
 from .layer import autocast_dtype, constant_at_compile_time, has_kernel
 from .masked_module import OrderedModule
 
 
 class Measured(NamedTuple):
-    """What `SparseRNN.tune` found. seconds: path -> median time of a pass; path: the faster one."""
+    """What `SparseRNN.tune` found.
+
+    path: the faster path, "dense" or "sparse".
+    seconds: path -> median time of a pass.
+    training: whether a pass was forward and backward.
+    """
 
     path: str
     seconds: dict[str, float]
@@ -23,21 +30,21 @@ class Measured(NamedTuple):
 
 
 class PathChoice(OrderedModule):
-    """Of a module with nn.RNN's attributes, `path` and `leak`."""
+    """Chooses the path of a module with nn.RNN's attributes and with `path` and `leak`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._tuned: dict[tuple, str] = {}
-        self._chosen: tuple = (None, "")  # what `_choice` was asked last, and its answer
-        self._straight: tuple | None = None  # see _case_of
+        self._chosen: tuple = (None, "")  # the last question to `_choice`, and its answer
+        self._straight: tuple | None = None  # the case of _case_of in which torch's RNN runs over the weights unchanged
         self._seen = (32, 50)  # batch and steps of the last input, for explain()
 
     def __getstate__(self):
-        # what is known of tensors by their ids belongs to no copy
+        # What is remembered of tensors by their ids belongs to no copy.
         return super().__getstate__() | {"_chosen": (None, ""), "_straight": None}
 
     def _case_of(self, input) -> tuple | None:
-        """What decides that torch's own RNN is to run over the weights as they are; None for a PackedSequence."""
+        """All that decides whether torch's own RNN runs over the weights unchanged; None for a PackedSequence."""
         if not isinstance(input, Tensor):
             return None
         grad, device = torch.is_grad_enabled(), input.device
@@ -46,18 +53,21 @@ class PathChoice(OrderedModule):
         return (input.shape, input.dtype, device, grad, autocast, weights, *self._asked_for())
 
     def _asked_for(self) -> tuple:
-        """Of the masks and settings, all that a choice depends on."""
+        """All of the masks and settings that a choice depends on."""
         return _versions(self._buffers), self._path, self._leak, backends._forced
 
     def _last_choice(self, *case) -> str:
-        """The path of `_choice`, asked for again only where something it depends on has changed: small nets notice."""
+        """The path of `_choice`, which is asked again only where something it depends on has changed.
+
+        Asking costs a few microseconds, which small nets would notice.
+        """
         asked = (*case, *self._asked_for())
         if self._chosen[0] != asked:
             self._chosen = (asked, self._choice(*case)[0])
         return self._chosen[1]
 
     def _choice(self, device: str, dtype: torch.dtype, batch: int, steps: int, training: bool) -> tuple[str, str]:
-        """("sparse" or "dense", why)."""
+        """Returns ("sparse" or "dense", why)."""
         if self.leak != 1:
             return "sparse", f"leak is {self.leak}, which torch's RNN does not know"
         if self.path != "auto":
@@ -71,24 +81,24 @@ class PathChoice(OrderedModule):
         if tuned is not None:
             return tuned, "tune() measured it"
         ratio = crossovers.predicted(device, dtype, self.hidden_size, batch, *densities, training, steps,
-                                    inputs=self._mean_inputs())
+                                     inputs=self._mean_inputs())
         if ratio is None:
             return "dense", f"the table of crossovers has nothing for {dtype} on {device}; tune() measures it"
         least = crossovers.margin(any(density is not None for density in densities), training)
-        told = f"by the table of crossovers {crossovers.told(ratio, least)}"
-        return "sparse" if ratio > least else "dense", told
+        why = f"by the table of crossovers {crossovers.in_words(ratio, least)}"
+        return "sparse" if ratio > least else "dense", why
 
     @constant_at_compile_time
     def _path_at_compile_time(self, device, dtype, batch, steps, training) -> str:
-        """batch, steps: None where they vary, then those that were seen before."""
+        """The path for a compiled graph. batch and steps are None where they vary; those seen before count then."""
         self._seen = (self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps)
         return self._choice(device, dtype, *self._seen, training)[0]
 
     def _density(self, name: str) -> float | None:
-        return self._facts.density(name, self._buffers.get(f"{name}_mask"))
+        return self._facts.density(name, get_mask(self, name))
 
     def _densities(self) -> tuple[float | None, float | None]:
-        """Kept share of the input weights and of the hidden weights of all layers; None where none has a mask."""
+        """The kept share of the input weights and of the hidden weights of all layers; None where none has a mask."""
         shares = []
         for kind in ("weight_ih", "weight_hh"):
             names = [name for name in self._weight_names() if name.startswith(kind)]
@@ -99,17 +109,17 @@ class PathChoice(OrderedModule):
         return tuple(shares)
 
     def _mean_inputs(self) -> int:
-        """Columns of the input weights, over all layers."""
+        """The number of columns of the input weights, averaged over all layers."""
         inner = self.hidden_size * (2 if self.bidirectional else 1)
         return round((self.input_size + (self.num_layers - 1) * inner) / self.num_layers)
 
     def explain(self, batch: int | None = None, steps: int | None = None) -> str:
-        """In words: which path each layer and direction takes, why, what share of its weights is kept, and on CUDA
+        """Describes which path each layer and direction takes, why, what share of its weights is kept, and on CUDA
         how the hidden weight is read.
 
         Args:
-            batch: size of the batch it would be for; None: that of the last input (before any: 32).
-            steps: length of the sequence it would be for; None: that of the last input (before any: 50).
+            batch: size of the batch to explain it for; None: that of the last input (before any: 32).
+            steps: length of the sequence to explain it for; None: that of the last input (before any: 50).
 
         Raises:
             RuntimeError: a backend asked for by `mk.backend` or MODULI_KERNELS_BACKEND does not serve this device.
@@ -118,7 +128,7 @@ class PathChoice(OrderedModule):
         """
         batch, steps = self._seen[0] if batch is None else batch, self._seen[1] if steps is None else steps
         for name, value in (("batch", batch), ("steps", steps)):
-            checks.positive_int(name, value, minimum=0)
+            positive_int(name, value, minimum=0)
         weight = self.weight_hh_l0
         device, dtype = weight.device.type, autocast_dtype(weight.device.type, weight) or weight.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -132,19 +142,20 @@ class PathChoice(OrderedModule):
                  f"{'forward and backward' if training else 'forward'}; {why}."]
         for names in self._all_weights:
             shares = {name: self._density(name) for name in names[:2]}
-            told = ", ".join(f"{name} without a mask" if share is None else f"{name} {100 * share:.3g} % kept"
-                             for name, share in shares.items())
-            told += self._layout_in_words(names[1], batch) if path == "sparse" else ""
-            lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {told}")
+            words = ", ".join(f"{name} without a mask" if share is None else f"{name} {100 * share:.3g} % kept"
+                              for name, share in shares.items())
+            words += self._layout_in_words(names[1], batch) if path == "sparse" else ""
+            lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {words}")
         return "\n".join(lines)
 
     def tune(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Measured:
         """Measures both paths with this input on this machine, and has "auto" take the faster one from now on.
 
-        Forward and backward in training mode (where a parameter requires a gradient), else forward alone; the median of
-        7 runs of each, in alternation. Remembered on this module, also through copies and pickles but not in the
-        state_dict, for inputs of its device, dtype, mode, batch size and densities (the nearest powers of 2).
-        Leaves gradients and random numbers as they were. With a leak there is the sparse path alone.
+        In training mode, where a parameter requires a gradient, a pass is forward and backward, else forward alone. The
+        result is the median of 7 passes of each path, in alternation. It is remembered on this module, also through
+        copies and pickles but not in the state_dict, for inputs of the same device, dtype and mode and of about the
+        same batch size and densities (the nearest powers of 2). Gradients and random numbers stay as they were. With a
+        leak there is the sparse path alone.
 
         Args:
             input: as of a call: a tensor or a PackedSequence of the sizes to come.

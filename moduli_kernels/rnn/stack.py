@@ -1,8 +1,8 @@
-"""All layers and directions of a recurrent net over a sequence, as torch.nn.RNN arranges them: what SparseRNN and
-CompressedRNN share.
+"""Runs all layers and directions of a recurrent net over a sequence, as torch.nn.RNN arranges them.
 
-A net here is a module with nn.RNN's attributes (num_layers, bidirectional, batch_first, dropout, nonlinearity, ...),
-its check_forward_args, and leak. Its weights come layer by layer, in a layer the forward direction before the reverse.
+SparseRNN and CompressedRNN share it. A net here is a module with nn.RNN's attributes (num_layers, bidirectional,
+batch_first, dropout, nonlinearity, ...), its check_forward_args, and leak. Its weights come layer by layer, and in a
+layer the forward direction comes before the reverse one.
 """
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from .layer import Weights, autocast_dtype, masked_rnn
 
 
 class Batch(NamedTuple):
-    """What a net was called with, checked, as torch._VF takes it.
+    """The checked input of a net, as torch._VF takes it.
 
-    data: (T, B, I); batch_first: (B, T, I); packed: (elements of all steps, I). hx: (layers * directions, B, H), of a
-    packed sequence in its sorted order. size: B. steps: T. batched: False where a batch of 1 was put in.
+    data: (T, B, I), with batch_first (B, T, I), packed (elements of all steps, I).
+    hx: (layers * directions, B, H), for a packed sequence in its sorted order.
+    size: B, the number of sequences.
+    steps: T, the length of the longest.
+    batched: False where the input had no batch dimension and one was inserted.
+    batch_sizes, sorted_indices, unsorted_indices: those of a PackedSequence, else None.
     """
 
     data: Tensor
@@ -36,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def batch_of(net: nn.Module, input: Tensor | PackedSequence, hx: Tensor | None, weight: Tensor) -> Batch:
-    """Checks a net's arguments in nn.RNN's words; weight: any of the net's, for dtype and device."""
+    """Checks a net's input and hx in nn.RNN's words. `weight` is any weight of the net, for its dtype and device."""
     batched, indices, batch_sizes = True, (None, None), None
     if isinstance(input, PackedSequence):
         data, batch_sizes, *indices = input
@@ -58,7 +62,7 @@ def batch_of(net: nn.Module, input: Tensor | PackedSequence, hx: Tensor | None, 
 
 
 def results(net: nn.Module, batch: Batch, output: Tensor, h_n: Tensor) -> tuple[Tensor | PackedSequence, Tensor]:
-    """What a net returns, from output laid out as batch.data and h_n laid out as batch.hx."""
+    """Turns output, laid out like batch.data, and h_n, laid out like batch.hx, into what the net returns."""
     if batch.batch_sizes is not None:
         packed = PackedSequence(output, batch.batch_sizes, batch.sorted_indices, batch.unsorted_indices)
         return packed, h_n if batch.unsorted_indices is None else h_n.index_select(1, batch.unsorted_indices)
@@ -70,7 +74,7 @@ def results(net: nn.Module, batch: Batch, output: Tensor, h_n: Tensor) -> tuple[
 # --- through the masked op -------------------------------------------------------------------------------------
 
 def sparse(net: nn.Module, batch: Batch, weights: list[Weights]) -> tuple[Tensor, Tensor]:
-    """(output, h_n) by the masked op, layer by layer and direction by direction."""
+    """Returns (output, h_n) by the masked op, layer by layer and direction by direction."""
     device, weight = batch.data.device.type, weights[0].w_hh
     dtype, result = compute_dtype(weight), autocast_dtype(device, weight) or batch.data.dtype
     x, lengths, host_lengths = _time_major(net, batch)
@@ -95,7 +99,7 @@ def sparse(net: nn.Module, batch: Batch, weights: list[Weights]) -> tuple[Tensor
 
 
 def _time_major(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x (T, B, I), and each element's number of steps (B,), on the device and on the host: None where all are T."""
+    """Returns x (T, B, I) and the steps of each sequence (B,), on the device and on the host; None where all are T."""
     if batch.batch_sizes is None:
         return batch.data.transpose(0, 1) if net.batch_first else batch.data, None, None
     if int(batch.batch_sizes[-1]) == batch.size:
@@ -105,17 +109,17 @@ def _time_major(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Te
 
 
 def _dropped(x: Tensor, probability: float, lengths: Tensor | None) -> Tensor:
-    """Dropout as nn.RNN draws it on the CPU: of a packed sequence, on its packed elements."""
+    """Applies dropout with the random numbers of nn.RNN on the CPU: a packed sequence draws for its elements alone."""
     if lengths is None:
         return nn.functional.dropout(x, probability)
     packed = pack_padded_sequence(x, lengths)
     return pad_packed_sequence(packed._replace(data=nn.functional.dropout(packed.data, probability)))[0]
 
 
-# --- through the vendor's ------------------------------------------------------------------------------------
+# --- through torch's own RNN ---------------------------------------------------------------------------------
 
 def dense(net: nn.Module, batch: Batch, flat_weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(output, h_n) by torch's own RNN, with nn.RNN's flat list of weights, masked ones already 0."""
+    """Returns (output, h_n) by torch's own RNN, from nn.RNN's flat list of weights, in which masked ones are 0."""
     run = torch._VF.rnn_tanh if net.nonlinearity == "tanh" else torch._VF.rnn_relu
     if torch.compiler.is_compiling():
         return _dense_traced(net, batch, flat_weights, run)
@@ -126,7 +130,7 @@ def dense(net: nn.Module, batch: Batch, flat_weights: list[Tensor]) -> tuple[Ten
 
 
 def _dense_traced(net, batch, flat_weights, run):
-    """One layer a call, for torch.compile's own form of the whole stack leaves the dropout out."""
+    """Calls torch's RNN once a layer, because torch.compile's form of the whole stack leaves the dropout out."""
     directions = 2 if net.bidirectional else 1
     count = len(flat_weights) // net.num_layers
     x, states = batch.data.transpose(0, 1) if net.batch_first else batch.data, []

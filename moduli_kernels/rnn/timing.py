@@ -1,4 +1,4 @@
-"""Time of one pass of a recurrent net on each of its paths, measured in alternation."""
+"""Measures how long one pass of a recurrent net takes on each of its paths, in alternation."""
 from __future__ import annotations
 
 import time
@@ -7,12 +7,15 @@ from statistics import median
 
 import torch
 
-RUNS = 7
+RUNS = 7  # timed passes of each path
 
 
 def alternating(passes: dict[str, Callable[[], object]], device: torch.device, runs: int = RUNS) -> dict[str, float]:
-    """Name -> median seconds. Each pass is run once beforehand; then in turns, every other round in reverse order, so
-    that whatever else the machine does meanwhile hits all alike."""
+    """Times each pass `runs` times and returns the median seconds by name.
+
+    Every pass runs once beforehand to warm up. Then the passes take turns, in reverse order every other round, so that
+    whatever else the machine does meanwhile slows all of them alike.
+    """
     taken: dict[str, list[float]] = {name: [] for name in passes}
     for run in passes.values():
         run()

@@ -80,7 +80,7 @@ def test_explain(laid_out):
     assert net.explain().endswith(told.format("set by set_order"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crossovers, "hidden_form", lambda *_: "masked")
-        assert "weight_hh_l0 4.19 % kept, read whole\n" in net.explain()
+        assert "weight_hh_l0 4.19 % kept, as one matrix with its mask\n" in net.explain()
     net.path = "dense"
     assert "weight_hh_l0 4.19 % kept\n" in net.explain() and len(laid_out) == 2
 

@@ -60,4 +60,4 @@ def test_a_mask_that_changes_in_place(launched):
 def test_small_nets_are_read_whole(monkeypatch):
     monkeypatch.setattr(launch_blocked, "blocked_rnn", None)
     net = net_of(4, 37)
-    assert "read whole" in net.explain() and net(draw(2, 3, 4))[0].isfinite().all()
+    assert "as one matrix" in net.explain() and net(draw(2, 3, 4))[0].isfinite().all()
