@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moduli_kernels as mk
 from moduli_kernels.pruning.pruner import MagnitudePruner
 from tests.support.penalty_cases import draw_weight, generator, on_device
-from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of
+from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of, size_of
 
 pytestmark = on_device
 
@@ -329,7 +329,7 @@ def test_a_net_in_training_keeps_what_is_cut_at_zero():
             weight = getattr(module, name)
             assert weight[~mask].eq(0).all() and weight.grad[~mask].eq(0).all() and weight[mask].ne(0).all()
             remembered += int(optimizer.state[weight]["exp_avg"][~mask].ne(0).any())
-    cut, size = cut_count(net.targets()), pruner._size()
+    cut, size = cut_count(net.targets()), size_of(pruner)
     assert round(0.75 * size) - 8 < cut <= round(0.75 * size)
     assert 0 < pruner.densities()["1.weight_hh_l0"] < 1
     assert remembered > 0  # the optimizer would revive them by itself

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 from moduli_kernels.pruning.pruner import MagnitudePruner
 from tests.support.penalty_cases import generator, on_device
-from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of
+from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of, size_of
 
 pytestmark = on_device
 
@@ -258,7 +258,7 @@ def test_state_dict_round_trip(tmp_path):
     save_file(state, tmp_path / "masks.safetensors")
     pruner.step_to(0.8)
     saved = load_file(tmp_path / "masks.safetensors")
-    assert int(sum((~m).sum() for m in saved.values())) == round(0.5 * pruner._size())
+    assert int(sum((~m).sum() for m in saved.values())) == round(0.5 * size_of(pruner))
     assert all(torch.equal(state[key], saved[key]) for key in state)  # copies, not the live masks
     loaded = MagnitudePruner(other.targets())
     loaded.load_state_dict(saved)
@@ -277,4 +277,4 @@ def test_masks_travel_in_the_models_state_dict():
     other.load_state_dict(net.state_dict())
     assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
     pruner.step_to(0.75)
-    assert cut_count(other.targets()) == round(0.75 * pruner._size())
+    assert cut_count(other.targets()) == round(0.75 * size_of(pruner))

@@ -8,7 +8,7 @@ from torch.nn.utils import prune as torch_prune
 
 from moduli_kernels.pruning.pruner import MagnitudePruner
 from tests.support.penalty_cases import on_device
-from tests.support.pruning_cases import Net, Tied, cut_count, loss_of
+from tests.support.pruning_cases import Net, Tied, cut_count, loss_of, size_of
 
 pytestmark = on_device
 
@@ -33,7 +33,7 @@ def test_from_torch_prune_keeps_weights_parameters_and_optimizer(by):
     pruner = MagnitudePruner.from_torch_prune(net if by == "model" else net.targets(), optimizer)
     if by == "targets":
         assert all(torch.equal(masks[key], mask) for key, mask in pruner.masks.items())
-    assert pruner.sparsity == sum(int((~m).sum()) for m in masks.values()) / pruner._size()
+    assert pruner.sparsity == sum(int((~m).sum()) for m in masks.values()) / size_of(pruner)
     assert torch.equal(net(torch.ones(2, 1, 3)), output)
     assert {id(p) for p in net.parameters()} == objects
     assert set(net.state_dict()) == {k for k in Net().state_dict()} | {
@@ -54,7 +54,7 @@ def test_to_torch_prune_goes_on_as_torch_would():
     objects = {id(p) for p in ours.parameters()}
     pruner = MagnitudePruner(ours.targets(), optimizer=optimizers[0])
     pruner.step_to(0.6)
-    total = pruner._size()
+    total = size_of(pruner)
     torch_prune.global_unstructured(theirs.targets(), torch_prune.L1Unstructured, amount=round(0.6 * total))
     for seed in range(6):
         if seed == 3:
