@@ -23,9 +23,9 @@ def reinitialize_(model: nn.Module, pruner: MagnitudePruner,
     Args:
         model: the net that contains the pruner's modules.
         pruner: the pruner whose masks stay.
-        init_fn: a function that initializes the model, its argument. None calls the `reset_parameters()` of every
-            submodule, children first, so that a parent may refine them; a frozen parameter of a module that has no such
-            method stays as it is.
+        init_fn: a function that is called with the model and initializes it. With None the `reset_parameters()` of
+            every submodule is called, children first, so that a parent may refine them; a frozen parameter of a module
+            that has no such method stays as it is.
         generator: makes torch's draws reproducible and leaves the global generators (CPU, CUDA) as they were.
 
     Raises:
@@ -95,8 +95,8 @@ def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, 
 
 
 def _same_memory(earlier: Tensor, parameter: Tensor) -> bool:
-    """Whether the two tensors start at the same address; of a sharded one, the rows that this rank holds do."""
-    # every DTensor's own data_ptr() is 0
+    """Whether the two tensors start at the same address; for a sharded one, its rows on this rank are looked at."""
+    # the data_ptr() of a DTensor itself is always 0
     a, b = (shard_of(t).local if is_sharded(t) else t for t in (earlier, parameter))
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
