@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .geometry.manifolds import Manifold, manifold as manifold_of
+from .masks import get_mask
 from .penalty.attach import Regularization, Target, _parameter
 from .penalty.modules import ModuliRegularizer
 from .pruning.pruner import MagnitudePruner
@@ -118,7 +119,7 @@ def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pru
 
 def _kept(target: Target) -> Tensor:
     """The mask of a weight, else the weight, cut to its columns."""
-    mask = target.module._buffers.get(f"{target.name}_mask")
+    mask = get_mask(target.module, target.name)
     mask = _parameter(target) if mask is None else mask
     return mask if target.columns is None else mask[:, target.columns]
 

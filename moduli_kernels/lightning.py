@@ -1,9 +1,9 @@
-"""`ModuliCallback`: the penalty and the pruning schedule in a Lightning Trainer, without a change to the module.
+"""`ModuliCallback` adds the penalty and a pruning schedule to a Lightning Trainer; the LightningModule stays as it is.
 
     from moduli_kernels.lightning import ModuliCallback
     trainer = Trainer(callbacks=[ModuliCallback(manifold="torus", strength=0.1, schedule=mk.linear_schedule(0.9, 20))])
 
-Importing this module imports Lightning: `lightning`, or `pytorch_lightning` where that is what the program imported.
+Importing this module imports Lightning: `lightning`, or `pytorch_lightning` where the program has imported that.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .pruning.schedules import fraction
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # A Trainer takes callbacks of its own package only.
+    # A Trainer accepts only callbacks of its own package.
     try:
         if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
             from pytorch_lightning import Callback
@@ -35,7 +35,7 @@ else:
         raise ImportError(
             "moduli_kernels.lightning needs Lightning, which is not installed; run pip install lightning.") from error
 
-# each process of these holds parts of the weights, or steps by itself
+# With these a process holds only a part of each weight, or steps the optimizer outside the Trainer.
 _WITHOUT_WHOLE_WEIGHTS = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
@@ -43,35 +43,39 @@ class ModuliCallback(Callback):
     """Adds the penalty to the training, prunes by a schedule, and logs both.
 
     Args:
-        regularization: what `mk.regularize` gave. None: made here by `mk.regularize(module, targets, **settings)`.
-            Trained points must be in an optimizer: make the regularization in the LightningModule, as an attribute,
-            pass its parameters to the optimizer (weight_decay 0), and give it here.
-        schedule: the sparsity at the start of each epoch, as `mk.linear_schedule` gives; epochs after its end keep the
-            last one. None: nothing is pruned.
-        targets: the weights to penalize, as `mk.regularize` takes them, or their names in the LightningModule:
-            "rnn.weight_hh_l0". None: every recurrent weight.
-        pruned: the weights to prune, (module, name) pairs or names; None: those that are penalized.
+        regularization: what `mk.regularize` returned. With None the callback makes it by
+            `mk.regularize(module, targets, **settings)`. Trained points must be in an optimizer: make the
+            regularization in the LightningModule, as an attribute, pass its parameters to the optimizer (weight_decay
+            0), and give it here.
+        schedule: the sparsity at the start of each epoch, as `mk.linear_schedule` returns it; later epochs keep the
+            last value. With None nothing is pruned.
+        targets: the weights to penalize, as `mk.regularize` takes them, or their names in the LightningModule, such as
+            "rnn.weight_hh_l0". None means every recurrent weight.
+        pruned: the weights to prune, (module, name) pairs or names. None means those that are penalized.
         block: as `mk.MagnitudePruner` takes it.
         order: as `mk.MagnitudePruner` takes it.
-        prefix: of what is logged; callbacks with different prefixes keep states of their own.
+        prefix: the first part of the names under which values are logged. Callbacks with different prefixes keep
+            separate states in a checkpoint.
         **settings: keyword arguments of `mk.ModuliRegularizer`: manifold, strength, inhibitor, ...
 
-    How: before each optimizer step (`on_before_optimizer_step`: after gradients have been accumulated, reduced over
-    processes and unscaled, before they are clipped) the penalty's gradient is added to that of the weights which this
-    optimizer has. That is the gradient of loss + penalty: once a step, whatever accumulate_grad_batches is, with every
-    precision, in automatic and manual optimization. (Of several optimizers each gets it at its own step, at the weights
-    as they are then.) The loss that is logged and returned is the module's own.
+    The penalty's gradient is added before each optimizer step (in `on_before_optimizer_step`, which comes after
+    gradients have been accumulated, reduced over processes and unscaled, and before they are clipped), for the weights
+    that this optimizer has. The sum is the gradient of loss + penalty. It is added once a step, whatever
+    accumulate_grad_batches is, with every precision, in automatic and in manual optimization. Where there are several
+    optimizers, each gets it at its own step, at the weights as they are then. The loss that is logged and returned is
+    the module's own.
 
     With ddp all processes take the points of the first, and stay equal.
 
-    Logged: <prefix>/penalty at each step; <prefix>/sparsity and <prefix>/density/<weight> (kept share) at the start of
-    each epoch. `.regularization` and `.pruner` are there from `setup` on. Masks are saved in the module's state_dict,
-    the points in the callback's state: give the callback again to load or to resume.
+    It logs <prefix>/penalty at each step, and <prefix>/sparsity and <prefix>/density/<weight> (the kept fraction) at
+    the start of each epoch. `.regularization` and `.pruner` exist from `setup` on. Masks are saved in the module's
+    state_dict and the points in the callback's state: give the Trainer the callback again to load or to resume.
 
     Raises:
-        ValueError, TypeError: as `mk.regularize` and `mk.MagnitudePruner`; settings beside a regularization, a name
-            that the module does not have, trained points made here. NotImplementedError: an optimizer that reads the
-            loss's value (LBFGS); a strategy that shards weights (FSDP, DeepSpeed): put `reg()` into training_step.
+        ValueError, TypeError: `mk.regularize` or `mk.MagnitudePruner` refuses its arguments, settings come beside a
+            regularization, the module has no weight of a given name, or trained points would be made here.
+        NotImplementedError: an optimizer reads the loss's value (LBFGS), or a strategy shards weights (FSDP,
+            DeepSpeed): put `reg()` into training_step instead.
     """
 
     def __init__(self, regularization: Regularization | None = None, *, schedule: Sequence[float] | None = None,
@@ -96,27 +100,27 @@ class ModuliCallback(Callback):
         self.regularization = regularization
         self.pruner: MagnitudePruner | None = None
         self._schedule, self._targets, self._pruned, self._settings = schedule, targets, pruned, settings
-        self._pairs: list[tuple[nn.Module, str]] = []  # what is pruned
+        self._pairs: list[tuple[nn.Module, str]] = []  # (module, name) of the weights to prune
         self._block, self._order, self._prefix = block, order, prefix
         self._loaded: dict[str, Any] | None = None
         self._gradient_came = False
 
     @property
     def state_key(self) -> str:
-        """Under which a checkpoint holds the state."""
+        """The key under which a checkpoint holds the callback's state."""
         return f"{type(self).__qualname__}[{self._prefix}]"
 
-    # -- what is there before a checkpoint is loaded and the optimizers are made --
+    # -- before a checkpoint is loaded and the optimizers are made --
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the regularization and, for their buffers to be loaded into, the masks."""
+        """Makes the regularization, and the masks, so that a checkpoint finds buffers to load them into."""
         strategy = type(trainer.strategy).__name__
         if strategy in _WITHOUT_WHOLE_WEIGHTS:
             raise NotImplementedError(
                 f"ModuliCallback needs whole weights in each process, got {strategy}; add reg() to the loss in "
                 "training_step, or use a single device or ddp.")
         if self.regularization is None:
-            targets = None if self._targets is None else [_found(pl_module, t) for t in self._targets]
+            targets = None if self._targets is None else [_target_of(pl_module, t) for t in self._targets]
             self.regularization = regularize(pl_module, targets, **self._settings)
             if any(True for _ in self.regularization.parameters()):
                 self.regularization = None
@@ -126,9 +130,9 @@ class ModuliCallback(Callback):
                     "ModuliCallback(module.reg).")
         if self._schedule is not None and self.pruner is None:
             penalized = {(t.module, t.name): None for t in self.regularization.targets.values()}
-            self._pairs = [*penalized] if self._pruned is None else [_found(pl_module, t) for t in self._pruned]
-            self.pruner = self._made_pruner()
-        # DDP would wait for the gradients of points in the module, which come later, on all processes the same.
+            self._pairs = [*penalized] if self._pruned is None else [_target_of(pl_module, t) for t in self._pruned]
+            self.pruner = self._make_pruner()
+        # DDP would wait for the gradients of points in the module; they come later, and are equal on all processes.
         points = {id(p) for p in self.regularization.parameters()}
         names = [name for name, parameter in pl_module.named_parameters() if id(parameter) in points]
         if names:
@@ -137,7 +141,7 @@ class ModuliCallback(Callback):
         self._take_state()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One set of points for all processes, on the module's device; the pruner meets the optimizers."""
+        """Gives all processes the points of the first, moves them to the module's device, and hooks the optimizers."""
         reg = self._regularization()
         reg.load_state_dict(trainer.strategy.broadcast(reg.state_dict()))  # each process has drawn its own
         reg.to(pl_module.device)
@@ -145,10 +149,10 @@ class ModuliCallback(Callback):
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise NotImplementedError("LBFGS reads the loss's value, to which a callback cannot add, got it with "
                                           "ModuliCallback; add reg() to the loss in training_step.")
-            if self.pruner is not None:  # takes the masks over
-                self.pruner = self._made_pruner(optimizer)
+            if self.pruner is not None:  # the new one takes the masks over
+                self.pruner = self._make_pruner(optimizer)
 
-    def _made_pruner(self, optimizer: torch.optim.Optimizer | None = None) -> MagnitudePruner:
+    def _make_pruner(self, optimizer: torch.optim.Optimizer | None = None) -> MagnitudePruner:
         return MagnitudePruner(self._pairs, optimizer=optimizer, block=self._block, order=self._order)
 
     # -- training --
@@ -160,18 +164,19 @@ class ModuliCallback(Callback):
         self.pruner.step_to(self._schedule[min(trainer.current_epoch, len(self._schedule) - 1)])
         pl_module.log(f"{self._prefix}/sparsity", self.pruner.sparsity)
         paths = {module: path for path, module in pl_module.named_modules()}
-        for key, density in self.pruner.densities().items():
-            module, name = self._pairs[int(key.partition(".")[0])]
+        densities = self.pruner.densities()
+        for weight in self.pruner.weights:
+            module, name = weight.owners[0]
             path = f"{paths.get(module, type(module).__name__)}.{name}".lstrip(".")
-            pl_module.log(f"{self._prefix}/density/{path}", density)
+            pl_module.log(f"{self._prefix}/density/{path}", densities[weight.key])
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes that there is a gradient: a training_step that returns None makes no step of the penalty alone."""
+        """Notes that there is a gradient: where training_step returned None, no step is made for the penalty alone."""
         self._gradient_came = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule,
                                  optimizer: torch.optim.Optimizer) -> None:
-        """Adds the penalty's gradient to that of the weights which this optimizer has."""
+        """Adds the penalty's gradient to the gradients of the weights that this optimizer has."""
         if pl_module.automatic_optimization and not self._gradient_came:
             return
         self._gradient_came = False
@@ -181,10 +186,10 @@ class ModuliCallback(Callback):
         parameters = [p for p in has if id(p) in ours and p.requires_grad]
         if not parameters:
             return
-        with torch.enable_grad():  # an optimizer may call its closure without
+        with torch.enable_grad():  # an optimizer may call its closure without gradients
             penalty = reg()
         if penalty.requires_grad:
-            # Optimizers that unscale in their step (fused ones) still have scaled gradients here.
+            # Gradients are still scaled here for optimizers that unscale them in their step (fused ones).
             scaler = trainer.scaler if getattr(optimizer, "_step_supports_amp_scaling", False) else None
             (penalty if scaler is None else scaler.scale(penalty)).backward(inputs=parameters)
         pl_module.log(f"{self._prefix}/penalty", penalty.detach())
@@ -192,11 +197,11 @@ class ModuliCallback(Callback):
     # -- checkpoints --
 
     def state_dict(self) -> dict[str, Any]:
-        """The points and what they were used with; masks are the module's."""
+        """Returns the points and the settings they were used with; the masks are in the module's state_dict."""
         return {} if self.regularization is None else {"regularization": self.regularization.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the points, now or once `setup` has made the regularization."""
+        """Loads the points, now or once `setup` has made the regularization."""
         self._loaded = state_dict
         self._take_state()
 
@@ -212,8 +217,8 @@ class ModuliCallback(Callback):
         return self.regularization
 
 
-def _found(module: nn.Module, target: Any) -> Any:
-    """A (module, name) pair for "rnn.weight_hh_l0"; anything else as it is."""
+def _target_of(module: nn.Module, target: Any) -> Any:
+    """Returns a (module, name) pair for a name such as "rnn.weight_hh_l0", and any other target unchanged."""
     if not isinstance(target, str):
         return target
     path, _, name = target.rpartition(".")

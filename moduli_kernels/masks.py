@@ -1,19 +1,27 @@
 """Where masks live: the buffer `<parameter>_mask` on the module that owns the parameter.
 
-A mask is a bool tensor of the parameter's shape, True where a weight is kept. torch.nn.utils.prune uses the same buffer
-name, with floats 0 and 1. This file alone knows the name, so that no other file spells it out.
+A mask is a bool tensor of the parameter's shape, True where a weight is kept. torch.nn.utils.prune uses the same name
+for a float buffer of zeros and ones, and renames the parameter to `<parameter>_orig`. This file alone spells out the
+two names; every other file asks it, so that a mask is found in the same place whoever set it.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from .distributed import is_sharded, shard_of
 
+_MASK, _ORIGINAL = "_mask", "_orig"
+
+
+# --- the mask of a parameter ------------------------------------------------------------------------------------
 
 def buffer_name(name: str) -> str:
-    """The name of the buffer, and of its entry in a state_dict, that holds the mask of the parameter `name`."""
-    return f"{name}_mask"
+    """The name of the buffer that holds the mask of the parameter `name`; it is the mask's key in a state_dict too."""
+    return name + _MASK
 
 
 def get_mask(module: nn.Module, name: str) -> Tensor | None:
@@ -26,9 +34,15 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     module.register_buffer(buffer_name(name), mask)
 
 
+def replace_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Puts `mask` itself in place of the mask that is there; a mask left out of the state_dict stays left out."""
+    module._buffers[buffer_name(name)] = mask
+
+
 def remove_mask(module: nn.Module, name: str) -> None:
     """Takes the mask of the parameter `name` away; nothing happens where there is none."""
-    module._buffers.pop(buffer_name(name), None)
+    if buffer_name(name) in module._buffers:
+        delattr(module, buffer_name(name))
 
 
 def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
@@ -52,3 +66,35 @@ def zero_masked_(tensor: Tensor, mask: Tensor) -> None:
             shard = shard_of(tensor)
             tensor, mask = shard.local, shard.rows_of(mask)
         tensor.masked_fill_(~mask, 0)
+
+
+# --- what torch.nn.utils.prune has pruned -----------------------------------------------------------------------
+
+def names_pruned_by_torch(module: nn.Module) -> list[str]:
+    """The parameters of this module, without its submodules, that torch.nn.utils.prune has pruned; their plain names"""
+    hooks = module._forward_pre_hooks.values()
+    return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+def original_name(name: str) -> str:
+    """The name that torch.nn.utils.prune gives the parameter `name` while it computes `name` from it and the mask."""
+    return name + _ORIGINAL
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter before torch.nn.utils.prune renamed it; `name` itself where it did not."""
+    return name.removesuffix(_ORIGINAL)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+def is_mask(value: Any, parameter: Tensor) -> bool:
+    """Whether `value` is a mask for `parameter`: a bool tensor of its shape."""
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == parameter.shape
+
+
+def described(value: Any) -> str:
+    """Says in an error what came where a mask (or another integer tensor) was expected: its dtype and shape."""
+    if value is None:
+        return "none"
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

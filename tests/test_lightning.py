@@ -1,5 +1,8 @@
-"""ModuliCallback: the gradients of loss + penalty in a Lightning Trainer, whatever the Trainer does to them; pruning by
-the schedule; logs; checkpoints. Held against plain loops."""
+"""Compares ModuliCallback in a Lightning Trainer with plain loops.
+
+The gradients are those of loss + penalty, whatever the Trainer does to them; pruning follows the schedule; logs and
+checkpoints are complete.
+"""
 from __future__ import annotations
 
 import os
@@ -31,7 +34,7 @@ EPOCHS, BATCHES = 3, 4
 
 
 class Model(LightningModule):
-    """Encoder, RNN, read-out: (batch, steps, 3) -> (batch, 2)."""
+    """An RNN and a decoder: (batch, steps, 3) -> (batch, 2)."""
 
     def __init__(self, rnn: type[nn.RNN] = nn.RNN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
         super().__init__()
@@ -50,7 +53,7 @@ class Model(LightningModule):
 
 
 class Manual(Model):
-    """Manual optimization, an optimizer for the net and one for the read-out."""
+    """Optimizes manually, with one optimizer for the RNN and one for the decoder."""
 
     automatic_optimization = False
 
@@ -67,7 +70,7 @@ class Manual(Model):
 
 
 class Skipping(Model):
-    """Half the batches are left out."""
+    """Leaves out every second batch."""
 
     def training_step(self, batch, index):
         return None if index % 2 else super().training_step(batch, index)
@@ -90,7 +93,7 @@ def fit(model: Model, callback: ModuliCallback | None, epochs: int = EPOCHS, res
 
 def by_hand(model: Model, reg: mk.Regularization, schedule: list[float] | None = None, accumulate: int = 1,
             clip: float | None = None, skip=lambda k: False) -> None:
-    """The same in a loop, with the penalty in the loss."""
+    """Trains as `fit` does, in a plain loop with the penalty in the loss."""
     optimizer = model.make([*model.parameters()])
     pruner = mk.MagnitudePruner([(model.rnn, "weight_hh_l0")], optimizer=optimizer) if schedule else None
     for epoch in range(EPOCHS):
@@ -153,7 +156,7 @@ def test_without_a_schedule_nothing_is_pruned_and_the_penalty_counts():
     assert callback.regularization() < mk.regularize(bare, generator=points_of(), **SETTINGS)()
 
 
-def test_a_step_that_is_left_out_is_no_step_of_the_penalty():
+def test_a_step_that_is_left_out_adds_no_penalty():
     model, other = Skipping(optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), Model(
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     with pytest.warns(UserWarning, match="returned `None`"):
@@ -185,7 +188,7 @@ def test_trained_points():
 
 
 def test_weights_and_points_in_two_optimizers():
-    """Each gets its gradient at its own step, the second one at the weights that the first has moved."""
+    """Each optimizer gets its gradient at its own step, the second at the weights that the first has moved."""
     class Split(Manual):
         def configure_optimizers(self):
             return self.make([*self.rnn.parameters(), *self.decoder.parameters()]), self.make([*self.reg.parameters()])
@@ -219,7 +222,7 @@ def test_a_loss_scale(fused):
         callback = ModuliCallback(generator=points_of(), **SETTINGS | {"reduction": "sum", "strength": 1e-3})
         trainer = fit(model, callback, plugins=[precision(scale)])
         assert trainer.scaler.get_scale() == scale  # no step was skipped
-    assert_same(*models, atol=2e-3)  # float16's rounding of the loss's gradients, at another scale
+    assert_same(*models, atol=2e-3)  # float16 rounds the loss's gradients differently at another scale
     bare = Model(mk.SparseRNN, optimizer=adam)
     fit(bare, None, plugins=[precision(1024.0)])
     assert not torch.allclose(bare.rnn.weight_hh_l0, models[1].rnn.weight_hh_l0, atol=2e-2)
@@ -238,7 +241,7 @@ def test_what_is_logged():
     model = Model()
     callback = ModuliCallback(schedule=[0.0, 0.25], targets=["rnn.weight_hh_l0"],
                               pruned=["rnn.weight_hh_l0", (model.decoder, "weight")], prefix="geometry", **SETTINGS)
-    trainer = fit(model, callback, epochs=EPOCHS)  # longer than the schedule
+    trainer = fit(model, callback, epochs=EPOCHS)  # more epochs than the schedule has
     got = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert got["geometry/sparsity"] == callback.pruner.sparsity == 20 / 80
     masks = {"rnn.weight_hh_l0": model.rnn.weight_hh_l0_mask, "decoder.weight": model.decoder.weight_mask}
@@ -250,7 +253,7 @@ def test_what_is_logged():
 
 @pytest.mark.parametrize("rnn", [nn.RNN, mk.SparseRNN])
 def test_a_run_goes_on_from_a_checkpoint(rnn, tmp_path):
-    """In a new process: other points at first, and a module without masks."""
+    """As in a new process, the points are others at first and the module has no masks."""
     schedule = [0.0, 0.3, 0.6]
     whole, half, rest = Model(rnn), Model(rnn), Model(rnn)
     one = ModuliCallback(schedule=schedule, generator=points_of(), **SETTINGS)

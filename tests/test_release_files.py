@@ -1,4 +1,7 @@
-"""What earlier releases saved loads, and computes the same. tests/data/make_release_file.py writes the files."""
+"""Loads what earlier releases saved and checks that it computes the same.
+
+tests/data/make_release_file.py writes the files.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,7 +26,7 @@ def test_what_a_release_saved_loads_and_computes_the_same(file, tmp_path):
         torch.save(saved.state(), file := tmp_path / f"release_{mk.__version__}.pt")
     state = torch.load(file, weights_only=True, map_location=torch.get_default_device())
     assert file.name == f"release_{state['version']}.pt" and file.stat().st_size < 50_000
-    torch.manual_seed(1)  # other points and weights than the saved ones, before they are loaded
+    torch.manual_seed(1)  # points and weights must differ from the saved ones before these are loaded
     made, rnns = saved.regularizers(), saved.nets()
     assert state["regularizers"].keys() <= made.keys() and state["nets"].keys() <= rnns.keys()
     for name, expected in state["penalties"].items():

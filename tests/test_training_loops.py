@@ -1,5 +1,8 @@
-"""Regularizer, pruner and SparseRNN among what training loops are made of: accumulation, loss scales, autocast,
-checkpointing, optimizers' implementations, copies, averages, parametrizations; and the plain loop of the examples."""
+"""Combines regularizer, pruner and SparseRNN with the other parts of training loops.
+
+These are accumulation, loss scales, autocast, checkpointing, implementations of optimizers, copies, averages and
+parametrizations. The plain loop of the examples is tested here too.
+"""
 from __future__ import annotations
 
 import copy
@@ -22,7 +25,7 @@ pytestmark = [on_device, *quiet]
 
 
 class Net(nn.Module):
-    """(steps, batch, 3) -> (batch, 2)."""
+    """A recurrent net and a decoder: (steps, batch, 3) -> (batch, 2)."""
 
     def __init__(self, rnn: type[nn.RNN] = mk.SparseRNN, dtype: torch.dtype = torch.float32, **settings):
         super().__init__()
@@ -34,7 +37,7 @@ class Net(nn.Module):
 
 
 class Loop(NamedTuple):
-    """What a training loop holds; they are copied and pickled together."""
+    """Holds the parts of a training loop, which are copied and pickled together."""
 
     net: Net
     reg: mk.Regularization
@@ -48,7 +51,7 @@ class Loop(NamedTuple):
         return [(self.net.rnn, "weight_hh_l0"), (self.net.decoder, "weight")]
 
     def error(self, k: int, batch: slice = slice(None)) -> Tensor:
-        """Mean square over the batch, of the k-th step's data."""
+        """Returns the mean square error over the batch, for the data of the k-th step."""
         x = draw(5, 4, 3, seed=k, dtype=self.net.decoder.weight.dtype)[:, batch]
         return (self.net(x) - x.sum(0)[:, :2].tanh()).square().mean()
 
@@ -103,7 +106,7 @@ def test_two_micro_batches_are_one_batch(penalty):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_loss_scale(path, fused):
-    """GradScaler: a power of two changes no gradient, and unscaled ones are clipped as without it."""
+    """With GradScaler a power of two changes no gradient, and unscaled gradients are clipped as without it."""
     device = torch.get_default_device().type
 
     def adam(p):
@@ -116,7 +119,7 @@ def test_a_loss_scale(path, fused):
             loop.optimizer.zero_grad()
         scaler.scale(scaled.error(k) + scaled.reg()).backward()
         (plain.error(k) + plain.reg()).backward()
-        if not fused:  # fused optimizers unscale in their step
+        if not fused:  # fused optimizers unscale gradients in their step
             scaler.unscale_(scaled.optimizer)
             norms = [nn.utils.clip_grad_norm_(loop.parameters(), 0.05) for loop in (scaled, plain)]
             assert norms[0] > 0.05 and torch.allclose(*norms, rtol=1e-5)
@@ -183,7 +186,7 @@ def test_foreach_and_fused_optimizers(name, how):
     mine, its = loop_of(lambda p: OPTIMIZERS[name](p, **made)), loop_of(lambda p: OPTIMIZERS[name](p, foreach=False))
     for k in range(20):
         for loop in (mine, its):
-            loop.pruner.step_to(0.4 if k < 10 else 0.7)  # cut with momentum built up
+            loop.pruner.step_to(0.4 if k < 10 else 0.7)  # the second time momentum has built up
             loop.step(k)
     assert_same(mine, its, rtol=1e-4, atol=1e-5)
     mine.assert_masked()
@@ -204,7 +207,7 @@ def test_a_copy_of_everything_goes_on_alike(by):
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
     for each in (loop, twin):
-        each.pruner.step_to(0.7)  # hooks the copies
+        each.pruner.step_to(0.7)  # this hooks the copies
     losses = [(loop.step(k), twin.step(k)) for k in range(5)]
     assert all(a == b for a, b in losses)
     for a, b in zip(loop.parameters(), twin.parameters(), strict=True):
@@ -218,7 +221,7 @@ def test_a_copy_of_everything_goes_on_alike(by):
 
 @pytest.mark.parametrize(("first", "then"), [(nn.RNN, mk.SparseRNN), (mk.SparseRNN, nn.RNN)])
 def test_a_run_goes_on_with_the_other_kind_of_net(first, then):
-    """Model and optimizer, saved in one and loaded strictly into the other; masks as well."""
+    """Model, optimizer and masks are saved from one kind and loaded strictly into the other."""
     loop = loop_of(rnn=first)
     for k in range(5):
         loop.step(k)
@@ -233,14 +236,14 @@ def test_a_run_goes_on_with_the_other_kind_of_net(first, then):
             each.step(k)
     assert_same(other, loop)
     other.assert_masked()
-    bare = Net(then)  # a model without masks takes the weights alone
+    bare = Net(then)  # a model without masks loads the weights alone
     missing = bare.load_state_dict(loop.net.state_dict(), strict=False)
     assert not missing.missing_keys and all(key.endswith("_mask") for key in missing.unexpected_keys)
     assert torch.allclose(bare(draw(5, 4, 3)), loop.net(draw(5, 4, 3)), atol=1e-6)
 
 
 def test_averages():
-    """AveragedModel copies buffers, so masks are the net's. What its average keeps at a masked weight counts as 0."""
+    """AveragedModel copies buffers, so it has the net's masks. Its averages of masked weights count as 0."""
     loop, decay = loop_of(sparsity=0.0), 0.8
     average = AveragedModel(loop.net, multi_avg_fn=get_ema_multi_avg_fn(decay))
     average.update_parameters(loop.net)
@@ -256,7 +259,7 @@ def test_averages():
     x = draw(5, 4, 3)
     want = average.module.decoder(plain_rnn(rnn)(x)[0][-1])
     assert torch.allclose(average(x), want, atol=1e-6)
-    mk.MagnitudePruner([(rnn, "weight_hh_l0"), (average.module.decoder, "weight")])  # sets them to 0
+    mk.MagnitudePruner([(rnn, "weight_hh_l0"), (average.module.decoder, "weight")])  # this sets them to 0
     assert rnn.weight_hh_l0[~rnn.weight_hh_l0_mask].eq(0).all()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..distributed import is_sharded
+from ..masks import get_mask, original_name, plain_name
 from ..reference import compute_dtype
 from . import grouped
 from .modules import CoefficientRegularizer, ModuliRegularizer
@@ -168,7 +169,7 @@ def _search(model: nn.Module) -> list[Target]:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             checks.no_projection(module)
-            names = [n.removesuffix("_orig") for n, _ in module.named_parameters(recurse=False)]
+            names = [plain_name(n) for n, _ in module.named_parameters(recurse=False)]
             gates = _GATES["RNN" if module.mode.startswith("RNN") else module.mode]
             found += [Target(module, n, blocks=gates, recurrent=True) for n in names if n.startswith("weight_hh_l")]
         elif isinstance(module, nn.RNNCellBase):
@@ -199,7 +200,7 @@ def _unused(name: str, made: dict[str, Any]) -> str:
 
 def _original(target: Target) -> Tensor | None:
     """The `_orig` parameter that torch.nn.utils.prune keeps a pruned weight in."""
-    original = getattr(target.module, target.name + "_orig", None)
+    original = getattr(target.module, original_name(target.name), None)
     return original if isinstance(original, Tensor) else None
 
 
@@ -213,5 +214,5 @@ def _read(target: Target) -> Tensor:
     """The weight as it is now; under torch prune orig * mask, which the attribute holds only after a forward."""
     weight = _parameter(target)
     if _original(target) is not None:
-        weight = weight * getattr(target.module, target.name + "_mask").to(weight.dtype)
+        weight = weight * cast(Tensor, get_mask(target.module, target.name)).to(weight.dtype)
     return weight if target.columns is None else weight[:, target.columns]

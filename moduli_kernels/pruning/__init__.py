@@ -1,1 +1,1 @@
-"""Pruning while a net trains: masks by magnitude, schedules, lottery tickets."""
+"""Pruning while a net trains: masks by magnitude, sparsity schedules and lottery tickets."""

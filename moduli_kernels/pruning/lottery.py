@@ -1,4 +1,4 @@
-"""The lottery: fresh or earlier weights on the masks that pruning found (paper, section 5)."""
+"""Lottery tickets: fresh or earlier weights under the masks that pruning has found (paper, section 5)."""
 from __future__ import annotations
 
 import contextlib
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import is_sharded, shard_of
+from ..masks import buffer_name
 from .pruner import MagnitudePruner
 
 
@@ -17,18 +18,20 @@ from .pruner import MagnitudePruner
 def reinitialize_(model: nn.Module, pruner: MagnitudePruner,
                   init_fn: Callable[[nn.Module], Any] | None = None,
                   generator: torch.Generator | None = None) -> None:
-    """The lottery: fresh weights, same masks. Make a new optimizer afterwards, and a new pruner on it.
+    """Initializes all weights anew and keeps the masks. Make a new optimizer afterwards, and a new pruner on it.
 
     Args:
-        model: the net, of which the pruner's modules are a part.
-        pruner: whose masks stay.
-        init_fn: called with the model; None calls every submodule's `reset_parameters()`, children first, so
-            that a parent may refine them. Frozen parameters of modules without one stay as they are.
+        model: the net that contains the pruner's modules.
+        pruner: the pruner whose masks stay.
+        init_fn: a function that is called with the model and initializes it. With None the `reset_parameters()` of
+            every submodule is called, children first, so that a parent may refine them; a frozen parameter of a module
+            that has no such method stays as it is.
         generator: makes torch's draws reproducible and leaves the global generators (CPU, CUDA) as they were.
 
     Raises:
-        ValueError: the pruner's modules are not in the model; without init_fn, a trainable parameter was not set
-            afresh; generator for a model outside CPU and CUDA. The model is then as it was, also where init_fn raises.
+        ValueError: the pruner's modules are not in the model; without init_fn, some trainable parameter was not
+            initialized; a generator was given for a model outside CPU and CUDA. The model is then as it was, and so it
+            is where init_fn raises.
         TypeError: generator is no torch.Generator.
     """
     _mask_keys(model, pruner)
@@ -41,11 +44,12 @@ def reinitialize_(model: nn.Module, pruner: MagnitudePruner,
 
 
 def _reset(model: nn.Module) -> None:
+    """Calls every submodule's reset_parameters(); raises where a trainable parameter is left without a new value."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for _, parameter in trainable:
-        parameter.fill_(math.nan)  # what nobody resets is still NaN below
+        parameter.fill_(math.nan)  # a parameter that no module resets is still NaN below
     for module in reversed(list(model.modules())):
-        # nn.MultiheadAttention and nn.Transformer have theirs under the underscored name.
+        # nn.MultiheadAttention and nn.Transformer call the method _reset_parameters.
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
             reset()
@@ -59,16 +63,16 @@ def _reset(model: nn.Module) -> None:
 
 @torch.no_grad()
 def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, Any]) -> None:
-    """Earlier weights, same masks.
+    """Loads earlier weights into the model and keeps the masks; the literature calls it rewinding.
 
     Args:
-        model: the net, of which the pruner's modules are a part.
-        pruner: whose masks stay.
-        state_dict: a copy of an earlier `model.state_dict()`. Masks in it are ignored; all else must fit exactly.
+        model: the net that contains the pruner's modules.
+        pruner: the pruner whose masks stay.
+        state_dict: a copy of an earlier `model.state_dict()`. Its masks are ignored; everything else must fit exactly.
 
     Raises:
-        ValueError: state_dict does not fit, or holds the model's own live tensors (a state_dict() that was not
-            copied); the pruner's modules are not in the model. The model is then as it was.
+        ValueError: state_dict does not fit, or holds the model's own live tensors (a `state_dict()` that was not
+            copied), or the pruner's modules are not in the model. The model is then as it was.
     """
     masks = _mask_keys(model, pruner)
     for key, parameter in model.named_parameters():
@@ -91,16 +95,17 @@ def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, 
 
 
 def _same_memory(earlier: Tensor, parameter: Tensor) -> bool:
-    # a DTensor's own data_ptr() tells no two apart: what this rank holds of it does
+    """Whether the two tensors start at the same address; for a sharded one, its rows on this rank are looked at."""
+    # the data_ptr() of a DTensor itself is always 0
     a, b = (shard_of(t).local if is_sharded(t) else t for t in (earlier, parameter))
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def _mask_keys(model: nn.Module, pruner: MagnitudePruner) -> set[str]:
-    """The pruner's masks as the model's state_dict names them (several names where a module is shared)."""
+    """Returns the keys of the pruner's masks in the model's state_dict, several for a module that is found twice."""
     paths = list(model.named_modules(remove_duplicate=False))
     keys = set()
-    for weight in pruner._weights:
+    for weight in pruner.weights:
         for module, name in weight.owners:
             found = [path for path, m in paths if m is module]
             if not found:
@@ -108,13 +113,13 @@ def _mask_keys(model: nn.Module, pruner: MagnitudePruner) -> set[str]:
                     f"pruner must prune modules of the model, got {weight.key} of a {type(module).__name__} "
                     "that is not in it; after a deepcopy make a new MagnitudePruner on the copy."
                 )
-            keys.update(f"{path}.{name}_mask" if path else f"{name}_mask" for path in found)
+            keys.update(f"{path}.{buffer_name(name)}".removeprefix(".") for path in found)
     return keys
 
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Puts parameters and buffers back as they were when the block raises."""
+    """Gives parameters and buffers their earlier values back where the body of the `with` statement raises."""
     before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
         yield
@@ -126,7 +131,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _drawing_from(generator: torch.Generator | None, model: nn.Module) -> Iterator[None]:
-    """Global draws follow from `generator` inside the block and go on after it as if none had been made."""
+    """Makes global draws in the `with` statement follow from `generator`; later draws go on as if there were none."""
     if generator is None:
         yield
         return
@@ -145,7 +150,7 @@ def _drawing_from(generator: torch.Generator | None, model: nn.Module) -> Iterat
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     gpus = sorted(d.index for d in devices if d.type == "cuda")
     with torch.random.fork_rng(devices=gpus, device_type="cuda"):
-        # Not torch.manual_seed: it would seed GPUs that are not put back.
+        # torch.manual_seed would seed other GPUs too, whose generators fork_rng does not put back.
         torch.default_generator.manual_seed(seed)
         for gpu in gpus:
             torch.cuda.default_generators[gpu].manual_seed(seed)

@@ -1,27 +1,34 @@
-"""Pruning of weights sharded over processes: which weights are the smallest of all ranks, each rank looking at its own
-rows. What travels is counts, and the masks that come of them."""
+"""Pruning of weights that are sharded over processes: the ranks find the smallest weights of all of them together.
+
+Each rank looks at its own rows only. What travels between them is counts, and at the end the masks.
+"""
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import Shard, is_sharded, shard_of
+from ..distributed import Shard, is_sharded, shard_of, sum_over_ranks
 
-_DIGIT = 11  # bits: histograms of 2048 counts, 3 of them for float32 and 6 for float64
+_DIGIT_BITS = 11  # a histogram then has 2048 counts; float32 takes 3 of them and float64 takes 6
 
 
-def check_targets(parameters: dict[str, Tensor], in_blocks: bool) -> None:
-    """Of parameters by name, some of them sharded: all are, over the same processes, and none is pruned in blocks."""
+def check_targets(parameters: dict[str, Any], in_blocks: bool) -> None:
+    """Raises unless all parameters are sharded in rows over the same processes, and none is to be pruned in blocks.
+
+    Args:
+        parameters: by the name that an error gives them; at least one is sharded.
+        in_blocks: whether some are to be pruned in blocks.
+    """
     if in_blocks:
         raise NotImplementedError(
             "block must be None for sharded weights (fully_shard), whose blocks cross from rank to rank; prune in "
             "blocks before sharding, or weight by weight."
         )
-    layouts = {}
+    layouts: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if is_sharded(parameter):
             shard_of(parameter, name)  # raises for what is not sharded in rows
@@ -38,29 +45,37 @@ def check_targets(parameters: dict[str, Tensor], in_blocks: bool) -> None:
 
 
 def any_nan(parameters: list[Tensor], masks: list[Tensor]) -> list[bool]:
-    """Which of the weights hold NaN where they are kept, on any rank."""
+    """Says of each weight whether it holds NaN where it is kept, on any rank."""
     shards = _shards(parameters)
     found = [(shard.local.isnan() & shard.rows_of(mask)).any() for shard, mask in zip(shards, masks, strict=True)]
-    return _summed(torch.stack(found).to(torch.int64), shards[0].group).bool().tolist()
+    return sum_over_ranks(torch.stack(found).to(torch.int64), shards[0].group).bool().tolist()
 
 
-def keep(parameters: list[Tensor], masks: list[Tensor], count: int) -> list[Tensor]:
-    """Whole masks, equal on every rank, with the `count` lowest of all weights cut: masked first, then by |w|, then by
-    order of parameters and flat index. count is more than is cut already.
+def compute_masks(parameters: list[Tensor], masks: list[Tensor], count: int) -> list[Tensor]:
+    """Returns the masks that are left when the `count` lowest-ranked entries of all weights are masked.
 
-    By radix selection on the bits of |w|, which order as the numbers do.
+    The ranking is: masked entries first, then by |w|, then by order of parameters and flat index. The selection is a
+    radix selection on the bits of |w|, which order as the numbers do.
+
+    Args:
+        parameters: DTensors, all sharded alike.
+        masks: bool, whole on every rank, one a parameter and of its shape, True = kept.
+        count: how many entries are masked in all, more than are masked already.
+
+    Returns:
+        Whole masks, equal on every rank.
     """
     shards = _shards(parameters)
     group = shards[0].group
     dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
     keys = [_keys(shard, mask, dtype) for shard, mask in zip(shards, masks, strict=True)]
-    threshold, ties = _lowest(torch.cat(keys), count, group)
-    kept = [key > threshold for key in keys]
-    equal = [key == threshold for key in keys]
-    mine = _ties_here(torch.stack([torch.count_nonzero(e) for e in equal]), ties, group)
-    for part, tied, cut in zip(kept, equal, mine, strict=True):
-        part[tied.nonzero()[cut:, 0]] = True
-    return [_whole(part.view(shard.local.shape), parameter)
+    threshold = _threshold(torch.cat(keys), count, group)
+    kept = [key > threshold.key for key in keys]
+    tied = [key == threshold.key for key in keys]
+    masked_ties = _local_ties(torch.stack([torch.count_nonzero(t) for t in tied]), threshold.ties, group)
+    for part, ties, masked in zip(kept, tied, masked_ties, strict=True):
+        part[ties.nonzero()[masked:, 0]] = True
+    return [_gathered(part.view(shard.local.shape), parameter)
             for part, shard, parameter in zip(kept, shards, parameters, strict=True)]
 
 
@@ -69,28 +84,46 @@ def _shards(parameters: list[Tensor]) -> list[Shard]:
 
 
 def _keys(shard: Shard, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers >= 0 in the order of the ranking, flat: 0 for masked entries, else 1 + the bits of |w|."""
+    """Returns integers that order as the ranking does, flat: 0 for masked entries, else 1 + the bits of |w|."""
     bits = shard.local.to(dtype).abs().reshape(-1).view(torch.int64 if dtype == torch.float64 else torch.int32)
     return (bits + 1).masked_fill_(~shard.rows_of(mask).reshape(-1), 0)
 
 
-def _lowest(keys: Tensor, count: int, group: Any) -> tuple[int, int]:
-    """(The count-th lowest key of all ranks, how many of those equal to it are among the count lowest.)"""
+class _Threshold(NamedTuple):
+    """Where the ranking of all ranks is divided.
+
+    key: the count-th lowest key; everything below it is masked.
+    ties: how many of the entries with this very key are masked.
+    """
+
+    key: int
+    ties: int
+
+
+def _threshold(keys: Tensor, count: int, group: Any) -> _Threshold:
+    """Finds the count-th lowest key of all ranks, digit by digit from the highest. keys: this rank's, flat."""
     bits = 8 * keys.element_size() - 1
     value = 0
-    for shift in reversed(range(0, bits, _DIGIT)):
-        digits = (keys >> shift) & (2**_DIGIT - 1)
-        counts = _summed(torch.bincount(digits, minlength=2**_DIGIT), group).cumsum(0)
+    for shift in reversed(range(0, bits, _DIGIT_BITS)):
+        digits = (keys >> shift) & (2**_DIGIT_BITS - 1)
+        counts = sum_over_ranks(torch.bincount(digits, minlength=2**_DIGIT_BITS), group).cumsum(0)
         digit = int(torch.searchsorted(counts, count))
         count -= int(counts[digit - 1]) if digit else 0
         keys = keys[digits == digit]
         value |= digit << shift
-    return value, count
+    return _Threshold(value, ties=count)
 
 
-def _ties_here(found: Tensor, ties: int, group: Any) -> list[int]:
-    """How many of this rank's ties to cut in each parameter, the first `ties` of all in order of parameters, then ranks
-    (whose rows follow each other). found: this rank's ties by parameter."""
+def _local_ties(found: Tensor, ties: int, group: Any) -> list[int]:
+    """Returns how many of this rank's tied entries are masked in each parameter.
+
+    Masked are the first `ties` of all, in order of parameters, then of ranks, whose rows follow each other.
+
+    Args:
+        found: (parameters,) int64, how many tied entries this rank has in each.
+        ties: how many are masked on all ranks together.
+        group: the processes that share the weights, None for this one alone.
+    """
     if group is None:
         everywhere, rank = found[None], 0
     else:
@@ -102,14 +135,11 @@ def _ties_here(found: Tensor, ties: int, group: Any) -> list[int]:
     return torch.minimum((ties - before).clamp(min=0), found).tolist()
 
 
-def _summed(counts: Tensor, group: Any) -> Tensor:
-    if group is not None:
-        dist.all_reduce(counts, group=group)
-    return counts
+def _gathered(local: Tensor, parameter: Any) -> Tensor:
+    """Joins the rows of all ranks into the whole mask, which every rank gets.
 
-
-def _whole(local: Tensor, parameter: Tensor) -> Tensor:
-    """The rows of all ranks, of a mask sharded as its parameter is."""
+    local: this rank's rows of the mask. parameter: the DTensor whose rows they are.
+    """
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(parameter.shape, device="meta").stride()

@@ -1,22 +1,36 @@
-"""What a pruner prunes: the targets a user names, checked, and grouped by the Parameter behind them."""
+"""The weights that a pruner prunes: checks of the targets that a user names, and one record for each Parameter.
+
+Two targets may name one Parameter (tied weights), which then must count once and have one mask.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 from ..distributed import check_resharded, is_sharded
-from ..masks import live_mask
+from ..masks import (
+    buffer_name,
+    described,
+    get_mask,
+    is_mask,
+    live_mask,
+    names_pruned_by_torch,
+    original_name,
+    replace_mask,
+)
 
-Pairs = list[tuple[nn.Module, str]]
+Pairs = list[tuple[nn.Module, str]]  # (module, parameter name), as a user gives them
 
 
 # --- checks -------------------------------------------------------------------------------------------------
 
 def target_pairs(targets: Any) -> Pairs:
+    """Returns the targets as a list of (module, name) pairs; raises where they are none.
+
+    This looks at types only: check_prunable says whether a module has a parameter of that name.
+    """
     how = "pass e.g. [(model.rnn, 'weight_hh_l0')]."
     if not isinstance(targets, Iterable) or isinstance(targets, (str, nn.Module)):
         kind = type(targets).__name__
@@ -32,8 +46,8 @@ def target_pairs(targets: Any) -> Pairs:
     return [(module, name) for module, name in pairs]
 
 
-def prunable(i: int, module: nn.Module, name: str) -> None:
-    """(module, name) is a floating-point Parameter whose `<name>_mask` is free or already a mask of ours."""
+def check_prunable(i: int, module: nn.Module, name: str) -> None:
+    """Raises unless target i names a floating-point Parameter that has no mask yet or one that fits it."""
     kind = type(module).__name__
     if name in names_pruned_by_torch(module):
         raise ValueError(
@@ -51,17 +65,18 @@ def prunable(i: int, module: nn.Module, name: str) -> None:
         raise ValueError(
             f"targets[{i}] must be initialized, got the lazy {kind}.{name}; run one forward pass first."
         )
-    floating(i, kind, name, parameter)
-    mask = getattr(module, f"{name}_mask", None)
-    if mask is not None and not (f"{name}_mask" in module._buffers and is_mask(mask, parameter)):
+    check_floating_point(i, kind, name, parameter)
+    found = getattr(module, buffer_name(name), None)  # any attribute may stand under the buffer's name
+    if found is not None and not (get_mask(module, name) is not None and is_mask(found, parameter)):
         raise ValueError(
-            f"{name}_mask of targets[{i}] must be a torch.bool buffer {tuple(parameter.shape)}, got "
-            f"{described(mask)}: a mask that fits no parameter; delete it from the {kind} or give it that "
+            f"{buffer_name(name)} of targets[{i}] must be a torch.bool buffer {tuple(parameter.shape)}, got "
+            f"{described(found)}: a mask that fits no parameter; delete it from the {kind} or give it that "
             "shape."
         )
 
 
-def floating(i: int, kind: str, name: str, parameter: Tensor) -> None:
+def check_floating_point(i: int, kind: str, name: str, parameter: Tensor) -> None:
+    """Raises where the parameter `name` of target i, a module of class `kind`, has an integer or complex dtype."""
     if not parameter.is_floating_point():
         raise TypeError(
             f"targets[{i}] must be a floating-point weight, got {kind}.{name} with {parameter.dtype}; "
@@ -69,46 +84,39 @@ def floating(i: int, kind: str, name: str, parameter: Tensor) -> None:
         )
 
 
-def is_mask(value: Any, tensor: Tensor) -> bool:
-    """A bool tensor of the shape of `tensor`."""
-    return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == tensor.shape
-
-
-def described(value: Any) -> str:
-    """What came instead of a mask, for an error."""
-    if value is None:
-        return "none"
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def names_pruned_by_torch(module: nn.Module) -> list[str]:
-    hooks = module._forward_pre_hooks.values()
-    return [hook._tensor_name for hook in hooks if isinstance(hook, torch_prune.BasePruningMethod)]
-
-
 # --- weights ------------------------------------------------------------------------------------------------
 
-class Weight:
-    """One pruned Parameter: its key and the (module, name) pairs that own it, several where it is tied."""
+class PrunedWeight:
+    """A Parameter that a pruner prunes, which may have several names where it is tied.
 
-    def __init__(self, key: str, module: nn.Module, name: str):
-        self.key, self.owners = key, [(module, name)]
-        self.sharded = is_sharded(module._parameters.get(name))
+    The Parameter and its mask are looked up in the first owner at each access, because moving or loading a module may
+    replace both.
+
+    Args:
+        key: the name of the weight in `MagnitudePruner.masks`: "<position in targets>.<parameter>".
+        owners: the (module, name) pairs under which it is found, at least one.
+        sharded: whether it was a DTensor when the pruner was made.
+    """
+
+    def __init__(self, key: str, owners: Pairs, sharded: bool):
+        self.key, self.owners, self.sharded = key, owners, sharded
 
     @property
     def parameter(self) -> Tensor:
         module, name = self.owners[0]
-        return module._parameters[name]
+        return cast(Tensor, module._parameters[name])
 
     @property
     def mask(self) -> Tensor:
-        module, name = self.owners[0]
-        return module._buffers[f"{name}_mask"]
+        return cast(Tensor, get_mask(*self.owners[0]))
 
     def found_mask(self) -> Tensor | None:
-        """A mask that one of the owners has already."""
-        masks = (module._buffers.get(f"{name}_mask") for module, name in self.owners)
-        masks = [mask for mask in masks if mask is not None]
+        """The mask that owners have already, None where no owner has one.
+
+        Raises:
+            ValueError: two owners have masks that differ.
+        """
+        masks = [mask for mask in (get_mask(*owner) for owner in self.owners) if mask is not None]
         if any((mask != masks[0]).any() for mask in masks[1:]):
             raise ValueError(
                 f"the modules that share {self.key} must have one mask, got masks that differ; delete "
@@ -117,17 +125,20 @@ class Weight:
         return masks[0] if masks else None
 
     def check_alive(self) -> None:
-        """Every owner still has the Parameter and one mask that fits it; owners share the buffer again."""
+        """Raises unless every owner still has the Parameter and a mask that fits it; makes owners share one mask again.
+
+        module.to(device) moves each owner's buffer separately, which leaves tied weights with equal copies of it.
+        """
         again = "make a new MagnitudePruner."
         for module, name in self.owners:
             if live_mask(module, name) is None:
                 raise RuntimeError(
-                    f"{self.key} has lost its parameter or its bool buffer {name}_mask (made permanent, "
+                    f"{self.key} has lost its parameter or its bool buffer {buffer_name(name)} (made permanent, "
                     f"handed to torch.nn.utils.prune, or deleted); {again}"
                 )
             if module._parameters[name] is not self.parameter:
                 raise RuntimeError(f"{self.key} was one tied parameter and is several now; {again}")
-            module._buffers[f"{name}_mask"] = self.mask  # module.to(device) moved each one by itself
+            replace_mask(module, name, self.mask)
         parameter, mask = self.parameter, self.mask
         if (mask.shape, mask.device) != (parameter.shape, parameter.device):
             raise RuntimeError(
@@ -137,23 +148,30 @@ class Weight:
             )
 
     def check_writable(self) -> None:
-        """Alive, and a sharded Parameter is not, for the moment, a whole copy of itself."""
+        """Raises unless the weight is alive and sharded, or not, as it was when the pruner was made.
+
+        While FSDP has gathered a sharded Parameter, what the module holds is a copy, and a write to it would be lost.
+        """
         self.check_alive()
         check_resharded(self.key, self.parameter, self.sharded)
 
 
-def grouped(pairs: Pairs) -> list[Weight]:
-    """One Weight a Parameter (`<name>_orig` where torch has renamed it), in the order of `pairs`.
+def distinct_weights(pairs: Pairs) -> list[PrunedWeight]:
+    """Returns one PrunedWeight for each Parameter, in the order of `pairs`.
 
-    Raises ValueError for tied weights whose masks differ.
+    A Parameter that torch.nn.utils.prune has renamed is found under its new name.
+
+    Raises:
+        ValueError: modules that share a Parameter have masks that differ.
     """
-    weights: dict[int, Weight] = {}
+    weights: dict[int, PrunedWeight] = {}
     for i, (module, name) in enumerate(pairs):
         own = module._parameters
-        parameter = own[name] if name in own else own[f"{name}_orig"]
-        weight = weights.setdefault(id(parameter), Weight(f"{i}.{name}", module, name))
-        if all(m is not module or n != name for m, n in weight.owners):
-            weight.owners.append((module, name))
+        parameter = own[name] if name in own else own[original_name(name)]
+        first = PrunedWeight(f"{i}.{name}", [], is_sharded(own.get(name)))
+        owners = weights.setdefault(id(parameter), first).owners
+        if all(m is not module or n != name for m, n in owners):
+            owners.append((module, name))
     for weight in weights.values():
         weight.found_mask()
     return list(weights.values())

@@ -1,43 +1,53 @@
-"""To and from torch.nn.utils.prune, which keeps `<param>_orig`, a 0/1 `<param>_mask` and a forward pre-hook.
+"""Conversion to and from torch.nn.utils.prune.
 
-The Parameter object stays the same both ways, so optimizers go on working.
+There the module holds the Parameter under the name `<param>_orig`, a float mask of zeros and ones under the name
+`<param>_mask`, and a forward pre-hook that multiplies the two. The Parameter object stays the same in both directions,
+so that optimizers, which hold it, go on working.
 """
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
+from torch.nn.utils import prune
 
-from .targets import Pairs, Weight, floating, grouped, names_pruned_by_torch, prunable, target_pairs
+from ..masks import buffer_name, get_mask, names_pruned_by_torch, original_name, set_mask
+from .targets import Pairs, PrunedWeight, check_floating_point, check_prunable, distinct_weights, target_pairs
 
 
-def hand_over(weight: Weight, mask: Tensor) -> None:
-    """Has torch prune a plain Parameter in every module that owns it."""
+def hand_over(weight: PrunedWeight, mask: Tensor) -> None:
+    """Makes torch.nn.utils.prune mask a plain Parameter in all modules that own it. mask: the Parameter's shape."""
     for module, name in weight.owners:
-        torch_prune.custom_from_mask(module, name, mask)
+        prune.custom_from_mask(module, name, mask)
 
 
 def take_over(targets_or_model: nn.Module | Iterable[tuple[nn.Module, str]]) -> Pairs:
-    """Makes what torch has pruned plain Parameters with bool masks; the targets, or all that a model holds.
+    """Turns parameters that torch.nn.utils.prune has pruned into plain Parameters with bool masks.
 
-    Raises ValueError / TypeError where torch has pruned none of them, or where one does not fit; then nothing
-    was changed.
+    Args:
+        targets_or_model: (module, name) pairs, or a model, all of whose pruned parameters are meant.
+
+    Returns:
+        The (module, name) pairs: the targets, or those that the model holds.
+
+    Raises:
+        ValueError, TypeError: torch has pruned none of them, or one does not fit; nothing is changed then.
     """
     if isinstance(targets_or_model, nn.Module):
         pairs = [(m, name) for m in targets_or_model.modules() for name in names_pruned_by_torch(m)]
     else:
         pairs = target_pairs(targets_or_model)
-    masks = {}
+    masks: dict[tuple[nn.Module, str], Tensor] = {}
     for i, (module, name) in enumerate(pairs):
         if name not in names_pruned_by_torch(module):
-            prunable(i, module, name)
+            check_prunable(i, module, name)
             continue
-        kind, mask = type(module).__name__, module._buffers[f"{name}_mask"]
-        floating(i, kind, name, module._parameters[f"{name}_orig"])
+        kind, mask = type(module).__name__, cast(Tensor, get_mask(module, name))
+        check_floating_point(i, kind, name, cast(Tensor, module._parameters[original_name(name)]))
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError(
-                f"{name}_mask of {kind} must hold only 0 and 1, got other values; make these weights "
+                f"{buffer_name(name)} of {kind} must hold only 0 and 1, got other values; make these weights "
                 "permanent with torch.nn.utils.prune.remove first."
             )
         masks[module, name] = mask == 1
@@ -46,8 +56,8 @@ def take_over(targets_or_model: nn.Module | Iterable[tuple[nn.Module, str]]) -> 
             "targets_or_model must hold a parameter pruned by torch.nn.utils.prune, got none; use "
             "MagnitudePruner(targets) for plain parameters."
         )
-    grouped(pairs)  # tied weights with masks that differ are refused before anything is changed
+    distinct_weights(pairs)  # refuses tied weights whose masks differ, before anything is changed
     for (module, name), mask in masks.items():
-        torch_prune.remove(module, name)
-        module.register_buffer(f"{name}_mask", mask)
+        prune.remove(module, name)
+        set_mask(module, name, mask)
     return pairs

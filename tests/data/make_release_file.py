@@ -1,8 +1,12 @@
-"""Writes release_<version>.pt: what this release saves, for later ones to load (tests/test_release_files.py). Once a
-release, from the root of the checkout: python tests/data/make_release_file.py
+"""Writes release_<version>.pt: what this release saves, which later ones must load (tests/test_release_files.py).
 
-State dicts, and what the modules that saved them computed. Tensors, numbers and strings only, so that
-torch.load(weights_only=True) reads it; written on the CPU, with float32 weights.
+Run it once a release, from the root of the checkout:
+
+    python tests/data/make_release_file.py
+
+The file holds state dicts, and what the modules that saved them computed, with float32 weights on the CPU. It has only
+tensors, numbers and strings, so that torch.load(weights_only=True) reads it. The lists below are spelled out, not read
+from the package, so that a file says what its release could save.
 """
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-INHIBITORS = {  # by the arguments that make them: a later release writes the same
+INHIBITORS = {
     "dog": mk.DifferenceOfGaussians(), "diffusion": mk.Diffusion(), "sinusoid": mk.Sinusoid(),
     "ricker": mk.RickerWavelet(), "constant": mk.Constant(),
     "tabulated": mk.TabulatedInhibitor(torch.square, max_distance=10.0, samples=16),
@@ -24,24 +28,24 @@ N = 8
 
 
 def regularizers() -> dict[str, mk.ModuliRegularizer]:
-    """One for each manifold and each inhibitor; points as drawn."""
+    """Makes a regularizer for each manifold and each inhibitor; its points are drawn."""
     made = {name: mk.ModuliRegularizer(N, manifold=name) for name in MANIFOLDS}
     made |= {name: mk.ModuliRegularizer(N, 5, inhibitor=f, power=2.0) for name, f in INHIBITORS.items()}
     return made | {"trained": mk.ModuliRegularizer(N, manifold="klein", trainable=True)}
 
 
 def nets() -> dict[str, nn.Module]:
-    """Recurrent nets; masks are in what they save."""
+    """Makes a recurrent net of each kind; `state` gives them masks, which they save."""
     return {"rnn": mk.SparseRNN(3, N, bidirectional=True, leak=0.5, path="sparse"), "cell": mk.SparseRNNCell(3, N)}
 
 
 def weight_for(regularizer: mk.ModuliRegularizer, weight: Tensor) -> Tensor:
-    """(N, N) cut to the regularizer's columns."""
+    """Returns as many columns of the weight (N, N) as the regularizer has column points."""
     return weight[:, :len(regularizer.cols)]
 
 
 def state() -> dict:
-    """What is written."""
+    """Returns the content of the file."""
     torch.manual_seed(0)
     made, rnn, cell = regularizers(), *nets().values()
     weight, x = torch.randn(N, N), torch.randn(4, 2, 3)

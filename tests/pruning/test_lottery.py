@@ -1,4 +1,4 @@
-"""The lottery protocol: reinitialize_ and rewind_."""
+"""Checks the lottery protocol: reinitialize_ and rewind_ change the weights and keep the masks."""
 from __future__ import annotations
 
 import copy
@@ -67,7 +67,7 @@ def test_reinitialize_gives_fresh_weights_on_the_same_masks():
         assert weight[~mask].eq(0).all() and weight[mask].ne(0).all()
     assert all(a is b for a, b in zip(parameters, net.parameters()))
     bound = 1 / math.sqrt(8)
-    assert net.rnn.weight_ih_l0.abs().max() <= bound  # torch's own initialization of RNN(3, 8)
+    assert net.rnn.weight_ih_l0.abs().max() <= bound  # the bound with which torch initializes RNN(3, 8)
 
 
 def test_a_generator_makes_it_repeatable_and_spares_the_global_one():
@@ -81,7 +81,7 @@ def test_a_generator_makes_it_repeatable_and_spares_the_global_one():
         assert torch.equal(state, torch.get_rng_state())
         results.append(snapshot(net))
         reinitialize_(net, pruner, generator=generator)
-        assert not same(results[-1], snapshot(net))  # the generator moves on
+        assert not same(results[-1], snapshot(net))  # the generator has advanced
     assert same(*results)
 
 
@@ -186,11 +186,11 @@ def test_a_bad_generator():
 def test_rewind_brings_earlier_weights_on_the_same_masks():
     torch.manual_seed(1)
     net = Net()
-    unmasked = snapshot(net)  # before there was a pruner: no mask keys
+    unmasked = snapshot(net)  # saved before there was a pruner, so it has no mask keys
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     pruner = MagnitudePruner(net.targets(), optimizer=optimizer)
     pruner.step_to(0.2)
-    masked = snapshot(net)  # with mask keys of an earlier step
+    masked = snapshot(net)  # has the mask keys of an earlier step
     for _ in range(3):
         net(torch.randn(4, 2, 3)).square().sum().backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""linear_schedule: sparsity over the epochs."""
+"""Checks linear_schedule, which gives the sparsity of each epoch."""
 from __future__ import annotations
 
 import math

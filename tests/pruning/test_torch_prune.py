@@ -1,4 +1,4 @@
-"""MagnitudePruner to and from torch.nn.utils.prune."""
+"""Converts MagnitudePruner's masks to torch.nn.utils.prune's and back."""
 from __future__ import annotations
 
 import pytest
@@ -8,7 +8,7 @@ from torch.nn.utils import prune as torch_prune
 
 from moduli_kernels.pruning.pruner import MagnitudePruner
 from tests.support.penalty_cases import on_device
-from tests.support.pruning_cases import Net, Tied, cut_count, loss_of
+from tests.support.pruning_cases import Net, Tied, cut_count, loss_of, size_of
 
 pytestmark = on_device
 
@@ -33,7 +33,7 @@ def test_from_torch_prune_keeps_weights_parameters_and_optimizer(by):
     pruner = MagnitudePruner.from_torch_prune(net if by == "model" else net.targets(), optimizer)
     if by == "targets":
         assert all(torch.equal(masks[key], mask) for key, mask in pruner.masks.items())
-    assert pruner.sparsity == sum(int((~m).sum()) for m in masks.values()) / pruner._size()
+    assert pruner.sparsity == sum(int((~m).sum()) for m in masks.values()) / size_of(pruner)
     assert torch.equal(net(torch.ones(2, 1, 3)), output)
     assert {id(p) for p in net.parameters()} == objects
     assert set(net.state_dict()) == {k for k in Net().state_dict()} | {
@@ -43,18 +43,18 @@ def test_from_torch_prune_keeps_weights_parameters_and_optimizer(by):
     before = net.rnn.weight_hh_l0.detach().clone()
     for seed in range(3):
         step(net, optimizer, seed)
-    assert not torch.equal(before, net.rnn.weight_hh_l0)  # the optimizer still trains what the net uses
+    assert not torch.equal(before, net.rnn.weight_hh_l0)  # the optimizer still trains the Parameter that the net uses
     assert net.rnn.weight_hh_l0[~net.rnn.weight_hh_l0_mask].eq(0).all()
 
 
 def test_to_torch_prune_goes_on_as_torch_would():
-    """Both ways train alike, step by step: plain SGD has no memory of cut weights."""
+    """Both nets train alike, step by step, since plain SGD remembers nothing of masked weights."""
     ours, theirs = Net(), Net()
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (ours, theirs)]
     objects = {id(p) for p in ours.parameters()}
     pruner = MagnitudePruner(ours.targets(), optimizer=optimizers[0])
     pruner.step_to(0.6)
-    total = pruner._size()
+    total = size_of(pruner)
     torch_prune.global_unstructured(theirs.targets(), torch_prune.L1Unstructured, amount=round(0.6 * total))
     for seed in range(6):
         if seed == 3:
@@ -86,7 +86,7 @@ def test_recurrent_nets_run_on_the_pruned_weights_after_each_conversion(kind):
         plain.load_state_dict({n: getattr(rnn, n) for n in plain.state_dict()})
         output = rnn(x)[0]
         assert torch.equal(output, plain(x)[0])
-        output.sum().backward()  # reaches the Parameters
+        output.sum().backward()  # its gradients must reach the Parameters
         assert all(p.grad is not None for p in rnn.parameters())
         rnn.zero_grad()
 

@@ -1,14 +1,15 @@
-"""What the tests of pruning share: modules to prune, a loss, and the count of what is cut."""
+"""Modules to prune, a loss, and counts, which the tests of pruning share."""
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+import moduli_kernels as mk
 from tests.support.penalty_cases import generator
 
 
 class Weights(nn.Module):
-    """A module that owns the given tensors as w0, w1, ..."""
+    """Owns the given tensors as parameters w0, w1, ..."""
 
     def __init__(self, *tensors: torch.Tensor):
         super().__init__()
@@ -20,7 +21,7 @@ class Weights(nn.Module):
 
 
 class Net(nn.Module):
-    """Encoder, recurrent net, read-out: (steps, batch, 3) -> (batch, 2)."""
+    """An encoder, a recurrent net and a decoder: (steps, batch, 3) -> (batch, 2)."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -38,6 +39,8 @@ class Net(nn.Module):
 
 
 class Tied(nn.Module):
+    """An encoder and a decoder that share one weight (7, 4)."""
+
     def __init__(self):
         super().__init__()
         self.encoder, self.decoder = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
@@ -52,5 +55,11 @@ def loss_of(net: nn.Module, seed: int = 1) -> torch.Tensor:
     return (net(x) - 1).square().sum()
 
 
+def size_of(pruner: mk.MagnitudePruner) -> int:
+    """The number of weights that the pruner ranks."""
+    return sum(mask.numel() for mask in pruner.masks.values())
+
+
 def cut_count(targets) -> int:
+    """The number of masked entries, those of tied weights counted at each target."""
     return sum(int((~getattr(m, f"{n}_mask")).sum()) for m, n in targets)

@@ -1,4 +1,4 @@
-"""MagnitudePruner: exact counts, the ranking, whose masks they are, reading, saving and loading."""
+"""Checks MagnitudePruner: exact counts, the ranking, who owns the masks, reading, saving and loading."""
 from __future__ import annotations
 
 import copy
@@ -12,13 +12,13 @@ from torch.nn.utils import prune as torch_prune
 
 from moduli_kernels.pruning.pruner import MagnitudePruner
 from tests.support.penalty_cases import generator, on_device
-from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of
+from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of, size_of
 
 pytestmark = on_device
 
 
 def brute_force(weights: list[np.ndarray], masks: list[np.ndarray], count: int) -> np.ndarray:
-    """The specification: sort by (kept, |w|, position), cut the first `count`; the flat mask, True = kept."""
+    """Returns the flat mask by the specification: sort by (kept, |w|, position), mask the first `count`."""
     magnitude = np.concatenate([np.abs(w.astype(np.float64)).ravel() for w in weights])
     kept = np.concatenate([m.ravel() for m in masks])
     order = np.lexsort((np.arange(len(kept)), magnitude, kept))
@@ -33,7 +33,7 @@ def brute_force(weights: list[np.ndarray], masks: list[np.ndarray], count: int) 
 @given(data=st.data(), seed=st.integers(0, 2**20), levels=st.sampled_from([1, 2, 4, 1000]),
        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
 def test_ranking_equals_brute_force(data, seed, levels, dtype):
-    """Few levels of magnitude make ties (and zeros) everywhere; weights change between the steps."""
+    """Ties and zeros are frequent (few levels of magnitude), and weights change between the steps."""
     shapes = data.draw(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=4))
     steps = sorted(data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4)))
     source = generator(seed)
@@ -69,13 +69,13 @@ def test_all_equal_weights_are_cut_in_order(value):
         assert flat.tolist() == [False] * count + [True] * (17 - count)
 
 
-def test_zero_weights_go_first_and_are_told_from_masked_ones():
+def test_zero_weights_go_first_after_those_that_are_masked():
     module = Weights(torch.tensor([0.0, 3.0, 0.0, 1.0, -0.0, 2.0]))
     pruner = MagnitudePruner(module.targets())
     pruner.step_to(2 / 6)
     assert module.w0_mask.tolist() == [False, True, False, True, True, True]
     with torch.no_grad():
-        module.w0[0] = 9.0  # masked stays first whatever is written into it
+        module.w0[0] = 9.0  # a masked weight stays first whatever is written into it
     pruner.step_to(4 / 6)
     assert module.w0_mask.tolist() == [False, True, False, False, False, True]
     assert module.w0.tolist() == [0, 3, 0, 0, 0, 2]
@@ -90,7 +90,7 @@ def test_rounding_is_pythons(sparsity, n, count):
 
 
 def test_asking_again_for_what_is_cut_is_no_step():
-    """The sparsity read back names the same count, however the division rounds."""
+    """The sparsity that is read back gives the same count, however the division rounds."""
     for n in range(1, 60):
         module = Weights(torch.arange(1.0, n + 1))
         pruner = MagnitudePruner(module.targets())
@@ -106,7 +106,7 @@ def test_mixed_dtypes_and_layouts_are_ranked_together():
     source = generator(3)
     wide = torch.randn(6, 5, generator=source, dtype=torch.float64)
     half = torch.randn(4, 4, generator=source).bfloat16()
-    turned = torch.randn(5, 7, generator=source).t()  # its flat index is row-major all the same
+    turned = torch.randn(5, 7, generator=source).t()  # its flat index is row-major, although its memory is not
     turned[:, 2] = 0.25
     images = torch.randn(2, 3, 4, 4, generator=source).to(memory_format=torch.channels_last)
     module = Weights(wide, half, turned, images)
@@ -136,7 +136,7 @@ def test_progressive_pruning_equals_torch_global_unstructured():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_on_a_gpu_the_masks_are_the_cpus(deterministic):
-    """Moved between steps; ties included; the optimizer fused; masks as on the CPU."""
+    """The net moves between steps, ties occur and the optimizer is fused; the masks equal those on the CPU."""
     cpu, gpu = Tied(), Tied()
     for net in (cpu, gpu):
         with torch.no_grad():
@@ -174,7 +174,7 @@ def test_a_tied_parameter_counts_once_and_both_modules_share_the_mask():
     assert net.decoder.weight_mask is net.encoder.weight_mask
     net.decoder(net.encoder(torch.tensor([1, 2]))).sum().backward()
     assert net.encoder.weight.grad[~net.encoder.weight_mask].eq(0).all()
-    # module.to(device) replaces each module's buffer by a copy of its own; the next step shares it again
+    # module.to(device) replaces each module's buffer by a copy; the next step makes both modules share one again
     net.decoder.weight_mask = net.decoder.weight_mask.clone()
     pruner.step_to(0.75)
     assert net.decoder.weight_mask is net.encoder.weight_mask and pruner.sparsity == 21 / 28
@@ -228,7 +228,7 @@ def test_make_permanent_leaves_plain_modules():
 
 # --- reading and state --------------------------------------------------------------------------------------
 
-def test_reading():
+def test_masks_sparsity_and_densities():
     net = Net()
     pruner = MagnitudePruner(net.targets())
     assert pruner.sparsity == 0 and set(pruner.densities().values()) == {1.0}
@@ -258,15 +258,15 @@ def test_state_dict_round_trip(tmp_path):
     save_file(state, tmp_path / "masks.safetensors")
     pruner.step_to(0.8)
     saved = load_file(tmp_path / "masks.safetensors")
-    assert int(sum((~m).sum() for m in saved.values())) == round(0.5 * pruner._size())
-    assert all(torch.equal(state[key], saved[key]) for key in state)  # copies, not the live masks
+    assert int(sum((~m).sum() for m in saved.values())) == round(0.5 * size_of(pruner))
+    assert all(torch.equal(state[key], saved[key]) for key in state)  # state_dict() has copied them
     loaded = MagnitudePruner(other.targets())
     loaded.load_state_dict(saved)
     assert loaded.sparsity == pytest.approx(0.5, abs=0.01)
     for (module, name), mask in zip(other.targets(), saved.values()):
         assert torch.equal(getattr(module, f"{name}_mask"), mask)
         assert getattr(module, name)[~mask].eq(0).all()
-    pruner.load_state_dict(saved)  # earlier masks too
+    pruner.load_state_dict(saved)  # denser masks may be loaded too
     assert pruner.sparsity == loaded.sparsity
 
 
@@ -277,4 +277,4 @@ def test_masks_travel_in_the_models_state_dict():
     other.load_state_dict(net.state_dict())
     assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
     pruner.step_to(0.75)
-    assert cut_count(other.targets()) == round(0.75 * pruner._size())
+    assert cut_count(other.targets()) == round(0.75 * size_of(pruner))

@@ -1,6 +1,7 @@
-"""MagnitudePruner in blocks: the ranking against brute force, and what a step leaves alone.
+"""MagnitudePruner in blocks: compares the ranking with brute force and checks what a step must not change.
 
-The errors are in test_pruning_errors.py."""
+The errors are tested in test_errors.py.
+"""
 from __future__ import annotations
 
 from fractions import Fraction
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moduli_kernels as mk
 from moduli_kernels.pruning.pruner import MagnitudePruner
 from tests.support.penalty_cases import draw_weight, generator, on_device
-from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of
+from tests.support.pruning_cases import Net, Tied, Weights, cut_count, loss_of, size_of
 
 pytestmark = on_device
 
@@ -24,7 +25,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Cut(NamedTuple):
-    """How a matrix is cut: the sides of a block, and its rows and columns in order."""
+    """Says how a matrix is divided: the sides of a block, and the rows and columns in order."""
 
     height: int
     width: int
@@ -34,7 +35,7 @@ class Cut(NamedTuple):
 
 def brute_force(weights: list[np.ndarray], masks: list[np.ndarray], cuts: list[Cut | None],
                 count: int) -> list[np.ndarray]:
-    """The specification, in exact fractions: rank blocks and entries, cut from the bottom while it fits; the masks."""
+    """Returns the masks by the specification, in exact fractions: rank blocks and entries, mask from the bottom up."""
     ranked = []
     for t, (weight, mask, cut) in enumerate(zip(weights, masks, cuts, strict=True)):
         groups: dict[tuple, list[tuple]] = {}
@@ -64,7 +65,7 @@ def permutation(n: int, seed: int) -> torch.Tensor:
 
 
 def made(weights, block, seed=0, **more) -> tuple[Weights, MagnitudePruner]:
-    """A pruner of matrices that are all cut in blocks, each in an order of its own."""
+    """Makes a pruner that prunes all its matrices in blocks, each in an order of its own."""
     module = Weights(*weights)
     order = {(module, name): (permutation(len(p), seed + i), permutation(p.shape[1], seed + i + 50))
              for i, (name, p) in enumerate(module.named_parameters())}
@@ -82,7 +83,7 @@ def arrays(tensors) -> list[np.ndarray]:
 @given(data=st.data(), seed=st.integers(0, 2**20), levels=st.sampled_from([1, 2, 4, 10**5]),
        block=st.tuples(st.integers(1, 5), st.integers(1, 5)))
 def test_ranking_equals_brute_force(data, seed, levels, block):
-    """Few levels make ties everywhere; some start from a mask of single weights; weights change between the steps."""
+    """Ties are frequent (few levels), some weights are masked before, and weights change between the steps."""
     source = generator(seed)
     matrices = data.draw(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=2))
     others = data.draw(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), max_size=2))
@@ -121,7 +122,7 @@ def test_ranking_equals_brute_force(data, seed, levels, block):
 
 
 def test_the_run_ends_before_the_first_block_that_does_not_fit():
-    """Not one entry is cut of it, nor of the single weights that rank higher and would fit."""
+    """Neither an entry of that block is masked, nor a single weight that ranks higher and would fit."""
     module = Weights(torch.tensor([[1.0, 1, 5, 5], [1, 1, 5, 5]]), torch.tensor([0.5, 2, 3, 6]))
     order = {(module, "w0"): (torch.arange(2), torch.arange(4))}
     pruner = MagnitudePruner(module.targets(), block=(2, 2), order=order)
@@ -134,7 +135,7 @@ def test_the_run_ends_before_the_first_block_that_does_not_fit():
 
 
 def test_blocks_of_one_entry_are_the_ranking_weight_by_weight():
-    """In the order of the matrix with ties too; in another order ties fall otherwise."""
+    """With ties this holds only where the order is that of the matrix, since ties go by place in the order."""
     coarse = [(draw_weight(7, 9) * 2).round(), (draw_weight(5, 4, seed=1) * 2).round()]
     fine = [draw_weight(7, 9), draw_weight(5, 4, seed=1)]
     for weights, shuffled in ((coarse, False), (fine, True)):
@@ -166,7 +167,7 @@ def test_ties_go_by_order_of_targets_and_then_by_place_in_the_given_order():
 
 @pytest.mark.parametrize("dtype, large", [(torch.float32, 2.0**24), (torch.bfloat16, 2.0**8), (torch.float16, 2.0**11)])
 def test_means_are_of_exact_sums(dtype, large):
-    """In the weights' own dtype large + 1 is large: the first block would come out lower, or tie and be cut first."""
+    """In the weights' own dtype large + 1 is large, so the first block would rank lower, or tie and be masked first."""
     module = Weights(torch.tensor([[large, 1, 1, 1, large, 2, 0, 0]], dtype=dtype))
     pruner = MagnitudePruner(module.targets(), block=(1, 4), order={(module, "w0"): (torch.arange(1), torch.arange(8))})
     pruner.step_to(0.5)
@@ -233,14 +234,14 @@ def test_the_same_sparsity_again_changes_nothing():
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(draw_weight(*p.shape, seed=7))
-    pruner.step_to(pruner.sparsity)  # cut already, whatever the weights are now
+    pruner.step_to(pruner.sparsity)  # as many are masked already, whatever the weights are now
     assert all(torch.equal(masks[key], mask) for key, mask in pruner.masks.items())
     with pytest.raises(ValueError, match="sparsity must be at least"):
         pruner.step_to(0.5)
 
 
-def test_masks_do_not_depend_on_threads_layout_or_where_the_order_lies():
-    weight = draw_weight(70, 50) * torch.logspace(-30, 0, 50)  # sums are rounded, so their order would tell
+def test_masks_do_not_depend_on_threads_layout_or_the_device_of_the_order():
+    weight = draw_weight(70, 50) * torch.logspace(-30, 0, 50)  # sums depend on the order of additions
     results = []
     for threads, turned, device in ((1, False, "cpu"), (2, False, "cpu"), (2, True, None)):
         module = Weights(weight.clone() if not turned else weight.t().contiguous().t())
@@ -270,7 +271,7 @@ def test_on_a_gpu_the_masks_are_the_cpus():
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation gives."""
+    """Records the bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
@@ -285,7 +286,7 @@ def test_no_float64_copy_of_the_weights_is_made():
     module, pruner = made([draw_weight(256, 256)], (16, 16))
     with Largest() as largest:
         pruner.step_to(0.9)
-    assert largest.bytes == 256 * 256 * 4  # |w| itself
+    assert largest.bytes == 256 * 256 * 4  # the tensor of |w|
     assert pruner.sparsity == pytest.approx(0.9, abs=256 / 256**2)
 
 
@@ -320,7 +321,7 @@ def test_a_net_in_training_keeps_what_is_cut_at_zero():
     pruner = MagnitudePruner(net.targets(), optimizer=optimizer, **recurrent_blocks(net))
     remembered = 0
     for step in range(30):
-        if step % 10 == 9:  # momentum is well built up when a weight is cut
+        if step % 10 == 9:  # momentum has built up when a weight is masked
             pruner.step_to(0.25 * (step // 10 + 1))
         optimizer.zero_grad()
         loss_of(net, seed=step).backward()
@@ -329,10 +330,10 @@ def test_a_net_in_training_keeps_what_is_cut_at_zero():
             weight = getattr(module, name)
             assert weight[~mask].eq(0).all() and weight.grad[~mask].eq(0).all() and weight[mask].ne(0).all()
             remembered += int(optimizer.state[weight]["exp_avg"][~mask].ne(0).any())
-    cut, size = cut_count(net.targets()), pruner._size()
+    cut, size = cut_count(net.targets()), size_of(pruner)
     assert round(0.75 * size) - 8 < cut <= round(0.75 * size)
     assert 0 < pruner.densities()["1.weight_hh_l0"] < 1
-    assert remembered > 0  # the optimizer would revive them by itself
+    assert remembered > 0  # without the hooks the optimizer would revive them
 
 
 def test_state_dict_round_trip():
@@ -389,7 +390,7 @@ def test_nan_is_refused_and_no_mask_changes():
     assert str(error.value) == ("weights must not hold NaN when they are ranked, got NaN in 1.w1; no mask was "
                                 "changed, look at the loss and the learning rate.")
     assert all(torch.equal(masks[key], mask) for key, mask in pruner.masks.items())
-    module.w1_mask[kept] = False  # a NaN that is cut already is just zeroed
+    module.w1_mask[kept] = False  # a NaN that is masked already is set to 0
     pruner.step_to(0.6)
     assert not module.w1.isnan().any() and pruner.sparsity > 0.45
 

@@ -1,4 +1,4 @@
-"""MagnitudePruner's errors, word for word, and that nothing has changed after them."""
+"""Compares MagnitudePruner's errors word for word and checks that nothing has changed after them."""
 from __future__ import annotations
 
 import re
@@ -103,7 +103,7 @@ def test_nan_among_the_weights_is_refused_before_anything_changes():
     assert str(error.value) == ("weights must not hold NaN when they are ranked, got NaN in 1.w1; no mask "
                                 "was changed, look at the loss and the learning rate.")
     assert pruner.sparsity == 0 and module.w1[1] == 0.5
-    module.w1_mask[0] = False  # a NaN that is cut already is just zeroed
+    module.w1_mask[0] = False  # a NaN that is masked already is set to 0
     pruner.step_to(0.5)
     assert module.w0.tolist() == [1, 2] and module.w1.tolist() == [0, 0]
 
@@ -173,7 +173,7 @@ def test_state_dicts_that_do_not_fit_change_nothing():
 
 # --- blocks -------------------------------------------------------------------------------------------------
 
-PAIR = (torch.arange(2), torch.arange(3))  # of nn.Linear(3, 2).weight
+PAIR = (torch.arange(2), torch.arange(3))  # the identity for nn.Linear(3, 2).weight
 TOGETHER = ("pass block=(16, 16) and order={(module, name): (row_permutation, column_permutation)}, which names the "
             "matrices cut in blocks.")
 WHOLE = "block must be two positive whole numbers (rows, columns), got "
@@ -182,7 +182,7 @@ SAME = "; use the same (module, name) pairs in both."
 WHAT = "order[Linear, 'weight']"
 TWICE = "; for a recurrent weight pass the same permutation twice."
 REPEATS, MAKES = " that repeats or leaves out some", "; mk.manifold_order makes one."
-BAD = [  # of a Linear(3, 2) whose weight and bias are targets: block, order from the layer, error
+BAD = [  # block, order made from a Linear(3, 2) whose weight and bias are targets, error
     ((16, 16), lambda m: None, ValueError,
      f"block and order must be given together, got block=(16, 16) without order; {TOGETHER}"),
     (None, lambda m: {(m, "weight"): PAIR}, ValueError,

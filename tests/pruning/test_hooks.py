@@ -1,8 +1,10 @@
-"""What keeps pruned weights at 0: hooks on gradients and optimizer steps, through moves and to the end."""
+"""Checks the hooks on gradients and optimizer steps that keep pruned weights at 0, until they are removed."""
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
+import pickletools
 import warnings
 import weakref
 
@@ -39,7 +41,7 @@ def test_a_pruned_weight_never_comes_back(make):
     ever_cut = {key: ~mask for key, mask in pruner.masks.items()}
     remembered = 0
     for step in range(60):
-        if step % 12 == 11:  # momentum is well built up when a weight is cut
+        if step % 12 == 11:  # momentum has built up when a weight is masked
             pruner.step_to(0.15 * (step // 12 + 1))
         optimizer.zero_grad()
         loss_of(net, seed=step).backward()
@@ -55,7 +57,7 @@ def test_a_pruned_weight_never_comes_back(make):
             buffers = optimizer.state[weight]
             remembered += sum(int(v[~mask].ne(0).any()) for v in buffers.values() if v.shape == mask.shape)
     assert pruner.sparsity == pytest.approx(0.75, abs=0.01)
-    assert remembered > 0  # the optimizer would revive them by itself, so this test can fail
+    assert remembered > 0  # without the hooks the optimizer would revive them, so this test can fail
 
 
 def test_without_an_optimizer_apply_zeroes_by_hand():
@@ -132,7 +134,7 @@ def test_accumulated_gradients_are_masked_at_every_arrival_and_at_the_step():
     loss_of(net).backward()
     grad = net.rnn.weight_hh_l0.grad
     pruner.step_to(0.5)
-    assert net.rnn.weight_hh_l0.grad is grad  # in place: views of gradient buckets stay valid
+    assert net.rnn.weight_hh_l0.grad is grad  # written in place, so views of gradient buckets stay valid
     for _ in range(2):
         for module, name in net.targets():
             mask, grad = getattr(module, f"{name}_mask"), getattr(module, name).grad
@@ -199,7 +201,7 @@ def test_dropping_the_pruner_keeps_the_net_masked_and_hooks_keep_nothing_alive()
     pruner = MagnitudePruner(net.targets(), optimizer=optimizer)
     pruner.step_to(0.5)
     gone = weakref.ref(pruner)
-    gc.disable()  # no reference cycle: it goes at once, without the collector
+    gc.disable()  # there is no reference cycle, so it is freed at once, without the collector
     try:
         del pruner
         assert gone() is None
@@ -211,7 +213,7 @@ def test_dropping_the_pruner_keeps_the_net_masked_and_hooks_keep_nothing_alive()
     encoder = weakref.ref(net.encoder)
     del net
     gc.collect()
-    assert encoder() is None  # though the optimizer lives on, with its hooks
+    assert encoder() is None  # although the optimizer is still there, with its hooks
     optimizer.step()
 
 
@@ -280,7 +282,7 @@ def test_remove_hooks_stops_masking_but_keeps_masks():
     assert net.rnn.weight_hh_l0[~mask].eq(0).all() and not net.rnn.weight_hh_l0._backward_hooks
 
 
-def test_pickles_without_a_word():
+def test_pickling_gives_no_warning():
     net = Net()
     optimizer = torch.optim.Adam(net.parameters())
     pruner = MagnitudePruner(net.targets(), optimizer=optimizer)
@@ -288,7 +290,32 @@ def test_pickles_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net, optimizer, pruner = pickle.loads(pickle.dumps((net, optimizer, pruner)))
-    pruner.step_to(0.6)  # hooks the copies
+    pruner.step_to(0.6)  # this hooks the copies
     loss_of(net).backward()
     optimizer.step()
     assert net.rnn.weight_hh_l0[~net.rnn.weight_hh_l0_mask].eq(0).all()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pickled_net_and_its_optimizer_need_nothing_of_this_package(copied):
+    """Hooks are left out, so that a checkpoint opens where the package is missing or has moved its files."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.RNN(6, 8))
+    optimizer = torch.optim.AdamW(net.parameters())
+    MagnitudePruner([(net[0], "weight"), (net[1], "weight_hh_l0")], optimizer=optimizer).step_to(0.5)
+    if copied:
+        net, optimizer = copy.deepcopy((net, optimizer))
+    assert b"moduli_kernels" not in pickle.dumps((net, optimizer))
+
+
+def test_a_pickled_pruner_names_no_class_of_this_package_but_its_own():
+    net = nn.RNN(6, 8)
+    targets, order = [(net, "weight_hh_l0")], torch.arange(8)
+    pruner = MagnitudePruner(targets, block=(2, 2), order={targets[0]: (order, order)})
+    pruner.step_to(0.5)
+    saved = pickle.dumps(pruner)
+    words = {word for _, word, _ in pickletools.genops(saved) if isinstance(word, str) and "moduli_kernels" in word}
+    assert words == {MagnitudePruner.__module__}
+    twins = pickle.loads(saved), copy.deepcopy(pruner)
+    for each in (pruner, *twins):
+        each.step_to(0.8)
+    assert all(torch.equal(pruner.masks["0.weight_hh_l0"], twin.masks["0.weight_hh_l0"]) for twin in twins)
