@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATING, _kind, one_of
-from ..masks import buffer_name
-from ..pruning.targets import described, is_mask, names_pruned_by_torch
+from ..masks import buffer_name, described, is_mask, names_pruned_by_torch
 
 NONLINEARITIES = ("tanh", "relu")
 PATHS = ("auto", "dense", "sparse")

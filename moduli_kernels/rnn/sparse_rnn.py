@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..masks import get_mask
+from ..masks import get_mask, original_name
 from ..reference.rnn import kept
 from . import checks, crossovers, stack
 from .compressed import CompressedRNN
@@ -250,7 +250,7 @@ def _copy_weights(source: nn.RNN, to: nn.RNN) -> None:
     with torch.no_grad():
         for name in source._flat_weights_names:
             weight = source._parameters.get(name)
-            weight = getattr(source, f"{name}_orig") if weight is None else weight  # torch.nn.utils.prune
+            weight = getattr(source, original_name(name)) if weight is None else weight  # torch.nn.utils.prune
             parameter = getattr(to, name)
             parameter.copy_(kept(weight, mask_of(source, name, weight)))
             parameter.requires_grad_(weight.requires_grad)
