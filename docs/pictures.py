@@ -1,13 +1,16 @@
-"""The pictures of the documentation, drawn by the package while the site is built (docs/hooks.py calls `png`).
+"""Pictures of the documentation that are drawn while the site is built: docs/build.py calls `png`.
 
-Each function of PICTURES makes one figure. None needs a trained run, data or network; the whole set takes seconds.
+Each function in PICTURES makes one figure. None needs a trained run, data or network, and all together take seconds.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from statistics import median
 
 import torch
 from matplotlib.figure import Figure
@@ -18,11 +21,12 @@ from examples import paper_figures
 from moduli_kernels import plots
 
 DPI = 110
-NEURONS = 400  # of the matrix that is cut in the pictures
+NEURONS = 400  # rows and columns of the matrix that is pruned in the pictures
 CUT = 0.95
-SHRINK = 1.5  # step * strength / n^2 of the proximal step is this share of the mean |w| over the mean coefficient
+SHRINK = 1.5  # how much the proximal step takes from a weight of mean cost, in units of the mean |w|
 COLLAPSING = 160  # neurons whose points are trained
 STEPS = 400
+RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 def _figure(columns: int, width: float, height: float, rows: int = 1):
@@ -31,12 +35,12 @@ def _figure(columns: int, width: float, height: float, rows: int = 1):
 
 
 def inhibitors() -> Figure:
-    """The paper's figure 6."""
+    """Draws the paper's figure 6."""
     return paper_figures.inhibitors([], False)[0]["inhibitors"]
 
 
 def curves() -> Figure:
-    """f over d for the built-in inhibitors, each on its own scale."""
+    """Draws f over d for four inhibitors, each on its own scale."""
     shown = {
         "DifferenceOfGaussians()": mk.DifferenceOfGaussians(),
         "Diffusion()": mk.Diffusion(),
@@ -54,7 +58,7 @@ def curves() -> Figure:
 
 @cache
 def _cut_matrix(geometric: bool) -> tuple[Tensor, Tensor]:
-    """(weight (n, n), points (n, 2)): a random matrix after one proximal step on the torus, or none, cut to CUT."""
+    """A random weight (n, n), pruned to CUT, and points (n, 2) on the torus; with one proximal step before if `geometric`."""
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(NEURONS, NEURONS, bias=False)
     with torch.no_grad():
@@ -69,7 +73,7 @@ def _cut_matrix(geometric: bool) -> tuple[Tensor, Tensor]:
 
 
 def kept() -> Figure:
-    """What pruning keeps of a random matrix, without and with the penalty: on the torus, and against distance."""
+    """Draws what pruning keeps of a random matrix, without and with the penalty: on the torus, and against distance."""
     figure, axes = _figure(2, 6.6, 4.6, rows=2)
     rows = {"Pruned by magnitude alone": False, "Shrunk by the penalty, then pruned": True}
     for row, (words, geometric) in zip(axes, rows.items()):
@@ -81,10 +85,10 @@ def kept() -> Figure:
 
 
 def order() -> Figure:
-    """The same kept weights in the order of the neurons' indices and in manifold order."""
+    """Draws the same kept weights in the order of the neurons' indices, and in manifold order."""
     weight, points = _cut_matrix(True)
     figure, axes = _figure(2, 5.6, 4.6)
-    # Places on a line in the order of the indices: their manifold order is that of the indices.
+    # The manifold order of points on a line, placed in the order of the indices, is the order of the indices.
     line = torch.arange(NEURONS, dtype=torch.float64)[:, None]
     plots.plot_weight_heatmap(weight != 0, line, mk.Euclidean(1), ax=axes[0, 0])
     axes[0, 0].set(xlabel="from neuron", ylabel="into neuron", title="Kept connections, neurons as they are numbered")
@@ -94,7 +98,7 @@ def order() -> Figure:
 
 
 def collapse() -> Figure:
-    """Points trained under a monotone and under a non-monotone f, the weights held fixed."""
+    """Draws points trained with fixed weights, under an f that rises everywhere and under one that does not."""
     weight = torch.rand(COLLAPSING, COLLAPSING, generator=torch.Generator().manual_seed(0))
     torus = mk.manifold("torus")
     pairs = ~torch.eye(COLLAPSING, dtype=torch.bool)
@@ -119,14 +123,40 @@ def _trained(start: Tensor, weight: Tensor, manifold: mk.Manifold, f: mk.Inhibit
     return points.detach()
 
 
+def rnn() -> Figure:
+    """Draws how many times as fast as torch.nn.RNN SparseRNN is, from the newest committed record that measured it."""
+    records = [(path, json.loads(path.read_text())) for path in sorted(RECORDS.glob("*/*.json"))]
+    path, record = max((each for each in records if each[1].get("rnn")), key=lambda each: each[1]["started"])
+    grid = [case for case in record["rnn"] if case["layers"] == 1 and case["steps"] == 20]
+    figure, axes = _figure(2, 5.6, 4.0)
+    for ax, training in zip(axes.flat, (True, False)):
+        lines: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for case in grid:
+            if case["training"] == training:
+                removed = 100 * (1 - (case["density"] or 1))
+                dense = next(each for each in case["contestants"] if each["name"] == "torch.nn.RNN")
+                lines.setdefault((case["n"], case["batch"]), []).append((removed, median(dense["ratio"])))
+        for (n, batch), points in lines.items():
+            ax.plot(*zip(*sorted(points)), "o-", label=f"n = {n}, batch {batch}")
+        ax.axhline(1, color="grey", linestyle=":")
+        ax.set(xlabel="weights removed (%)", ylabel="times as fast as torch.nn.RNN", yscale="log",
+               title="forward and backward" if training else "forward")
+        ax.set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+        ax.minorticks_off()
+    axes[0, 0].legend(fontsize="small")
+    cpu = record["environment"].get("cpu", "")
+    figure.suptitle(f"SparseRNN, 20 steps, float32, {record['threads']} threads, {cpu}; {path.name}", fontsize="medium")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
-    each.__name__: each for each in (inhibitors, curves, kept, order, collapse)
+    each.__name__: each for each in (inhibitors, curves, kept, order, collapse, rnn)
 }
 
 
-@cache  # `mkdocs serve` builds again at each change of a page
+@cache
 def png(name: str) -> bytes:
-    """The picture of that name as a PNG file."""
+    """Returns the picture of that name as the bytes of a PNG file."""
     buffer = io.BytesIO()
     PICTURES[name]().savefig(buffer, dpi=DPI)
     return buffer.getvalue()
