@@ -61,7 +61,7 @@ coverage:
 	@MODULI_KERNELS_EXTRAS=coverage $(SETUP) -m pytest $(SHARED_OUT) --cov --cov-report=term $(ARGS)
 
 docs:
-	@MODULI_KERNELS_EXTRAS=docs NO_MKDOCS_2_WARNING=1 $(SETUP) -m mkdocs build --strict
+	@MODULI_KERNELS_EXTRAS=docs $(SETUP) -m docs.build
 
 env:
 	@$(SETUP) -m moduli_kernels.env_report

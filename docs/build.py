@@ -7,6 +7,7 @@ README files and records are read where they are, and the API pages list what th
 A page in docs/ is Markdown, with three additions:
 
     <!-- include: PATTERN -->      every file of the repository that matches, folded; its picture stands before it
+    <!-- sections: PATTERN -->     the same, each with its own heading
     <!-- api: every NAME -->       the reference of every exported subclass of the class moduli_kernels.NAME
     <!-- api: table -->            a table of all exported names, with links to their pages
 
@@ -35,7 +36,7 @@ ELSEWHERE = {  # page of the site -> file of the repository that it shows
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+INCLUDE = re.compile(r"^<!-- (include|sections): (\S+) -->$", re.MULTILINE)
 EVERY = re.compile(r"^<!-- api: every (\w+) -->$", re.MULTILINE)
 TABLE = "<!-- api: table -->"
 REFERENCE = re.compile(r"^::: moduli_kernels\.(\w+)$", re.MULTILINE)
@@ -47,17 +48,25 @@ HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 # --- pages ------------------------------------------------------------------------------------------------------
 
+def sources() -> dict[str, Path]:
+    """Which file each page of the site is written in: the pages of docs/, and those of ELSEWHERE."""
+    pages = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
+    return pages | {page: ROOT / source for page, source in ELSEWHERE.items()}
+
+
+def texts() -> dict[str, str]:
+    """The Markdown text of each page, with everything that stands in the place of a comment."""
+    pages = {page: with_references(with_files(file.read_text(), file)) for page, file in sources().items()}
+    pages["api/index.md"] = pages["api/index.md"].replace(TABLE, name_table(pages))
+    return pages
+
+
 def assemble(target: Path) -> None:
     """Writes all sources of the site, pages and pictures, into the empty folder `target`."""
     from docs import pictures  # imports matplotlib
 
-    sources = {page.relative_to(DOCS).as_posix(): page for page in DOCS.rglob("*.md")}
-    sources |= {page: ROOT / source for page, source in ELSEWHERE.items()}
-    texts = {page: with_references(with_files(source.read_text(), source)) for page, source in sources.items()}
-    texts["api/index.md"] = texts["api/index.md"].replace(TABLE, name_table(texts))
-    for page, text in texts.items():
-        depth = page.count("/")
-        write(target / page, with_pictures(text, sources[page], target, depth))
+    for page, text in texts().items():
+        write(target / page, with_pictures(text, page, target))
     for name in pictures.PICTURES:
         write(target / "pictures" / f"{name}.png", pictures.png(name))
     shutil.copytree(DOCS / "assets", target / "assets")
@@ -70,34 +79,42 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def with_files(text: str, page: Path) -> str:
-    """The page with files in the place of `<!-- include: PATTERN -->`."""
+    """The page with files in the place of `<!-- include: PATTERN -->` and `<!-- sections: PATTERN -->`."""
     def files(match: re.Match[str]) -> str:
-        found = sorted(ROOT.glob(match[1]), key=lambda path: NUMBER.sub(lambda number: number[0].zfill(9), str(path)))
+        found = sorted(ROOT.glob(match[2]), key=lambda path: NUMBER.sub(lambda number: number[0].zfill(9), str(path)))
         if not found:
-            raise SystemExit(f"{page}: no file matches {match[1]}; correct the page")
-        return "\n\n".join(folded(path, page) for path in found)
+            raise SystemExit(f"{page}: no file matches {match[2]}; correct the page")
+        return "\n\n".join(folded(path, page, match[1] == "sections") for path in found)
     return INCLUDE.sub(files, text)
 
 
-def folded(path: Path, page: Path) -> str:
-    """A Markdown file as a block that opens at a click, after the picture of the same name if there is one."""
+def folded(path: Path, page: Path, section: bool) -> str:
+    """A Markdown file as a block that opens at a click, after the picture of the same name if there is one.
+
+    If `section`, the file's title becomes a heading of the page.
+    """
     source = path.relative_to(ROOT).as_posix()
-    body = HEADING.sub(r"**\1**", path.read_text())  # bold, so that the page's table of contents stays short
+    text = path.read_text()
+    title = text.split("\n")[0].removeprefix("# ")
+    body = HEADING.sub(r"**\1**", text)  # bold, so that the page's table of contents stays short
     block = "\n".join("    " + line if line else "" for line in body.splitlines())
     picture = path.with_suffix(".png")
     shown = f"![Figures of {source}]({os.path.relpath(picture, page.parent)})\n\n" if picture.exists() else ""
-    return f'{shown}??? note "The figures: {source}"\n\n{block}'
+    heading = f"## {title[:1].upper()}{title[1:]}\n\n" if section else ""
+    return f'{heading}{shown}??? note "The numbers: {source}"\n\n{block}'
 
 
-def with_pictures(text: str, source: Path, target: Path, depth: int) -> str:
+def with_pictures(text: str, page: str, target: Path) -> str:
     """The page with every picture from outside docs/ copied into `target`/files, and the links changed to these copies."""
+    folder = sources()[page].parent
+
     def link(match: re.Match[str]) -> str:
-        picture = (source.parent / match[2]).resolve()
-        if "://" in match[2] or not picture.is_file():
-            return match[0]  # a generated picture, or a link that the build will complain about
+        picture = (folder / match[2]).resolve()
+        if not picture.is_file():
+            return match[0]  # a picture that is drawn, or a link that `mistakes` will find
         copy = Path("files") / picture.relative_to(ROOT)
         write(target / copy, picture.read_bytes())
-        return f"{match[1]}{'../' * depth}{copy.as_posix()}{match[3]}"
+        return f"{match[1]}{'../' * page.count('/')}{copy.as_posix()}{match[3]}"
     return PICTURE.sub(link, text)
 
 
@@ -122,19 +139,22 @@ def full_name(name: str) -> str:
     return f"{module}.{name}" if module in sys.modules and not inspect.ismodule(getattr(mk, name)) else module
 
 
-def name_table(texts: dict[str, str]) -> str:
-    """A table of all exported names: a link to the page that has it, and the first sentence of its docstring."""
-    pages = {name: page for page, text in texts.items() if page.startswith("api/")
-             for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+def name_table(pages: dict[str, str]) -> str:
+    """A table of all exported names, each with a link to its reference and the first sentence of its docstring.
+
+    The references of names that no page has follow the table.
+    """
+    page_of = {name: page for page, text in pages.items() if page.startswith("api/")
+               for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
     rows = ["| name | what it is |", "| --- | --- |"]
     missing = []
     for name in mk.__all__:
         if name.startswith("__"):
             continue
-        page = pages.get(full_name(name))
+        page = page_of.get(full_name(name))
         if page is None:
             missing.append(name)
-            continue
+            page = "api/index.md"
         rows.append(f"| [`mk.{name}`]({page.removeprefix('api/')}#{full_name(name)}) | {first_sentence(name)} |")
     rows += [f"\n::: {full_name(name)}" for name in missing]
     return "\n".join(rows)
@@ -154,33 +174,36 @@ class Links(HTMLParser):
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.targets: list[str] = []
+        self.page = page
+        self.targets: list[tuple[str, Path, str]] = []  # as written, the file, the place in it
         self.places: set[str] = set()
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Called by the parser for each tag."""
         for name, value in attrs:
-            if name in ("href", "src") and value:
-                self.targets.append(value)
-            elif name == "id" and value:
+            if name == "id" and value:
                 self.places.add(value)
+            parts = urlsplit(value or "")
+            if name in ("href", "src") and value and not (parts.scheme or parts.netloc):
+                file = (self.page.parent / unquote(parts.path)).resolve() if parts.path else self.page
+                self.targets.append((value, file, unquote(parts.fragment)))
 
 
-def broken_links(site: Path) -> list[str]:
-    """A line for each link within the site that leads to no file, or to no place in its page."""
-    pages = {page.resolve(): Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
-    broken = []
+def mistakes(site: Path) -> list[str]:
+    """A line for each link within the site that leads nowhere, and for each page that the navigation lacks.
+
+    zensical finds such links between Markdown pages only, not those to pictures, in HTML, or in the navigation.
+    """
+    site = site.resolve()
+    pages = {page: Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    in_navigation = {file for _, file, _ in pages[site / "index.html"].targets}
+    found = [f"{page.relative_to(site)} is not in docs/zensical.toml's nav" for page in pages.keys() - in_navigation]
     for page, links in pages.items():
-        for link in links.targets:
-            parts = urlsplit(link)
-            if parts.scheme or parts.netloc:
-                continue
-            file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-            known = pages.get(file)
-            if not file.is_file() or (parts.fragment and known and unquote(parts.fragment) not in known.places):
-                broken.append(f"{page.relative_to(site.resolve())}: {link}")
-    return sorted(set(broken))
+        for link, file, place in links.targets:
+            if not file.is_file() or (place and file in pages and place not in pages[file].places):
+                found.append(f"{page.relative_to(site)} links to {link}, which does not exist")
+    return sorted(set(found))
 
 
 def build(folder: Path) -> Path:
@@ -194,9 +217,9 @@ def build(folder: Path) -> Path:
     environment = {**os.environ, "NO_COLOR": "1"}
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         raise SystemExit("zensical has found what its warnings above say; correct the pages in docs/")
-    broken = broken_links(folder / "site")
-    if broken:
-        raise SystemExit("links that lead nowhere:\n" + "\n".join(broken))
+    found = mistakes(folder / "site")
+    if found:
+        raise SystemExit("\n".join(found))
     return folder / "site"
 
 

@@ -1,12 +1,12 @@
 """The documentation: every Python example in it and in README.md runs, the API pages hold every public name, and the
-site builds without a warning (where mkdocs is installed).
+site builds without a warning, works without network and opens from disk (where zensical is installed).
 
 An HTML comment before an example says how it is run: `<!-- test: warns TEXT -->`, `<!-- test: torchrun N -->` (as a
 script of N processes), `<!-- test: skip REASON -->`. Code that a reader need not see stands in `<!-- preamble ... -->`.
 """
 from __future__ import annotations
 
-import importlib
+import json
 import os
 import re
 import subprocess
@@ -20,16 +20,17 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels.geometry.manifolds import Manifold
+from docs import build
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 EXAMPLE = re.compile(
     r"^<!-- preamble\n(?P<preamble>.*?)^-->$"
     r"|(?:^<!-- test: (?P<how>\w+) (?P<what>.*?) -->\n)?^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL)
-ENVIRONMENT = {"NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
 class Example(NamedTuple):
@@ -89,12 +90,12 @@ def run(page: Path, names: dict[str, Any], folder: Path) -> None:
         elif how in ("code", "preamble"):
             exec(compiled, names)
         else:
-            assert how == "skip" and what, f"{page}:{line}: an example is run, or skipped for a reason that is told"
+            assert how == "skip" and what, f"{page}:{line}: an example runs, or a comment says why it is skipped"
 
 
 def torchrun(code: str, processes: int, folder: Path) -> None:
-    """Every process must come to the end of the script. What torch's gloo threads do after that is not looked at: they
-    sometimes abort while the interpreter shuts down ("terminate called without an active exception")."""
+    """Every process must reach the end of the script. Its exit status does not count: torch's gloo threads sometimes abort
+    while the interpreter shuts down ("terminate called without an active exception")."""
     script = folder / "train.py"
     script.write_text(code + "import os; open(f'ended{os.environ[\"RANK\"]}', 'w').close()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
@@ -106,9 +107,9 @@ def torchrun(code: str, processes: int, folder: Path) -> None:
 
 @pytest.fixture
 def user(monkeypatch, tmp_path):
-    """In a folder of their own, in a process that has not been warned yet and allows torch.compile what it does."""
+    """A user in an empty folder, whose process has given no warning yet and has torch.compile's default settings."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Manifold, "_warned", set())
+    monkeypatch.setattr(mk.Manifold, "_warned", set())
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=False):
         yield tmp_path
@@ -134,46 +135,153 @@ def test_no_fence_of_python_is_overlooked():
         assert len(shown) == len(re.findall("```py", page.read_text())), page
 
 
+def references() -> dict[str, list[str]]:
+    """The names on each API page, as the site has them."""
+    return {page: REFERENCE.findall(text) for page, text in build.texts().items() if page.startswith("api/")}
+
+
 def documented() -> list[str]:
-    pages = (DOCS / "api").glob("*.md")
-    return [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+    return [name for names in references().values() for name in names]
 
 
 def test_api_pages_hold_every_public_name():
-    objects = []
-    for name in documented():
-        module, _, attribute = name.rpartition(".")
-        objects.append(getattr(importlib.import_module(module), attribute))
-    missing = [name for name in mk.__all__ if not any(getattr(mk, name) is each for each in objects)]
-    assert missing == [], "add `::: moduli_kernels.NAME` to a page in docs/api"
+    assert {build.full_name(name) for name in mk.__all__} <= set(documented())
 
 
 def test_no_name_is_documented_twice():
     assert sorted(documented()) == sorted(set(documented()))
 
 
+def test_new_names_are_documented_without_a_line_in_docs(monkeypatch):
+    class Cone(mk.Manifold):
+        """A cone."""
+
+    class Hill(mk.Inhibitor):
+        """A hill."""
+
+    def unfold():
+        """Unfolds a cone. Carefully."""
+
+    for new in (Cone, Hill, unfold):
+        monkeypatch.setattr(mk, new.__name__, new, raising=False)
+        monkeypatch.setattr(mk, "__all__", [*mk.__all__, new.__name__])
+    pages = references()
+    assert pages["api/manifolds.md"][-1] == "moduli_kernels.Manifold" and "moduli_kernels.Cone" in pages["api/manifolds.md"]
+    assert "moduli_kernels.Hill" in pages["api/inhibitors.md"]
+    assert "moduli_kernels.unfold" in pages["api/index.md"]
+    table = build.texts()["api/index.md"]
+    assert "| [`mk.Cone`](manifolds.md#moduli_kernels.Cone) | A cone |" in table
+    assert "| [`mk.unfold`](index.md#moduli_kernels.unfold) | Unfolds a cone |" in table
+
+
+def test_first_sentences_do_not_end_at_abbreviations(monkeypatch):
+    def cited():
+        """The cost f (paper, App. E, eq. 7): it grows. It is the default."""
+
+    monkeypatch.setattr(mk, "cited", cited, raising=False)
+    assert build.first_sentence("cited") == "The cost f (paper, App. E, eq. 7)"
+
+
+def test_files_that_are_included_follow_their_pictures_and_are_folded():
+    tables = build.texts()["tables.md"]
+    found = list((ROOT / "examples" / "results" / "tables").glob("*.md"))
+    assert found
+    for table in found:
+        source = table.relative_to(ROOT).as_posix()
+        picture = tables.index(f"](../{source.removesuffix('.md')}.png)")
+        assert tables.rindex("## ", 0, picture) < picture < tables.index(f'??? note "The numbers: {source}"')
+    assert not re.search(r"^\|", tables, re.MULTILINE)  # tables are indented, as what opens at a click is
+    assert tables.index("Table 9:") < tables.index("Table 10:")
+
+
+def test_an_include_without_files_is_an_error():
+    with pytest.raises(SystemExit, match="no file matches examples/nothing"):
+        build.with_files("<!-- include: examples/nothing*.md -->", DOCS / "index.md")
+
+
+def test_formulas_become_mathml_and_code_stays_as_it_is():
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("latex2mathml")
+    text = "A $w_{jk}$ and `$w_1$`, `$(PYTHON)`, 5 $ and 6 $.\n\n$$\\sum_j \\lvert w_j \\rvert$$\n\n    $x$\n"
+    html = markdown.markdown(text, extensions=["docs.formulas"])
+    assert html.count("<math") == 2 and html.count('display="block"') == 1
+    assert 'alttext="w_{jk}"' in html and "<msub><mi>w</mi>" in html
+    for code in ("<code>$w_1$</code>", "<code>$(PYTHON)</code>", "5 $ and 6 $", "<code>$x$"):
+        assert code in html
+
+
+def test_mistakes_of_a_site_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<h1 id="top">A</h1><a href="#top">up</a><a href="https://example.org/x">out</a>')
+    (tmp_path / "lost.html").write_text("<p>Nobody links here.</p>")
+    (tmp_path / "index.html").write_text(
+        '<a href="index.html">home</a><a href="a.html#top">A</a><a href="a.html#nowhere">A</a><img src="no.png">'
+        '<a href="gone.html">gone</a>')
+    assert build.mistakes(tmp_path) == [
+        "index.html links to a.html#nowhere, which does not exist",
+        "index.html links to gone.html, which does not exist",
+        "index.html links to no.png, which does not exist",
+        "lost.html is not in docs/zensical.toml's nav",
+    ]
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The site, built as `make docs` builds it. Warnings, which --strict makes failures, are: a link or an entry of the
-    navigation that leads nowhere, and a page that is not in the navigation."""
-    for package in ("mkdocs", "material", "mkdocstrings_handlers.python", "matplotlib"):
+def folder(tmp_path_factory):
+    """Where the site was built as `make docs` builds it: the pages in docs/, the HTML in site/. Warnings are failures."""
+    for package in ("zensical", "latex2mathml", "mkdocstrings_handlers.python", "matplotlib"):
         pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    folder = tmp_path_factory.mktemp("documentation")
+    command = [sys.executable, "-m", "docs.build", "--folder", str(folder)]
     environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
+@pytest.fixture
+def site(folder):
+    return folder / "site"
+
+
 @pytest.mark.slow
-def test_site_builds_with_every_page_and_picture(site):
-    for page in PAGES:
-        assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file()
-    for page in PAGES:
+def test_site_builds_with_every_page_and_picture(folder, site):
+    pages = sorted((folder / "docs").rglob("*.md"))
+    assert {page.relative_to(DOCS) for page in PAGES} < {page.relative_to(folder / "docs") for page in pages}
+    pictures = 0
+    for page in pages:
+        html = (site / page.relative_to(folder / "docs")).with_suffix(".html")
+        assert html.is_file()
         for picture in re.findall(r"!\[[^]]*\]\((\S+)\)", page.read_text()):
-            path = site / page.parent.relative_to(DOCS) / picture
-            assert path.read_bytes().startswith(b"\x89PNG"), picture
+            assert (html.parent / picture).read_bytes().startswith(b"\x89PNG"), picture
+            pictures += 1
+    assert pictures > 25
+
+
+@pytest.mark.slow
+def test_pictures_of_results_are_on_the_site(site):
+    shown = {path.relative_to(site / "files").as_posix() for path in (site / "files").rglob("*.png")}
+    results = ROOT / "examples" / "results"
+    wanted = [*(results / "paper_figures").glob("*.png"), *(results / "tables").glob("*.png"),
+              *(ROOT / "benchmarks" / "results").glob("*/penalty.png"), ROOT / "benchmarks" / "masks" / "masks.png"]
+    assert len(wanted) > 10 and {path.relative_to(ROOT).as_posix() for path in wanted} <= shown
+
+
+@pytest.mark.slow
+def test_formulas_are_rendered(site):
+    theory = (site / "theory.html").read_text()
+    assert theory.count("<math") > 30 and "$" not in re.sub(r"<(script|style)\b.*?</\1>", "", theory, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_search_works_from_disk(site):
+    """A browser fetches nothing from disk and starts no Worker there: the index is a script, and so is its stand-in."""
+    index = (site / "search.js").read_text()
+    found = json.loads(re.sub(r"^[^=]*=|;\s*$", "", index))
+    assert any("Klein bottle" in item["text"] for item in found["items"])
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        shim, bundle = text.index("assets/iframe-worker.js"), text.index("assets/javascripts/bundle")
+        assert shim < bundle, page  # the bundle makes the worker
+    assert 'location.protocol === "file:"' in (site / "assets" / "iframe-worker.js").read_text()
 
 
 @pytest.mark.slow
