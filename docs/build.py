@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -105,7 +106,7 @@ def folded(path: Path, page: Path, section: bool) -> str:
 
 
 def with_pictures(text: str, page: str, target: Path) -> str:
-    """The page with every picture from outside docs/ copied into `target`/files, and the links changed to these copies."""
+    """The page with links to copies, in `target`/files, of the pictures that are outside docs/."""
     folder = sources()[page].parent
 
     def link(match: re.Match[str]) -> str:
@@ -134,7 +135,7 @@ def with_references(text: str) -> str:
 
 
 def full_name(name: str) -> str:
-    """What mkdocstrings calls an exported object: `moduli_kernels.env_report` alone would be the module."""
+    """What mkdocstrings calls an exported object: `env_report.env_report` where a module has the same name."""
     module = f"moduli_kernels.{name}"
     return f"{module}.{name}" if module in sys.modules and not inspect.ismodule(getattr(mk, name)) else module
 
@@ -208,6 +209,8 @@ def mistakes(site: Path) -> list[str]:
 
 def build(folder: Path) -> Path:
     """Builds the site in `folder`/site and returns that path. Raises SystemExit where a page or a link is wrong."""
+    if find_spec("zensical") is None:
+        raise SystemExit("the documentation needs zensical, which needs Python 3.11 or newer: pip install -e '.[docs]'")
     for part in ("docs", "site"):
         shutil.rmtree(folder / part, ignore_errors=True)
     assemble(folder / "docs")

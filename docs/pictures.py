@@ -58,7 +58,7 @@ def curves() -> Figure:
 
 @cache
 def _cut_matrix(geometric: bool) -> tuple[Tensor, Tensor]:
-    """A random weight (n, n), pruned to CUT, and points (n, 2) on the torus; with one proximal step before if `geometric`."""
+    """A random weight (n, n) pruned to CUT, after a proximal step if `geometric`; and points (n, 2) on the torus."""
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(NEURONS, NEURONS, bias=False)
     with torch.no_grad():
