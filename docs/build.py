@@ -43,7 +43,7 @@ TABLE = "<!-- api: table -->"
 REFERENCE = re.compile(r"^::: moduli_kernels\.(\w+)$", re.MULTILINE)
 PICTURE = re.compile(r"(!\[[^\]]*\]\()([^)\s]+)(\))")
 NUMBER = re.compile(r"\d+")
-SENTENCE = re.compile(r".*?(?<!\beq)(?<!App)(?<!Fig)[.:](?= |$)")
+SENTENCE = re.compile(r".*?(?<!\beq)(?<!App)(?<!Fig)\.(?= |$)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 

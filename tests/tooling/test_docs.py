@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -180,7 +181,7 @@ def test_first_sentences_do_not_end_at_abbreviations(monkeypatch):
         """The cost f (paper, App. E, eq. 7): it grows. It is the default."""
 
     monkeypatch.setattr(mk, "cited", cited, raising=False)
-    assert build.first_sentence("cited") == "The cost f (paper, App. E, eq. 7)"
+    assert build.first_sentence("cited") == "The cost f (paper, App. E, eq. 7): it grows"
 
 
 def test_files_that_are_included_follow_their_pictures_and_are_folded():
@@ -283,6 +284,41 @@ def test_search_works_from_disk(site):
         shim, bundle = text.index("assets/iframe-worker.js"), text.index("assets/javascripts/bundle")
         assert shim < bundle, page  # the bundle makes the worker
     assert 'location.protocol === "file:"' in (site / "assets" / "iframe-worker.js").read_text()
+
+
+SEARCH = """<script>
+function* elements(root) {
+  for (const element of root.querySelectorAll("*")) {
+    yield element;
+    if (element.shadowRoot) yield* elements(element.shadowRoot);
+  }
+}
+setTimeout(() => document.querySelector(".md-search__button").click(), 500);
+setTimeout(() => {
+  const input = [...elements(document)].find(element => element.tagName === "INPUT" && element.type === "text");
+  input.value = "Klein bottle";
+  input.dispatchEvent(new Event("input", { bubbles: true, composed: true }));
+}, 1500);
+setTimeout(() => {
+  const lists = [...elements(document)].filter(element => element.tagName === "OL");
+  document.title = lists.map(list => list.innerText).join();
+}, 4000);
+</script>"""
+
+
+@pytest.mark.slow
+def test_a_browser_finds_words_from_disk(folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium or google-chrome")
+    site = shutil.copytree(folder / "site", tmp_path / "site")
+    for page in (site / "index.html", site / "guides" / "speed.html"):
+        page.write_text(page.read_text() + SEARCH)
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+                   "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+        assert title and "Klein bottle" in title[1] and "plot_connections" in title[1], done.stderr
 
 
 @pytest.mark.slow
