@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .geometry.manifolds import Manifold, manifold as manifold_of
-from .penalty.attach import Regularization, Target, _parameter
+from .penalty.attach import Regularization, Target, parameter_of
 from .penalty.modules import ModuliRegularizer
 from .pruning.pruner import MagnitudePruner
 
@@ -119,7 +119,7 @@ def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pru
 def _kept(target: Target) -> Tensor:
     """The mask of a weight, else the weight, cut to its columns."""
     mask = target.module._buffers.get(f"{target.name}_mask")
-    mask = _parameter(target) if mask is None else mask
+    mask = parameter_of(target) if mask is None else mask
     return mask if target.columns is None else mask[:, target.columns]
 
 
