@@ -47,7 +47,7 @@ class PathChoice(OrderedModule):
 
     def _asked_for(self) -> tuple:
         """Of the masks and settings, all that a choice depends on."""
-        return _versions(self._buffers), self._path, self._leak, backends._forced
+        return _versions(self._buffers), self._path, self._leak, backends.forced
 
     def _last_choice(self, *case) -> str:
         """The path of `_choice`, asked for again only where something it depends on has changed: small nets notice."""
@@ -62,7 +62,7 @@ class PathChoice(OrderedModule):
             return "sparse", f"leak is {self.leak}, which torch's RNN does not know"
         if self.path != "auto":
             return self.path, f"path is {self.path!r}"
-        if backends._forced == "reference":
+        if backends.forced == "reference":
             return "sparse", "the backend 'reference' is asked for"
         if not has_kernel(device):
             return "dense", f"no compiled kernel serves {device} here (python -m moduli_kernels.env_report says why)"
