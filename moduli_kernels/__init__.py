@@ -8,23 +8,12 @@ Importing touches neither CUDA nor Triton, and works without a compiler; `mk.env
 """
 import inspect
 
-from . import plots
+from . import geometry, plots
 from ._version import __version__
 from .backends import backend
 from .env_report import env_report
-from .geometry.embedding import ManifoldEmbedding
-from .geometry.inhibitors import (
-    CallableInhibitor,
-    Constant,
-    DifferenceOfGaussians,
-    Diffusion,
-    Inhibitor,
-    RickerWavelet,
-    Sinusoid,
-    TabulatedInhibitor,
-)
-from .geometry.manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Product, Sphere, manifold
-from .geometry.ordering import manifold_order
+from .geometry import *  # noqa: F403
+from .geometry.inhibitors import CallableInhibitor
 from .penalty.attach import Regularization, Target, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
@@ -39,13 +28,11 @@ from .rnn.path_choice import Measured
 from .rnn.sparse_rnn import SparseRNN
 
 __all__ = [
-    "Circle", "CoefficientRegularizer", "CompressedRNN", "Constant", "DifferenceOfGaussians", "Diffusion", "Euclidean",
-    "FlatTorus", "Inhibitor", "KleinBottle", "MagnitudePruner", "Manifold", "ManifoldEmbedding", "ModuliRegularizer",
-    "Product", "Regularization", "RickerWavelet", "Sinusoid", "SparseRNN", "SparseRNNCell", "Sphere",
-    "TabulatedInhibitor", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report",
-    "linear_schedule", "manifold", "manifold_order", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_",
-    "regularize", "reinitialize_", "rewind_",
+    "CoefficientRegularizer", "CompressedRNN", "MagnitudePruner", "ModuliRegularizer", "Regularization", "SparseRNN",
+    "SparseRNNCell", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report", "linear_schedule",
+    "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_", "rewind_",
 ]
+__all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
 
 
 # These are not public, but pickles of public objects hold them.

@@ -125,7 +125,7 @@ def test_what_no_kernel_knows_runs_on_the_reference():
 
 
 def test_the_tiled_path_warns_where_the_user_calls(monkeypatch):
-    monkeypatch.setattr(mk.Manifold, "_warned", set())
+    monkeypatch.setattr(mk.Manifold, "warned", set())
     with pytest.warns(UserWarning, match="the inhibitor CallableInhibitor") as caught:
         penalty(inhibitor=lambda d: d)
     assert caught[0].filename == __file__

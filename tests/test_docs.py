@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels.geometry.manifolds import Manifold
+from moduli_kernels.geometry.base import Manifold
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -108,7 +108,7 @@ def torchrun(code: str, processes: int, folder: Path) -> None:
 def user(monkeypatch, tmp_path):
     """In a folder of their own, in a process that has not been warned yet and allows torch.compile what it does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Manifold, "_warned", set())
+    monkeypatch.setattr(Manifold, "warned", set())
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=False):
         yield tmp_path

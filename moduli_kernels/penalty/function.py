@@ -13,8 +13,9 @@ from ..autograd import only_once
 from ..checks import finite, one_of
 from ..distributed import check_plain_points, is_sharded, shard_of, shared_by_ranks, sum_over_ranks
 from ..geometry import encoding
-from ..geometry.inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
-from ..geometry.manifolds import Manifold, manifold as resolve_manifold
+from ..geometry.base import Inhibitor, Manifold
+from ..geometry.inhibitors import TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.presets import manifold as resolve_manifold
 from ..ops import torch_ops
 from ..ops.penalty import PenaltyArguments
 from . import checks

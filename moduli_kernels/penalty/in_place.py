@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import finite
-from ..geometry.inhibitors import Inhibitor
-from ..geometry.manifolds import Manifold
+from ..geometry.base import Inhibitor, Manifold
 from .function import checked, runner, stored
 
 

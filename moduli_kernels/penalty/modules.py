@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..checks import finite, one_of, positive_int
 from ..distributed import is_sharded, shard_of, sum_over_ranks
+from ..geometry.base import Inhibitor, Manifold
 from ..geometry.embedding import ManifoldEmbedding
-from ..geometry.inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
-from ..geometry.manifolds import Manifold, manifold as resolve_manifold
+from ..geometry.inhibitors import TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.presets import manifold as resolve_manifold
 from . import checks
 from .function import moduli_penalty, scale_of
 

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry.inhibitors import Inhibitor
-from ..geometry.manifolds import Manifold
+from ..geometry.base import Inhibitor, Manifold
 
 TILE = 1 << 18  # entries of the weight in a strip
 
