@@ -18,7 +18,7 @@ from moduli_kernels import (
     TabulatedInhibitor,
     manifold as preset,
 )
-from moduli_kernels.geometry.manifolds import sqrt_of_square
+from moduli_kernels.geometry.maths import sqrt_of_square
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
-from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.ops.block_layout import lay_out_blocks
 
 from .cases_gpu import GpuGoal
 from .peers_gpu import captured
@@ -76,7 +76,7 @@ class RnnContest:
         self.grad = torch.randn(case.steps, case.batch, case.n, device=case.device)
         self.layouts: list[list[Tensor]] = []
         if case.kept:
-            self.layouts = [blocked_rnn_op.flat(block_layout(
+            self.layouts = [blocked_rnn_op.flat(lay_out_blocks(
                 self.masks[f"weight_hh_l{k}"], self.order, self.order, side=case.side or 32,
                 threshold=None if case.side else 32 * 32 + 1)) for k in range(case.layers)]
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from moduli_kernels import KleinBottle, Product, Sphere
-from moduli_kernels.geometry.manifolds import Manifold, sqrt_of_square, wrap
+from moduli_kernels.geometry.base import Manifold
+from moduli_kernels.geometry.maths import sqrt_of_square, wrap
 
 
 def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
@@ -27,8 +28,8 @@ def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor
                                wrap(x[:, None, 1] + y[None, :, 1] - manifold.height, manifold.height)], -1)
         return torch.minimum(straight.square().sum(-1), flipped.square().sum(-1))
     difference = x[:, None] - y[None]
-    if all(manifold._periods):
-        periods = torch.tensor(manifold._periods, dtype=x.dtype, device=x.device)
+    if all(manifold.column_periods):
+        periods = torch.tensor(manifold.column_periods, dtype=x.dtype, device=x.device)
         difference = wrap(difference, periods)
     return difference.square().sum(-1)
 

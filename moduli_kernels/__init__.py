@@ -6,22 +6,14 @@
 
 Importing touches neither CUDA nor Triton, and works without a compiler; `mk.env_report()` says what is available.
 """
-from . import plots
+import inspect
+
+from . import geometry, plots
 from ._version import __version__
 from .backends import backend
 from .env_report import env_report
-from .geometry.embedding import ManifoldEmbedding
-from .geometry.inhibitors import (
-    Constant,
-    DifferenceOfGaussians,
-    Diffusion,
-    Inhibitor,
-    RickerWavelet,
-    Sinusoid,
-    TabulatedInhibitor,
-)
-from .geometry.manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Product, Sphere, manifold
-from .geometry.ordering import manifold_order
+from .geometry import *  # noqa: F403
+from .geometry.inhibitors import CallableInhibitor
 from .penalty.attach import Regularization, Target, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
@@ -29,15 +21,35 @@ from .penalty.modules import CoefficientRegularizer, ModuliRegularizer
 from .pruning.lottery import reinitialize_, rewind_
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import linear_schedule
+from .pruning.targets import Weight
 from .rnn.cell import SparseRNNCell, masked_rnn_step
 from .rnn.compressed import CompressedRNN
+from .rnn.path_choice import Measured
 from .rnn.sparse_rnn import SparseRNN
 
 __all__ = [
-    "Circle", "CoefficientRegularizer", "CompressedRNN", "Constant", "DifferenceOfGaussians", "Diffusion", "Euclidean",
-    "FlatTorus", "Inhibitor", "KleinBottle", "MagnitudePruner", "Manifold", "ManifoldEmbedding", "ModuliRegularizer",
-    "Product", "Regularization", "RickerWavelet", "Sinusoid", "SparseRNN", "SparseRNNCell", "Sphere",
-    "TabulatedInhibitor", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report",
-    "linear_schedule", "manifold", "manifold_order", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_",
-    "regularize", "reinitialize_", "rewind_",
+    "CoefficientRegularizer", "CompressedRNN", "MagnitudePruner", "ModuliRegularizer", "Regularization", "SparseRNN",
+    "SparseRNNCell", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report", "linear_schedule",
+    "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_", "rewind_",
 ]
+__all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
+
+
+# These are not public, but pickles of public objects hold them.
+_IN_PICKLES = (CallableInhibitor, Measured, Weight)
+
+
+def _name_after_the_package() -> None:
+    """Makes pickles, repr() and help() name public classes and functions as moduli_kernels.<name>.
+
+    A pickle that names the module of a file cannot be read once the file has moved.
+    """
+    for named in (*(globals()[name] for name in __all__), *_IN_PICKLES):
+        if not getattr(named, "__module__", "").startswith("moduli_kernels."):
+            continue
+        if isinstance(named, type):  # as text, annotations would be looked up in this module from now on
+            named.__annotations__ = inspect.get_annotations(named, eval_str=True)
+        named.__module__ = "moduli_kernels"
+
+
+_name_after_the_package()

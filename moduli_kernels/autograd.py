@@ -1,4 +1,4 @@
-"""Gradients of which no derivative exists: one is refused in words, and only where somebody asks for it."""
+"""Gradients that have no derivative of their own: asking for one is an error in plain words."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,12 +8,20 @@ from torch import Tensor
 
 
 def only_once(grads: list[Tensor | None], refuse: Callable[[], None], *sources: Tensor) -> list[Tensor | None]:
-    """What a backward pass with create_graph=True returns. sources: what the gradients depend on; refuse: raises."""
+    """The gradients for a backward pass with create_graph=True, which call `refuse` when they are differentiated.
+
+    Nothing is refused while only other parts of the loss are differentiated twice.
+
+    Args:
+        grads: what the backward pass has computed.
+        refuse: raises the error.
+        sources: the tensors that the gradients depend on.
+    """
     return [None if grad is None else _Once.apply(refuse, grad, *sources) for grad in grads]
 
 
 class _Once(torch.autograd.Function):
-    """Hands the gradient through; a derivative of it is refused."""
+    """Hands a gradient through unchanged; its backward refuses."""
 
     @staticmethod
     def forward(ctx, refuse, gradient, *sources):

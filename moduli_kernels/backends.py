@@ -1,4 +1,4 @@
-"""Which implementation runs: chosen by device, or by the user with `backend(...)` or MODULI_KERNELS_BACKEND."""
+"""Which implementation runs: the device decides, or the user with `backend(...)` or MODULI_KERNELS_BACKEND."""
 from __future__ import annotations
 
 import os
@@ -11,11 +11,12 @@ from . import runtime
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 _DEVICE = {"cpp": "cpu", "triton": "cpu" if runtime.triton_interpreted else "cuda", "cuda": "cuda"}
-_forced: str | None = os.environ.get("MODULI_KERNELS_BACKEND") or None
+# The backend that the user has asked for, not yet checked; None leaves the choice to the package.
+forced: str | None = os.environ.get("MODULI_KERNELS_BACKEND") or None
 
 
 def availability() -> dict[str, tuple[bool, str]]:
-    """Backend -> (can it run here, why or why not in words)."""
+    """{backend: (whether it can run here, why or why not in words)}."""
     return {
         "reference": (True, "plain PyTorch, any device"),
         "cpp": (runtime.cpu_ops_error is None, runtime.cpu_ops_error or "compiled CPU kernels are loaded"),
@@ -49,33 +50,39 @@ def _check(name: str) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the package's ops on one backend inside a `with` block. Process-wide, as is the environment variable
-    MODULI_KERNELS_BACKEND.
+    """Runs the package's ops on one backend inside a `with` block. It holds for the whole process, as does the
+    environment variable MODULI_KERNELS_BACKEND.
 
     Args:
         name: "reference" (plain PyTorch), "cpp", "triton" or "cuda".
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend that is not available here; inside the block, tensors on a device it does not serve.
+        RuntimeError: a backend that is not available here; inside the block, tensors on a device that it does not
+            serve.
     """
-    global _forced
-    before, _forced = _forced, _check(name)
+    global forced
+    before, forced = forced, _check(name)
     try:
         yield
     finally:
-        _forced = before
+        forced = before
 
 
 def active(device_type: str) -> str:
-    """The backend that serves tensors on this type of device ("cpu", "cuda", ...)."""
-    if _forced is None:
+    """The backend that serves tensors on this type of device ("cpu", "cuda", ...).
+
+    Raises:
+        ValueError, RuntimeError: the user has asked for a backend that does not exist, is not available here, or does
+            not serve this type of device.
+    """
+    if forced is None:
         if device_type == "cuda" and not runtime.triton_interpreted and _triton()[0]:
             return "triton"
         return "cpp" if device_type == "cpu" and runtime.cpu_ops_error is None else "reference"
-    if _check(_forced) != "reference" and _DEVICE[_forced] != device_type:
+    if _check(forced) != "reference" and _DEVICE[forced] != device_type:
         raise RuntimeError(
-            f"backend {_forced!r} runs on {_DEVICE[_forced]} tensors, got one on {device_type}; move it or leave the "
+            f"backend {forced!r} runs on {_DEVICE[forced]} tensors, got one on {device_type}; move it or leave the "
             "choice to the package."
         )
-    return _forced
+    return forced

@@ -1,8 +1,8 @@
-"""Tensors sharded over processes (DTensor, as torch.distributed.fsdp.fully_shard makes them): which rows a rank holds,
-and the two sums over ranks that a penalty of such a weight needs.
+"""Tensors sharded over processes, the DTensors that torch.distributed.fsdp.fully_shard makes: which rows a rank holds,
+and the two sums over ranks that the penalty of such a weight needs.
 
-torch.distributed.tensor is slow to import and missing from some builds of torch, so nothing here imports it: where a
-DTensor exists, somebody has.
+torch.distributed.tensor is slow to import and missing from some builds of torch, so it is imported here only where a
+DTensor has come in, and it must be loaded already.
 """
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
-    if type(tensor) in (Tensor, nn.Parameter):  # the usual case, cheap
+    """Whether this is a DTensor."""
+    if type(tensor) in (Tensor, nn.Parameter):  # the usual case, which must cost little
         return False
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def check_plain_points(rows: Tensor, cols: Tensor | None) -> None:
-    """Points are whole on every rank."""
+    """The points must be whole on every rank.
+
+    Raises:
+        NotImplementedError: they are DTensors.
+    """
     for name, points in (("rows", rows), ("cols", cols)):
         if is_sharded(points):
             raise NotImplementedError(
@@ -32,7 +36,16 @@ def check_plain_points(rows: Tensor, cols: Tensor | None) -> None:
 
 
 def check_resharded(what: str, tensor: Tensor, sharded: bool) -> None:
-    """A parameter is sharded, or not, as it was when its pruner was made."""
+    """A pruned parameter must be sharded now if it was when its pruner was made, and whole if it was whole.
+
+    Args:
+        what: how the message names the parameter.
+        tensor: the parameter as it is now.
+        sharded: whether it was sharded then.
+
+    Raises:
+        RuntimeError: it is not as it was.
+    """
     if is_sharded(tensor) == sharded:
         return
     if sharded:
@@ -47,8 +60,10 @@ def check_resharded(what: str, tensor: Tensor, sharded: bool) -> None:
 
 
 class Shard(NamedTuple):
-    """What this rank holds of a tensor: its rows `first`, ..., `first + len(local) - 1`, possibly none.
+    """The rows of a tensor that this rank holds, possibly none.
 
+    local: the rows, a plain tensor.
+    first: the number of the first of them in the whole tensor.
     group: the processes that hold the other rows, in the order of the rows; None where this rank has all of them.
     """
 
@@ -57,14 +72,19 @@ class Shard(NamedTuple):
     group: Any
 
     def rows_of(self, whole: Tensor) -> Tensor:
-        """The same rows of a plain tensor of as many rows: a view."""
+        """The same rows of a plain tensor that has as many rows as the whole one: a view."""
         return whole.narrow(0, self.first, self.local.shape[0])
 
 
 def shard_of(tensor: Tensor, name: str = "weight") -> Shard:
-    """This rank's rows of a DTensor; the gradient of `.local` goes to the DTensor.
+    """This rank's rows of a DTensor. Autograd hands the gradient of `.local` on to the DTensor.
 
-    Raises NotImplementedError for a tensor that is cut along another dimension than rows, or along several.
+    Args:
+        tensor: the DTensor.
+        name: how the message names it.
+
+    Raises:
+        NotImplementedError: the tensor is cut along another dimension than rows, or along several.
     """
     from torch.distributed.tensor import Replicate, Shard as Cut
 
@@ -77,7 +97,7 @@ def shard_of(tensor: Tensor, name: str = "weight") -> Shard:
             f"{name} must be sharded along dimension 0 and one dimension of the mesh, got {placements}; let "
             "fully_shard choose the placement (no shard_placement_fn, no tensor parallelism)."
         )
-    # torch.chunk's rule, by which Shard cuts: equal parts but the last ones, which may be smaller or empty
+    # Shard cuts by torch.chunk's rule: all parts are equal, but the last ones may be smaller or empty.
     rows, ranks, rank = tensor.shape[0], mesh.size(cuts[0]), mesh.get_local_rank(cuts[0])
     part = -(-rows // ranks)
     first = min(rank * part, rows)
@@ -91,18 +111,30 @@ def shard_of(tensor: Tensor, name: str = "weight") -> Shard:
 
 
 def sum_over_ranks(value: Tensor, group: Any) -> Tensor:
-    """The sum of the ranks' values, on every rank. Each rank's part of it gets the gradient of the sum: every rank
-    computes the same loss from it."""
+    """The sum of the ranks' values, on every rank.
+
+    Every rank computes the same loss from the sum, so the gradient of the sum is that of each rank's own value.
+
+    Args:
+        value: this rank's, any shape.
+        group: the processes to sum over; None returns the value itself.
+    """
     return value if group is None else _SumOverRanks.apply(value, group)
 
 
 def shared_by_ranks(tensor: Tensor, group: Any) -> Tensor:
-    """The tensor, equal on every rank, for use in what each rank computes of a sum over ranks: its gradient is the sum
-    of theirs."""
+    """The tensor, for use in this rank's part of a sum over ranks: its gradient is the sum of the ranks' gradients.
+
+    Args:
+        tensor: equal on every rank.
+        group: the processes to sum over; None returns the tensor itself.
+    """
     return _SharedByRanks.apply(tensor, group) if group is not None and tensor.requires_grad else tensor
 
 
 class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks in forward; the gradient as it comes in backward."""
+
     @staticmethod
     def forward(ctx, value, group):
         total = value.detach().clone()
@@ -115,6 +147,8 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _SharedByRanks(torch.autograd.Function):
+    """The tensor as it is in forward; the sum of the gradients over ranks in backward."""
+
     @staticmethod
     def forward(ctx, tensor, group):
         ctx.group = group

@@ -1,4 +1,4 @@
-"""Kept connections by the distance of their two neurons: counted, and as histograms in TensorBoard."""
+"""Counts the kept connections by the distance of their two neurons, and writes histograms of them to TensorBoard."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,22 +7,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks
-from .geometry.manifolds import Manifold, manifold as manifold_of
+from .checks import positive_int
+from .geometry.base import Manifold
+from .geometry.checks import embedding_points
+from .geometry.presets import manifold as manifold_of
 from .masks import get_mask
-from .penalty.attach import Regularization, Target, _parameter
+from .penalty.attach import Regularization, Target, parameter_of
 from .penalty.modules import ModuliRegularizer
 from .pruning.pruner import MagnitudePruner
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_TILE = 256  # rows looked at together: nothing n x n is made
+_TILE = 256  # as many rows are read at a time, so that nothing of size n x n is made
 
 
 class KeptByDistance(NamedTuple):
-    """edges (bins + 1,): of the bins, float64, in the manifold's units. fraction (bins,): kept share of the connections
-    in each bin, float64, NaN where a bin has none. counts (bins,): all connections in each bin, int64."""
+    """What `kept_by_distance` counts.
+
+    edges: (bins + 1,), float64, the edges of the bins in the manifold's unit of length.
+    fraction: (bins,), float64, the share of the connections in each bin that is kept; NaN where a bin has none.
+    counts: (bins,), int64, the number of all connections in each bin.
+    """
 
     edges: Tensor
     fraction: Tensor
@@ -31,38 +37,40 @@ class KeptByDistance(NamedTuple):
 
 def kept_by_distance(mask: Tensor, points: Tensor, manifold: Manifold | str, *, cols: Tensor | None = None,
                      bins: int = 30, blocks: int = 1) -> KeptByDistance:
-    """The share of connections kept, by the geodesic distance of their two neurons.
+    """The share of connections that are kept, by the geodesic distance of their two neurons.
+
+    256 rows are read at a time, in float64, and all of them twice: the first time for the largest distance.
 
     Args:
-        mask: (blocks*R, C) or (R, C, *kernel): bool, True = kept, or weights, non-zero = kept; a kernel is kept where
-            any of it is.
-        points: (R, ambient_dim), of the rows.
+        mask: (blocks*R, C) or (R, C, *kernel), bool (True = kept) or weights (non-zero = kept); a kernel is kept if any
+            entry of it is.
+        points: (R, ambient_dim), the points of the rows.
         manifold: a Manifold or a preset's name.
-        cols: (C, ambient_dim), of the columns, None = points.
-        bins: how many of equal width, from 0 to the largest distance.
-        blocks: gate blocks stacked in rows that share the points.
+        cols: (C, ambient_dim), the points of the columns; None means that they are those of the rows.
+        bins: the number of bins of equal width, from 0 to the largest distance.
+        blocks: the number of gate blocks that are stacked in rows and share the points.
 
     Returns:
-        KeptByDistance, on the CPU. Looks at 256 rows at a time, in float64, twice: first for the largest distance.
+        KeptByDistance, on the CPU.
 
     Raises:
-        ValueError, TypeError: mask or points do not fit, an unknown preset, bins < 1.
+        ValueError, TypeError: mask or points do not fit, the preset is unknown, or bins < 1.
     """
     m = manifold_of(manifold)
-    checks.positive_int("bins", bins)
+    positive_int("bins", bins)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor (rows, columns), got a {type(mask).__name__}; pass "
                         "torch.as_tensor(mask).")
     if mask.layout != torch.strided:
         raise TypeError(f"mask must be dense, got {mask.layout}; pass mask.to_dense().")
-    blocks = checks.positive_int("blocks", blocks)
+    blocks = positive_int("blocks", blocks)
     if mask.dim() < 2 or not mask.numel() or mask.shape[0] % blocks:
         raise ValueError(f"mask must have shape (blocks*R, C) with blocks={blocks} and R, C at least 1, got "
                          f"{tuple(mask.shape)}; of a vector there are no connections.")
     rows = mask.shape[0] // blocks
-    checks.embedding_points(points, rows, m)
+    embedding_points(points, rows, m)
     if cols is not None:
-        checks.embedding_points(cols, mask.shape[1], m)
+        embedding_points(cols, mask.shape[1], m)
     elif mask.shape[1] != rows:
         raise ValueError(f"cols must be the points of the {mask.shape[1]} columns, got None, which means that rows and "
                          f"columns are the same neurons, beside {rows} rows; pass cols.")
@@ -85,19 +93,20 @@ def kept_by_distance(mask: Tensor, points: Tensor, manifold: Manifold | str, *, 
 
 def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pruner: MagnitudePruner | None = None,
                    bins: int = 30) -> None:
-    """Writes, for each weight that reg penalizes, two histograms over the distance of the two neurons: "kept
-    connections by distance/<weight>", their number, and "kept share by distance/<weight>", which a local net has high
-    at the left whatever the manifold's shape. With pruner also the scalar "sparsity".
+    """Writes two histograms over the distance of the two neurons to TensorBoard, for each weight that reg penalizes.
+
+    "kept connections by distance/<weight>" is the number of kept connections. "kept share by distance/<weight>" is
+    their share of all connections at that distance; a local net has its bars at the left, whatever the manifold's
+    shape. A connection is kept if the weight's mask (see moduli_kernels/masks.py) keeps it or, without a mask, if it is
+    not 0. The sums of a histogram are those of the middles of its bins.
 
     Args:
-        writer: torch.utils.tensorboard.SummaryWriter.
-        reg: of mk.regularize; a control (shuffled, matched) has no points: pass the regularization it was made from.
-        step: the epoch, say.
-        pruner: whose sparsity to write, None = none.
-        bins: as `kept_by_distance`.
-
-    Kept is what the weight's mask (`<name>_mask`) keeps; without a mask, what is not 0. A histogram's min, max and sums
-    are those of the bins' middles.
+        writer: a torch.utils.tensorboard.SummaryWriter.
+        reg: what mk.regularize returned. A control (shuffled, matched) has no points: pass the regularization that it
+            was made from.
+        step: the number of the step on TensorBoard's axis, such as the epoch.
+        pruner: writes its sparsity too, as the scalar "sparsity"; None writes none.
+        bins: the number of bins, as in `kept_by_distance`.
 
     Raises:
         TypeError: reg holds a regularizer without points.
@@ -118,14 +127,14 @@ def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pru
 
 
 def _kept(target: Target) -> Tensor:
-    """The mask of a weight, else the weight, cut to its columns."""
+    """The mask of a weight or, if it has none, the weight itself, cut to the columns of the target."""
     mask = get_mask(target.module, target.name)
-    mask = _parameter(target) if mask is None else mask
+    mask = parameter_of(target) if mask is None else mask
     return mask if target.columns is None else mask[:, target.columns]
 
 
 def _add(writer: SummaryWriter, tag: str, edges: Tensor, heights: Tensor, step: int) -> None:
-    """TensorBoard's own binning would need one number a connection."""
+    """Writes heights (bins,) as a histogram; TensorBoard's own binning would need one number for each connection."""
     middles = (edges[1:] + edges[:-1]) / 2
     writer.add_histogram_raw(
         tag, min=float(edges[0]), max=float(edges[-1]), num=float(heights.sum()), sum=float((heights * middles).sum()),

@@ -1,6 +1,7 @@
 """What could be loaded in this process: the compiled C++ library and Triton. backends.py decides which of them runs.
 
-Importing this module loads the C++ library and looks whether Triton is installed; it imports neither Triton nor CUDA.
+Importing this module loads the C++ library and finds out whether Triton is installed; it imports neither Triton nor
+CUDA.
 """
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import sys
 import torch
 
 
-def _load_cpu_ops() -> str | None:
-    """Loads the shared library; None, or in words why it cannot be."""
+def load_cpu_ops() -> str | None:
+    """Loads the shared library. Returns None, or in words why it cannot be loaded."""
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     path = pathlib.Path(__file__).with_name("_cpu_ops" + suffix)
     if not path.exists():
@@ -26,8 +27,8 @@ def _load_cpu_ops() -> str | None:
     return None
 
 
-cpu_ops_error = _load_cpu_ops()
+cpu_ops_error = load_cpu_ops()
 
 triton_installed = importlib.util.find_spec("triton") is not None
-# Triton reads this variable once, at its import: its kernels then run on CPU tensors, for tests without a GPU.
+# Triton reads this variable once, when it is imported: its kernels then run on CPU tensors, for tests without a GPU.
 triton_interpreted = triton_installed and os.environ.get("TRITON_INTERPRET") == "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
-from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.ops.block_layout import lay_out_blocks
 from moduli_kernels.reference import rnn as reference_rnn
 from moduli_kernels.reference.rnn import Step
 from moduli_kernels.triton.rnn import shares as shares_table
@@ -42,7 +42,7 @@ def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str
         masks, forward, backward, compressed = (mask_ih, mask_hh), ops.masked_rnn, ops.masked_rnn_grads, [None] * 4
     else:
         order = torch.randperm(n, generator=generator).cuda()
-        layout = blocked_rnn_op.flat(block_layout(mask_hh, order, order, side=SIDE, threshold=threshold))
+        layout = blocked_rnn_op.flat(lay_out_blocks(mask_hh, order, order, side=SIDE, threshold=threshold))
         masks, compressed = (mask_ih, mask_hh, layout, SIDE), []
         forward, backward = ops.blocked_rnn, ops.blocked_rnn_grads
     output, h_n, *kept = forward(x, h, w_ih, w_hh, b_ih, b_hh, *masks, *compressed, lengths, *step, True)

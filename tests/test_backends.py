@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def nothing_forced(monkeypatch):
     """As in a fresh process, whatever MODULI_KERNELS_BACKEND the suite runs under."""
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
 
 
 def ops_called(call) -> set[str]:
@@ -125,7 +125,7 @@ def test_what_no_kernel_knows_runs_on_the_reference():
 
 
 def test_the_tiled_path_warns_where_the_user_calls(monkeypatch):
-    monkeypatch.setattr(mk.Manifold, "_warned", set())
+    monkeypatch.setattr(mk.Manifold, "warned", set())
     with pytest.warns(UserWarning, match="the inhibitor CallableInhibitor") as caught:
         penalty(inhibitor=lambda d: d)
     assert caught[0].filename == __file__
@@ -168,11 +168,11 @@ def test_availability():
 
 def test_in_words_why_the_extension_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
-    missing = runtime._load_cpu_ops()
+    missing = runtime.load_cpu_ops()
     assert re.fullmatch(r"the extension is not built \(.*`make build`.*\)", missing)
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     (tmp_path / f"_cpu_ops{suffix}").write_bytes(b"not a library")
-    broken = runtime._load_cpu_ops()
+    broken = runtime.load_cpu_ops()
     assert re.fullmatch(rf"_cpu_ops{suffix} does not load \(.*\); rebuild it with `make build`", broken,
                         re.DOTALL)
 

@@ -60,7 +60,7 @@ def test_report_says_which_backend_is_active():
 
 
 def test_a_backend_that_cannot_be_had_is_reported_not_raised(monkeypatch):
-    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "forced", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     [active] = [line for line in env_report().splitlines() if line.startswith("active")]
     assert "none (backend 'cuda'" in active

@@ -1,14 +1,15 @@
-"""Bad input to the penalty, the regularizers and regularize: every message word for word.
+"""Every message that penalty, regularizers, manifolds, inhibitors and regularize raise for wrong input, word for word.
 
-test_every_check_is_tested holds that no `raise` of moduli_kernels/checks.py is left out here.
+test_every_check_is_tested makes sure that no `raise` in the package's checks is left out here; those of rnn/checks.py
+are tested in tests/rnn.
 """
 from __future__ import annotations
 
 import ast
-import inspect
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,12 +17,13 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels import checks
 from tests.support.penalty_cases import BACKENDS, draw_points, draw_weight
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
               pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
 
+PACKAGE = Path(mk.__file__).parent
+CHECKS = [path for path in sorted(PACKAGE.rglob("checks.py")) if path.parent.name != "rnn"]
 TORUS = "FlatTorus(periods=(10.0, 10.0))"
 
 
@@ -98,7 +100,7 @@ CHOICES = {
         "'mixed', got 'tours'; pick one of them."),
     "manifold_class": Case(lambda: mk.ModuliRegularizer(3, manifold=mk.Sphere), ValueError,
         "manifold must be a Manifold or one of 'torus', 'torus6', 'circle', 'sphere', 's3', 'klein', 'r3', "
-        "'mixed', got <class 'moduli_kernels.manifolds.Sphere'>; pick one of them."),
+        "'mixed', got <class 'moduli_kernels.Sphere'>; pick one of them."),
     "inhibitor": Case(lambda: penalty(inhibitor=3.0), TypeError,
         "inhibitor must be an Inhibitor, a callable d -> f(d) or None, got 3.0; pass for example "
         "DifferenceOfGaussians()."),
@@ -322,18 +324,18 @@ def test_message(case):
 
 
 def test_every_check_is_tested():
-    """The lines of checks.py that the cases above raise at are all of its raise statements."""
-    source = inspect.getsource(checks)
-    written = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
+    """The cases above raise at every raise statement of CHECKS."""
     reached = set()
     for call, error, _ in ALL.values():
         with pytest.raises(error) as caught:
             call()
-        reached |= {entry.lineno + 1 for entry in caught.traceback if str(entry.path) == checks.__file__}
-    spans = {node.lineno: node.end_lineno for node in ast.walk(ast.parse(source))
-             if isinstance(node, ast.Raise)}
-    missed = {line for line in written if not any(line <= at <= spans[line] for at in reached)}
-    assert not missed, f"no case raises at checks.py:{sorted(missed)}"
+        reached |= {(Path(entry.path), entry.lineno + 1) for entry in caught.traceback}
+    statements = [(path, node) for path in CHECKS for node in ast.walk(ast.parse(path.read_text()))
+                  if isinstance(node, ast.Raise)]
+    assert len(CHECKS) > 1 and statements
+    missed = [f"{path.relative_to(PACKAGE)}:{node.lineno}" for path, node in statements
+              if not any((path, line) in reached for line in range(node.lineno, node.end_lineno + 1))]
+    assert not missed, f"no case raises at {', '.join(missed)}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

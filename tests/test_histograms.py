@@ -1,4 +1,4 @@
-"""Kept connections by distance: the counts, and their histograms in TensorBoard."""
+"""Tests the counts of kept connections by distance, and their histograms in TensorBoard."""
 from __future__ import annotations
 
 import re
@@ -87,7 +87,7 @@ def test_tensorboard_histograms(tmp_path):
     reg, pruner = mk.regularize(net), mk.MagnitudePruner([(net["rnn"], "weight_hh_l0")])
     pruner.step_to(0.8)
     with torch.no_grad():
-        net["rnn"].weight_hh_l0.fill_(1)  # the mask counts, not what stands there
+        net["rnn"].weight_hh_l0.fill_(1)  # what the mask removes must not count, whatever its value
     with SummaryWriter(str(tmp_path)) as writer:
         add_histograms(writer, reg, 7, pruner=pruner, bins=5)
         with pytest.raises(TypeError, match="got a CoefficientRegularizer for gru.weight_hh_l0; pass the"):
@@ -99,7 +99,7 @@ def test_tensorboard_histograms(tmp_path):
     (share,) = events.Histograms("kept share by distance/rnn.weight_hh_l0")
     points = dict(reg.items())["rnn.weight_hh_l0"].rows.points
     want = kept_by_distance(net["rnn"].weight_hh_l0_mask, points, "torus", bins=5)
-    assert number.step == 7 and sum(number.histogram_value.bucket) == 80  # 20 % of 400
+    assert number.step == 7 and sum(number.histogram_value.bucket) == 80  # 20 % of 400 connections
     assert number.histogram_value.bucket_limit == want.edges[1:].tolist()
     assert share.histogram_value.bucket == want.fraction.tolist()
     (gates,) = events.Histograms("kept connections by distance/gru.weight_hh_l0")

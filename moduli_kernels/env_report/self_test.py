@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import availability, backend
-from ..geometry.manifolds import manifold
+from ..geometry.presets import manifold
 from ..penalty.function import moduli_penalty
 from ..rnn.sparse_rnn import SparseRNN
 

@@ -1,8 +1,8 @@
 """Inhibitors a user picks: f(d) >= 0, the cost of a connection between neurons at geodesic distance d.
 
-Frozen dataclasses, callable on distances. Inside the penalty they are used through the SQUARED distance s = d^2:
-`from_squared(s)` = f(sqrt s) and `slope(s)` = df/ds, finite everywhere (where df/ds diverges at s = 0 the value
-taken there is 0). The compiled kernels hold the same formulas (csrc/inhibitor.h).
+They are frozen dataclasses, callable on distances. The penalty uses them through the SQUARED distance s = d^2:
+`from_squared(s)` is f(sqrt s), and `slope(s)` is df/ds. The compiled kernels hold the same formulas, in
+csrc/inhibitors.h and moduli_kernels/triton/inhibitors.py.
 """
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from .manifolds import sqrt_of_square
+from ..checks import positive, positive_int
+from .base import Inhibitor, KernelForm
+from .checks import ordered_sigmas, table_values
+from .maths import floating, sqrt_of_square
 
-
-def _floating(d: Tensor | float) -> Tensor:
-    d = torch.as_tensor(d)
-    return d if d.is_floating_point() else d.to(torch.get_default_dtype())
+__all__ = ["Constant", "DifferenceOfGaussians", "Diffusion", "RickerWavelet", "Sinusoid", "TabulatedInhibitor"]
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent for x >= 0, without pow where the exponent is a small integer or a half."""
+    """x^exponent for x >= 0. It avoids pow, which is slow, where the exponent is 0, 1/2, 1 or 2."""
     if exponent == 0:
         return torch.ones_like(x)
     if exponent == 1:
@@ -34,59 +33,46 @@ def _power(x: Tensor, exponent: float) -> Tensor:
     return x.square() if exponent == 2 else x.pow(exponent)
 
 
-class Inhibitor:
-    """Base class of the built-in inhibitors."""
-
-    trainable: ClassVar[bool] = True
-    """False where f is monotone: a trained embedding then collapses to a point (or, f constant, never moves)."""
-
-    def __call__(self, d: Tensor) -> Tensor:
-        """f(d) of distances d >= 0, elementwise; differentiable."""
-        return self.from_squared(_floating(d).square())
-
-    def from_squared(self, s: Tensor) -> Tensor:
-        """f as a function of s = d^2, elementwise."""
-        raise NotImplementedError
-
-    def slope(self, s: Tensor) -> Tensor:
-        """df/ds, elementwise."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class DifferenceOfGaussians(Inhibitor):
-    """The experiments' default (paper, App. E, eq. 7).
+    """A narrow Gaussian less a wide one, the default of the paper's experiments (App. E, eq. 7).
 
         f(d) = offset - c (exp(-d^2/sigma2) - exp(-d^2/sigma1))
         df/ds = c (exp(-s/sigma2)/sigma2 - exp(-s/sigma1)/sigma1)
 
-    offset = c in the paper's equation 7; with `zero_min` it is the maximum of the difference, so that the cheapest
-    distance, d^2 = ln(sigma2/sigma1) / (1/sigma1 - 1/sigma2), costs 0 (the authors' code).
+    In the paper's equation 7, offset = c. With `zero_min` offset is the maximum of the difference, so that the cheapest
+    distance, d^2 = ln(sigma2/sigma1) / (1/sigma1 - 1/sigma2), costs 0; the authors' code does so.
 
     Args:
         c: the height, positive; in the unit of f.
-        sigma1: of the narrow Gaussian, positive. As the paper's, it divides d^2 and is a squared length.
-        sigma2: of the wide Gaussian, likewise; sigma1 < sigma2.
-        zero_min: the cheapest distance costs 0; else offset = c.
+        sigma1: the width of the narrow Gaussian, positive. As in the paper it divides d^2, so it is a squared length.
+        sigma2: the width of the wide Gaussian, in the same unit; sigma1 < sigma2.
+        zero_min: whether the cheapest distance costs 0; otherwise offset = c.
 
     Raises:
         ValueError: c, sigma1 or sigma2 is not positive or not finite, or sigma1 >= sigma2.
-        TypeError: c, sigma1 or sigma2 is no number.
+        TypeError: c, sigma1 or sigma2 is not a number.
     """
 
     c: float = 100.0
     sigma1: float = 0.25
     sigma2: float = 5.0
     zero_min: bool = True
+    kernel_form = KernelForm(code=0, parameters=("c", "sigma1", "sigma2", "offset"))
 
     def __post_init__(self):
         for name in ("c", "sigma1", "sigma2"):
-            checks.positive(name, getattr(self, name))
-        checks.ordered_sigmas(self.sigma1, self.sigma2)
+            positive(name, getattr(self, name))
+        ordered_sigmas(self.sigma1, self.sigma2)
+
+    @classmethod
+    def from_kernel(cls, parameters: list[float], table: Tensor | None) -> Inhibitor:
+        c, sigma1, sigma2, offset = parameters
+        return cls(c, sigma1, sigma2, zero_min=offset != c)  # the peak of the difference is smaller than c
 
     @property
     def offset(self) -> float:
-        """c, or with `zero_min` the maximum of c (exp(-d^2/sigma2) - exp(-d^2/sigma1)) over d: then min f = 0."""
+        """The constant in f: c or, with `zero_min`, the maximum over d of what is subtracted, so that min f = 0."""
         if not self.zero_min:
             return self.c
         s = math.log(self.sigma2 / self.sigma1) / (1 / self.sigma1 - 1 / self.sigma2)
@@ -102,11 +88,12 @@ class DifferenceOfGaussians(Inhibitor):
 
 @dataclass(frozen=True)
 class Diffusion(Inhibitor):
-    """A cost that grows with the distance (paper, App. E, eq. 7-8):
+    """A cost that grows with the distance (paper, App. E, eq. 7-8).
 
-        f(d) = c d^exponent,   df/ds = c (exponent/2) s^(exponent/2 - 1),
+        f(d) = c d^exponent,   df/ds = c (exponent/2) s^(exponent/2 - 1)
 
-    the slope taken as 0 at s = 0 where it diverges (exponent < 2). Monotone: not for trained embeddings.
+    The slope is taken to be 0 at s = 0 where it diverges (exponent < 2). f is monotone, so it does not suit trained
+    points: they would collapse to one.
 
     Args:
         c: the cost at distance 1, positive.
@@ -114,19 +101,20 @@ class Diffusion(Inhibitor):
 
     Raises:
         ValueError: c or exponent is not positive or not finite.
-        TypeError: c or exponent is no number.
+        TypeError: c or exponent is not a number.
     """
 
     c: float = 1.0
     exponent: float = 2.0
     trainable: ClassVar[bool] = False
+    kernel_form = KernelForm(code=1, parameters=("c", "exponent"))
 
     def __post_init__(self):
-        checks.positive("c", self.c)
-        checks.positive("exponent", self.exponent)
+        positive("c", self.c)
+        positive("exponent", self.exponent)
 
     def from_squared(self, s: Tensor) -> Tensor:
-        zero = s == 0  # no derivative there for exponent < 2: autograd sees none
+        zero = s == 0  # for exponent < 2 there is no derivative at 0, so autograd must not meet one
         return self.c * torch.where(zero, s, _power(torch.where(zero, torch.ones_like(s), s), self.exponent / 2))
 
     def slope(self, s: Tensor) -> Tensor:
@@ -137,27 +125,28 @@ class Diffusion(Inhibitor):
 
 @dataclass(frozen=True)
 class Sinusoid(Inhibitor):
-    """A cost that is periodic in the distance (paper, App. E, eq. 7-8):
+    """A cost that is periodic in the distance (paper, App. E, eq. 7-8).
 
-        f(d) = c + c cos(mu d),   df/ds = -(c mu^2/2) sin(mu d)/(mu d),
+        f(d) = c + c cos(mu d),   df/ds = -(c mu^2/2) sin(mu d)/(mu d)
 
-    the slope -c mu^2/2 at d = 0.
+    The slope at d = 0 is -c mu^2/2.
 
     Args:
         c: half of the largest cost, positive.
-        mu: radians a unit of distance, positive.
+        mu: the angular frequency in radians for each unit of distance, positive.
 
     Raises:
         ValueError: c or mu is not positive or not finite.
-        TypeError: c or mu is no number.
+        TypeError: c or mu is not a number.
     """
 
     c: float = 10.0
     mu: float = 2.0
+    kernel_form = KernelForm(code=2, parameters=("c", "mu"))
 
     def __post_init__(self):
-        checks.positive("c", self.c)
-        checks.positive("mu", self.mu)
+        positive("c", self.c)
+        positive("mu", self.mu)
 
     def from_squared(self, s: Tensor) -> Tensor:
         return self.c + self.c * torch.cos(self.mu * sqrt_of_square(s))
@@ -168,32 +157,33 @@ class Sinusoid(Inhibitor):
 
 @dataclass(frozen=True)
 class RickerWavelet(Inhibitor):
-    """The Ricker wavelet, upside down (paper, App. E, eq. 7-8):
+    """The Ricker wavelet psi, upside down (paper, App. E, eq. 7-8).
 
         psi(d) = A (1 - u) exp(-u/2),   u = d^2/sigma^2,   A = 2/sqrt(3 sigma sqrt(pi)),
-        f(d) = c (psi(0) - psi(d)),   df/ds = c A (3 - u) exp(-u/2) / (2 sigma^2).
+        f(d) = c (psi(0) - psi(d)),   df/ds = c A (3 - u) exp(-u/2) / (2 sigma^2)
 
-    Distance 0 costs nothing, d = sqrt(3) sigma costs most.
+    Distance 0 costs nothing, and d = sqrt(3) sigma costs most.
 
     Args:
-        sigma: the width, positive; a length, in the manifold's unit.
-        c: a factor, positive.
+        sigma: the width, positive; a length in the manifold's unit.
+        c: the factor before the wavelet, positive.
 
     Raises:
         ValueError: sigma or c is not positive or not finite.
-        TypeError: sigma or c is no number.
+        TypeError: sigma or c is not a number.
     """
 
     sigma: float = 1.0
     c: float = 1.0
+    kernel_form = KernelForm(code=3, parameters=("sigma", "c"))
 
     def __post_init__(self):
-        checks.positive("sigma", self.sigma)
-        checks.positive("c", self.c)
+        positive("sigma", self.sigma)
+        positive("c", self.c)
 
     @property
     def peak(self) -> float:
-        """A = psi(0)."""
+        """The height of the wavelet, A = psi(0)."""
         return 2 / math.sqrt(3 * self.sigma * math.sqrt(math.pi))
 
     def from_squared(self, s: Tensor) -> Tensor:
@@ -207,21 +197,22 @@ class RickerWavelet(Inhibitor):
 
 @dataclass(frozen=True)
 class Constant(Inhibitor):
-    """f(d) = c: the penalty is plain L_l. A non-finite point still makes it NaN.
+    """The same cost at every distance, f(d) = c: the penalty is then plain L_l. A non-finite point still makes it NaN.
 
     Args:
-        c: the cost at every distance, positive.
+        c: the cost, positive.
 
     Raises:
         ValueError: c is not positive or not finite.
-        TypeError: c is no number.
+        TypeError: c is not a number.
     """
 
     c: float = 1.0
     trainable: ClassVar[bool] = False
+    kernel_form = KernelForm(code=4, parameters=("c",))
 
     def __post_init__(self):
-        checks.positive("c", self.c)
+        positive("c", self.c)
 
     def from_squared(self, s: Tensor) -> Tensor:
         return torch.where(torch.isnan(s), s, torch.full_like(s, self.c))
@@ -232,52 +223,67 @@ class Constant(Inhibitor):
 
 @dataclass(frozen=True)
 class TabulatedInhibitor(Inhibitor):
-    """Any smooth f at full speed on every backend: the cubic Hermite interpolant of f, sampled at `samples`
-    equidistant distances in [0, max_distance], with slopes by sixth-order finite differences; constant beyond
-    max_distance. With x = d (samples - 1)/max_distance, i = floor(x), t = x - i and node values v and slopes m
+    """Any smooth f at full speed on every backend, from a table of its values.
 
-        f(d) = v_i h00(t) + m_i h10(t) + v_i+1 h01(t) + m_i+1 h11(t),   df/ds = f'(d) / (2 d), taken as 0 at d = 0.
+    f is sampled at `samples` equidistant distances in [0, max_distance] and interpolated by cubic Hermite polynomials,
+    whose slopes at the nodes are sixth-order finite differences; beyond max_distance it is constant. With
+    x = d (samples - 1)/max_distance, i = floor(x), t = x - i, and values v and slopes m at the nodes,
 
-    Two tables are equal when max_distance and samples are, and the values of f there.
+        f(d) = v_i h00(t) + m_i h10(t) + v_i+1 h01(t) + m_i+1 h11(t),   df/ds = f'(d) / (2 d), taken to be 0 at d = 0.
+
+    Two tables are equal if max_distance, samples and the values of f at the nodes are.
 
     Args:
-        f: callable on a float64 tensor of distances, elementwise; only its samples are kept.
-        max_distance: positive, best at least the manifold's diameter.
-        samples: how many distances f is asked for, at least 8.
+        f: a function of a float64 tensor of distances, elementwise; only its samples are kept.
+        max_distance: positive; choose at least the manifold's diameter.
+        samples: the number of distances at which f is sampled, at least 8.
 
     Raises:
-        ValueError: max_distance is not positive or not finite, samples < 8, f is not finite on [0, max_distance].
-        TypeError: max_distance is no number, samples no integer.
+        ValueError: max_distance is not positive or not finite, samples < 8, or f is not finite on [0, max_distance].
+        TypeError: max_distance is not a number, or samples is not an integer.
     """
 
     f: InitVar[Callable[[Tensor], Tensor]]
     max_distance: float
     samples: int = 4096
     values: tuple[float, ...] = field(init=False, repr=False)
+    kernel_form = KernelForm(code=5, parameters=("max_distance",))
 
     def __post_init__(self, f: Callable[[Tensor], Tensor]):
-        checks.positive("max_distance", self.max_distance)
-        checks.positive_int("samples", self.samples, minimum=8)
+        positive("max_distance", self.max_distance)
+        positive_int("samples", self.samples, minimum=8)
         d = torch.linspace(0, self.max_distance, self.samples, dtype=torch.float64)
         values = torch.as_tensor(f(d), dtype=torch.float64).detach().expand(self.samples)
-        checks.table_values(values)
+        table_values(values)
         object.__setattr__(self, "values", tuple(values.tolist()))
         steps = values.diff()
         object.__setattr__(self, "trainable", not bool((steps >= 0).all() or (steps <= 0).all()))
 
     @classmethod
     def from_values(cls, values: list[float], max_distance: float) -> TabulatedInhibitor:
-        """The table whose samples at equidistant distances in [0, max_distance] are `values`, at least 8."""
+        """The inhibitor whose samples at equidistant distances in [0, max_distance] are `values`, at least 8."""
         return cls(lambda d: torch.tensor(values, dtype=torch.float64), max_distance, len(values))
 
+    @classmethod
+    def from_kernel(cls, parameters: list[float], table: Tensor | None) -> Inhibitor:
+        assert table is not None
+        return cls.from_values(table[:, 0].double().tolist(), parameters[0])
+
     def table(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-        """(samples, 4): the cubic v + t (m + t (c2 + t c3)) from each node on, constant from the last; made in float64,
-        once a dtype and device. Coefficients rather than nodes: in float32 their differences would lose the slope."""
+        """The cubics that the kernels evaluate: v + t (m + t (c2 + t c3)) from each node on, constant from the last.
+
+        The table holds coefficients rather than values at the nodes, because in float32 the differences of values would
+        lose the slope. It is made in float64, once for each dtype and device.
+
+        Returns:
+            (samples, 4): v, m, c2 and c3 of each node.
+        """
         made = self.__dict__.setdefault("_tables", {})
         key = (dtype, str(device))
         if key in made:
             return made[key]
-        with torch.inference_mode(False):  # else a table first made there could not be saved for backward later
+        # A table that is first asked for in inference mode must still be of use to a later backward pass.
+        with torch.inference_mode(False):
             v = torch.tensor(self.values, dtype=torch.float64)
             m, rise = _node_slopes(v), v.diff()
             cubics = torch.stack([v[:-1], m[:-1], 3 * rise - 2 * m[:-1] - m[1:], m[:-1] + m[1:] - 2 * rise], 1)
@@ -286,7 +292,7 @@ class TabulatedInhibitor(Inhibitor):
         return made[key]
 
     def _interpolate(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f(d), f'(d) per table step and d, from s = d^2."""
+        """f(d), its slope for each step of the table, and d, all in the shape of s = d^2."""
         table = self.table(s.dtype, s.device)
         last = self.samples - 1
         d = sqrt_of_square(s)
@@ -308,13 +314,16 @@ class TabulatedInhibitor(Inhibitor):
 
 
 def _node_slopes(v: Tensor) -> Tensor:
-    """df/dx at equidistant nodes with unit step, sixth order: central inside, one-sided at the ends."""
+    """df/dx at equidistant nodes with unit step, to sixth order, from the values v (n,).
+
+    Differences are central inside and one-sided at the three nodes of either end.
+    """
     n = len(v)
     offsets = torch.arange(7, dtype=torch.float64)
     slopes = torch.empty_like(v)
     slopes[3:n - 3] = (45 * (v[4:n - 2] - v[2:n - 4]) - 9 * (v[5:n - 1] - v[1:n - 5]) + (v[6:] - v[:n - 6])) / 60
     for edge in range(3):
-        # weights w with sum_k w_k k^p = p edge^(p-1), p = 0..6: exact for polynomials of degree 6 on 7 nodes
+        # The weights w solve sum_k w_k k^p = p edge^(p-1) for p = 0..6: exact for polynomials of degree 6 on 7 nodes.
         powers = torch.arange(7, dtype=torch.float64)
         moments = offsets[None, :] ** powers[:, None]
         target = torch.tensor([p * float(edge) ** (p - 1) if p else 0.0 for p in range(7)], dtype=torch.float64)
@@ -325,7 +334,7 @@ def _node_slopes(v: Tensor) -> Tensor:
 
 
 class CallableInhibitor(Inhibitor):
-    """A bare callable d -> f(d), elementwise and differentiable by autograd: tiled PyTorch path only."""
+    """A bare callable d -> f(d), elementwise and differentiable by autograd. Only the tiled PyTorch path takes it."""
 
     def __init__(self, f: Callable[[Tensor], Tensor]):
         self.f = f
@@ -340,7 +349,7 @@ class CallableInhibitor(Inhibitor):
         return hash((CallableInhibitor, self.f))
 
     def __call__(self, d: Tensor) -> Tensor:
-        return self.f(_floating(d))
+        return self.f(floating(d))
 
     def from_squared(self, s: Tensor) -> Tensor:
         return self.f(sqrt_of_square(s))
@@ -354,11 +363,15 @@ class CallableInhibitor(Inhibitor):
             return torch.autograd.grad(value.sum(), s)[0]
 
 
-DEFAULT = DifferenceOfGaussians()  # made once: its checks cost as much as a small penalty
+DEFAULT = DifferenceOfGaussians()  # made once, since its checks take as long as a small penalty
 
 
 def inhibitor(f: Inhibitor | Callable[[Tensor], Tensor] | None) -> Inhibitor:
-    """None = DifferenceOfGaussians(); a bare callable is wrapped; an Inhibitor is handed back as it is."""
+    """The Inhibitor that a user means: None is DifferenceOfGaussians(), a bare callable is wrapped.
+
+    Raises:
+        TypeError: f is not callable.
+    """
     if f is None:
         return DEFAULT
     if isinstance(f, Inhibitor):

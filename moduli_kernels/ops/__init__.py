@@ -1,11 +1,10 @@
-"""The ops of the package as PyTorch knows them: schema, fake kernel, derivative and fallback.
-
-Importing this package declares all of them in torch.ops.moduli_kernels, which is `torch_ops` here.
+"""The package's ops as PyTorch knows them. Importing this package declares all of them in torch.ops.moduli_kernels,
+which is `torch_ops` here; ops/registry.py says what a declaration holds.
 """
 import torch
 
-from . import blocked_rnn, masked_rnn, penalty
+from . import blocked_rnn, grouped, masked_rnn, penalty
 
 torch_ops = torch.ops.moduli_kernels
 
-__all__ = ["blocked_rnn", "masked_rnn", "penalty", "torch_ops"]
+__all__ = ["blocked_rnn", "grouped", "masked_rnn", "penalty", "torch_ops"]

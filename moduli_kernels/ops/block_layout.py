@@ -1,7 +1,8 @@
-"""Where the kept entries of a weight lie when rows and columns are brought into an order: in blocks, and astray.
+"""How the kept entries of a mask are laid out in blocks and strays, its rows and columns brought into an order.
 
-In manifold order (ordering.py) a mask that is local on the manifold fills few blocks: those with enough kept entries
-are multiplied whole, the entries outside of them one by one. A mask without such blocks is all strays: compressed rows.
+In manifold order (geometry/ordering.py) a mask that is local on the manifold fills few blocks. A block with enough kept
+entries is multiplied whole; the kept entries outside of such blocks, the strays, are multiplied one by one. Where no
+block has enough, all kept entries are strays, and the layout equals compressed rows.
 """
 from __future__ import annotations
 
@@ -11,17 +12,22 @@ import torch
 from torch import Tensor
 
 SIDES = (16, 32, 64)
-GROUP = 128  # columns, at most, of blocks that are taken together
+GROUP = 128  # columns, at most, of the blocks that are multiplied together for the weight's gradient
 
 
 class Lists(NamedTuple):
-    """Blocks by block row, strays by row; of the transposed weight: by block column, by column. int32.
+    """The blocks of each block row, and the strays of each row; for the transposed weight, of each (block) column.
 
-    starts (block rows + 1): blocks of block row i are numbers starts[i] ... starts[i + 1] - 1 of this list.
-    places (blocks): where such a block lies among the layout's blocks. partners (blocks * side): rows or columns of the
-    weight along the other side of each, in order; the number of these where the block reaches beyond the weight.
-    stray_starts (rows + 1), stray_places, stray_partners (strays): the same of single entries, by row of the weight as
-    it is, without an order.
+    All tensors are int32. For the transposed weight, read column for row and row for column.
+
+    starts: (block rows + 1,): block row i has the blocks starts[i] ... starts[i + 1] - 1 of this list.
+    places: (blocks,): where each block of this list stands among the layout's blocks.
+    partners: (blocks * side,): the columns of the weight that each block covers, in order; the number of columns where
+        the block reaches beyond the weight.
+    stray_starts: (rows + 1,): row i, counted in the weight's own order, has the strays stray_starts[i] ...
+        stray_starts[i + 1] - 1 of this list.
+    stray_places: (strays,): where each of them stands among the layout's strays.
+    stray_partners: (strays,): the column of each.
     """
 
     starts: Tensor
@@ -33,12 +39,20 @@ class Lists(NamedTuple):
 
 
 class BlockLayout(NamedTuple):
-    """Of a mask (R, C). side: rows and columns of a block. row_order, column_order: those of the weight, in the order,
-    and R or C beyond them, up to a whole number of blocks; int32. block_rows, block_columns (blocks): numbers of blocks
-    in the order, int32. kept (blocks, side, side): the mask in the blocks. rows, columns: the lists of W and of W^T.
-    strays (strays): where these entries lie in W, row by row, int64. groups (groups, 3): first block, the one after the
-    last, and block row of up to GROUP / side blocks of a block row, int32: what is multiplied together for the weight's
-    gradient."""
+    """The layout of a mask (R, C).
+
+    side: rows and columns of a block.
+    row_order: (R up to a whole number of blocks,), int32: the weight's rows in the order, and R beyond them.
+    column_order: (C up to a whole number of blocks,), int32: the weight's columns in the order, and C beyond them.
+    block_rows: (blocks,), int32: the block row of each block, counted in the order.
+    block_columns: (blocks,), int32: the block column of each block, counted in the order.
+    kept: (blocks, side, side), bool: the mask inside the blocks.
+    rows: the lists of the weight.
+    columns: the lists of the transposed weight.
+    strays: (strays,), int64: the place of each stray in the flattened weight, row by row.
+    groups: (groups, 3), int32: blocks of one block row, at most GROUP columns of them, which are multiplied together
+        for the weight's gradient: the first block, the one after the last, and the block row.
+    """
 
     side: int
     row_order: Tensor
@@ -52,57 +66,71 @@ class BlockLayout(NamedTuple):
     groups: Tensor
 
 
-def block_layout(mask: Tensor, row_order: Tensor | None = None, column_order: Tensor | None = None, *, side: int = 32,
-                 threshold: int | None = None) -> BlockLayout:
-    """Of a mask (R, C), bool, on its device; waits for it. row_order (R,), column_order (C,): permutations, None as it
-    is. threshold: kept entries that a block needs to be multiplied whole, an eighth of it if None; side * side + 1 or
-    more: no block is.
+def lay_out_blocks(mask: Tensor, row_order: Tensor | None = None, column_order: Tensor | None = None, *, side: int = 32,
+                   threshold: int | None = None) -> BlockLayout:
+    """Finds the blocks and strays of a mask, on its device, for which it waits.
 
-    Raises TypeError for a mask that is not bool, ValueError for one that is no matrix, another side than 16, 32 or 64,
-    a threshold below 1 or orders that do not fit.
+    Args:
+        mask: (R, C), bool, True = kept.
+        row_order: (R,), a permutation of the rows; None leaves them in their order.
+        column_order: (C,), a permutation of the columns, likewise.
+        side: rows and columns of a block: 16, 32 or 64.
+        threshold: how many kept entries make a block worth multiplying whole; None: an eighth of its entries. With
+            side * side + 1 or more no block is.
+
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: the mask is no matrix, the side is another one, the threshold is below 1, or an order does not fit.
     """
     _check(mask, row_order, column_order, side, threshold)
     threshold = side * side // 8 if threshold is None else threshold
     (n_rows, n_columns), device = mask.shape, mask.device
-    orders = [_padded(order, n, side, device) for order, n in ((row_order, n_rows), (column_order, n_columns))]
-    ordered = mask.new_zeros(len(orders[0]), len(orders[1]))
-    ordered[:n_rows, :n_columns] = mask[orders[0][:n_rows]][:, orders[1][:n_columns]]
-    blocks = ordered.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)
-    # (block rows, block columns, side, side)
-    dense = blocks.sum((2, 3)) >= threshold
-    block_rows, block_columns = dense.nonzero(as_tuple=True)
-    kept = blocks[block_rows, block_columns]
-    astray = torch.zeros_like(ordered)
-    astray.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2).copy_(blocks & ~dense[:, :, None, None])
+    padded_rows = _padded(row_order, n_rows, side, device)
+    padded_columns = _padded(column_order, n_columns, side, device)
+    rows, columns = padded_rows[:n_rows], padded_columns[:n_columns]
+    ordered = mask.new_zeros(len(padded_rows), len(padded_columns))
+    ordered[:n_rows, :n_columns] = mask[rows][:, columns]
+    blocks = _in_blocks(ordered, side)
+    whole = blocks.sum((2, 3)) >= threshold
+    block_rows, block_columns = whole.nonzero(as_tuple=True)
+    ordered_strays = torch.zeros_like(ordered)
+    _in_blocks(ordered_strays, side).copy_(blocks & ~whole[:, :, None, None])
     strays = torch.zeros_like(mask)
-    strays[orders[0][:n_rows, None], orders[1][:n_columns]] = astray[:n_rows, :n_columns]
+    strays[rows[:, None], columns] = ordered_strays[:n_rows, :n_columns]
     stray_rows, stray_columns = strays.nonzero(as_tuple=True)
-    sides = [order.unflatten(0, (-1, side)) for order in orders]
-    by_row = Lists(*_list(block_rows, sides[1][block_columns], len(sides[0])),
+    rows_of_blocks, columns_of_blocks = padded_rows.unflatten(0, (-1, side)), padded_columns.unflatten(0, (-1, side))
+    by_row = Lists(*_list(block_rows, columns_of_blocks[block_columns], len(rows_of_blocks)),
                    *_list(stray_rows, stray_columns, n_rows))
-    by_column = Lists(*_list(block_columns, sides[0][block_rows], len(sides[1])),
+    by_column = Lists(*_list(block_columns, rows_of_blocks[block_rows], len(columns_of_blocks)),
                       *_list(stray_columns, stray_rows, n_columns))
-    return BlockLayout(side, *(order.int() for order in orders), block_rows.int(), block_columns.int(),  # pyright: ignore[reportCallIssue]
-                       kept.contiguous(), by_row, by_column, stray_rows * n_columns + stray_columns,  # pyright: ignore[reportCallIssue]
-                       _groups(by_row.starts.long(), GROUP // side))  # pyright: ignore[reportCallIssue]
+    return BlockLayout(
+        side, row_order=padded_rows.int(), column_order=padded_columns.int(), block_rows=block_rows.int(),
+        block_columns=block_columns.int(), kept=blocks[block_rows, block_columns].contiguous(), rows=by_row,
+        columns=by_column, strays=stray_rows * n_columns + stray_columns,
+        groups=_groups(by_row.starts.long(), GROUP // side))
+
+
+def _in_blocks(ordered: Tensor, side: int) -> Tensor:
+    """A view (block rows, block columns, side, side) of a matrix of whole blocks."""
+    return ordered.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)
 
 
 def gather_blocks(weight: Tensor, layout: BlockLayout) -> Tensor:
-    """The weight in the blocks, (blocks, side, side), 0 where it is masked, whatever stands there."""
+    """The weight (R, C) inside the blocks, (blocks, side, side): 0 where it is masked, even if NaN stands there."""
     rows = layout.row_order.unflatten(0, (-1, layout.side))[layout.block_rows].clamp(max=weight.shape[0] - 1)
     columns = layout.column_order.unflatten(0, (-1, layout.side))[layout.block_columns].clamp(max=weight.shape[1] - 1)
     return torch.where(layout.kept, weight[rows[:, :, None], columns[:, None, :]], 0)
 
 
 def _list(keys: Tensor, partners: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """starts, places and partners of what has these keys in [0, count), sorted by key and then by place."""
+    """starts, places and partners of the items with these keys in [0, count), sorted by key and then by place."""
     keys, places = torch.sort(keys, stable=True)
     starts = torch.searchsorted(keys, torch.arange(count + 1, device=keys.device))
     return starts.int(), places.int(), partners[places].flatten().int()
 
 
 def _groups(starts: Tensor, most: int) -> Tensor:
-    """Of blocks starts[i] ... starts[i + 1] - 1, for each i: (groups, 3)."""
+    """(groups, 3): the blocks starts[i] ... starts[i + 1] - 1 of each block row i in groups of at most `most`."""
     counts = (starts.diff() + most - 1) // most
     row = torch.repeat_interleave(torch.arange(len(counts), device=starts.device), counts)
     first = starts[row] + most * (torch.arange(len(row), device=starts.device) - (counts.cumsum(0) - counts)[row])
@@ -110,7 +138,7 @@ def _groups(starts: Tensor, most: int) -> Tensor:
 
 
 def _padded(order: Tensor | None, n: int, side: int, device: torch.device) -> Tensor:
-    """Up to a whole number of blocks, with n."""
+    """The order, or 0 ... n - 1, filled up with n to a whole number of blocks."""
     whole = -(-n // side) * side
     out = torch.full((whole,), n, device=device)
     out[:n] = torch.arange(n, device=device) if order is None else order.to(device)

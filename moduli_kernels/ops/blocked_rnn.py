@@ -1,112 +1,162 @@
-"""The ops of the masked RNN whose hidden weight is walked by a layout of its mask (block_layout.py). As in
-masked_rnn_op.py.
+"""The ops of the masked RNN whose hidden weight is multiplied in blocks, by a layout of its mask (ops/block_layout.py):
+their arguments, fake kernels, autograd formula and fallbacks, and declarations. See ops/masked_rnn.py.
 
-    blocked_rnn        output (T, B, H), last state (B, H); for backward, or without elements where not kept: all states
-                       and, where the leak is not 1, all s(a), both (T, H, pitch) with pitch = B up to a multiple of 8,
-                       and zeros or numbers of no meaning beyond B
-    blocked_rnn_grads  of x, h, w_ih, w_hh and of both biases (one tensor); those not needed come back with no elements
+    blocked_rnn        output (T, B, H); the last state (B, H); and for backward all states and all activations s(a),
+                       both (T, H, pitch). These two come back without elements where they are not kept, and the
+                       activations where the leak is 1, since they equal the states then.
+    blocked_rnn_grads  the five gradients, as of masked_rnn_grads
 
-Arguments are those of masked_rnn, without compressed weights; layout: `flat` of that of mask_hh, in any order of its
-rows and columns; side: of its blocks. The reference does without the layout.
+pitch is B rounded up to a multiple of PITCH; states and activations beyond B have no meaning. Only Triton has kernels.
 """
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference import rnn as reference_rnn
-from . import masked_rnn as masked_rnn_op
+from ..reference.rnn import Step
 from .block_layout import BlockLayout, Lists
-from .masked_rnn import NEEDS, STEP, WEIGHTS
-from .registry import library, register_triton
+from .masked_rnn import (
+    GRADIENTS,
+    LEAVES,
+    MASKED_RNN,
+    MASKED_RNN_GRADS,
+    MaskedRNNArguments,
+    MaskedRNNGradArguments,
+    Needs,
+    fake_rnn_gradients,
+    gradients_of_leaves,
+)
+from .registry import Derivative, Op, declare
 
-PITCH = 8  # elements of the batch, of which there are a whole number in a row of states
-MASKS = "Tensor? mask_ih, Tensor mask_hh, Tensor[] layout, int side"
-SCHEMAS = {
-    "blocked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? lengths, {STEP}, "
-                   "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-    "blocked_rnn_grads": f"(Tensor? grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
-                         f"Tensor? lengths, Tensor states, Tensor activations, {STEP}, {NEEDS}) "
-                         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+LAUNCHER = "rnn.launch_blocked"
+PITCH = 8  # elements of the batch; rows of states hold a whole multiple of them
+
+
+class BlockedRNNArguments(NamedTuple):
+    """What blocked_rnn takes, the step's settings aside: T steps, a batch of B, I inputs and H neurons.
+
+    x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, lengths: as of masked_rnn; weights are matrices.
+    mask_hh: bool, (H, H).
+    layout: `flat` of the layout of mask_hh, for any order of its rows and columns.
+    side: the side of the layout's blocks.
+    """
+
+    x: Tensor
+    h: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    mask_ih: Tensor | None
+    mask_hh: Tensor
+    layout: list[Tensor]
+    side: int
+    lengths: Tensor | None
+
+
+class BlockedRNNGradArguments(NamedTuple):
+    """What blocked_rnn_grads takes, the step's settings and the needs aside.
+
+    grad_output: (T, B, H); None: 0, where only the last state is used.
+    grad_h_n: (B, H).
+    x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side, lengths: as blocked_rnn has taken them.
+    states: what blocked_rnn gave.
+    activations: what blocked_rnn gave.
+    """
+
+    grad_output: Tensor | None
+    grad_h_n: Tensor
+    x: Tensor
+    h: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    mask_ih: Tensor | None
+    mask_hh: Tensor
+    layout: list[Tensor]
+    side: int
+    lengths: Tensor | None
+    states: Tensor
+    activations: Tensor
 
 
 def flat(layout: BlockLayout) -> list[Tensor]:
-    """As the ops take it, beside its side."""
+    """The tensors of a layout in one list, as the ops take it beside its side."""
     return [layout.row_order, layout.column_order, layout.block_rows, layout.block_columns, layout.kept, *layout.rows,
             *layout.columns, layout.strays, layout.groups]
 
 
-def unflat(layout: list[Tensor], side: int) -> BlockLayout:
-    return BlockLayout(side, *layout[:5], Lists(*layout[5:11]), Lists(*layout[11:17]), *layout[17:])
+def unflat(tensors: list[Tensor], side: int) -> BlockLayout:
+    """The layout that `flat` made this list of."""
+    row_order, column_order, block_rows, block_columns, kept, *lists, strays, groups = tensors
+    half = len(Lists._fields)
+    return BlockLayout(side, row_order, column_order, block_rows, block_columns, kept, rows=Lists(*lists[:half]),
+                       columns=Lists(*lists[half:]), strays=strays, groups=groups)
 
 
 def along_the_batch(states: Tensor) -> Tensor:
-    """(..., B, H) as (..., H, pitch), 0 beyond B."""
+    """States (..., B, H) as (..., H, pitch), 0 beyond B."""
     return torch.nn.functional.pad(states.mT, (0, -states.shape[-2] % PITCH)).contiguous()
 
 
-# --- the reference as the implementation for every device that has no kernel ------------------------------------
+# --- fallbacks: those of masked_rnn, which have no use for the layout ----------------------------------------------
 
-def _blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse,
-                 keep):
-    output, h_n, activations = reference_rnn.masked_rnn(
-        x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, lengths, reference_rnn.Step(nonlinearity, leak, reverse))
-    none = x.new_empty(0)
-    return (output, h_n, along_the_batch(output) if keep else none,
-            along_the_batch(activations) if keep and leak != 1 else none.clone())
-
-
-def _blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side, lengths, states,
-                       activations, nonlinearity, leak, reverse, *needs):
-    output, s = (kept[..., :x.shape[1]].mT for kept in (states, states if leak == 1 else activations))
-    return masked_rnn_op._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output,
-                                           s, nonlinearity, leak, reverse, *needs)
+def _blocked_rnn(a: BlockedRNNArguments, step: Step, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same = MaskedRNNArguments(a.x, a.h, a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.mask_ih, a.mask_hh, crow_ih=None, col_ih=None,
+                              crow_hh=None, col_hh=None, lengths=a.lengths)
+    output, h_n, activations = MASKED_RNN.fallback(same, step, keep)
+    return (output, h_n, along_the_batch(output) if keep else a.x.new_empty(0),
+            along_the_batch(activations) if keep and step.leak != 1 else a.x.new_empty(0))
 
 
-library.impl("blocked_rnn", _blocked_rnn, "CompositeExplicitAutograd")
-library.impl("blocked_rnn_grads", _blocked_rnn_grads, "CompositeExplicitAutograd")
+def _blocked_rnn_grads(a: BlockedRNNGradArguments, step: Step, needs: Needs) -> tuple[Tensor, ...]:
+    batch = a.x.shape[1]
+    output, activations = (kept[..., :batch].mT for kept in (a.states, a.states if step.leak == 1 else a.activations))
+    same = MaskedRNNGradArguments(a.grad_output, a.grad_h_n, a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths,
+                                  output, activations)
+    return MASKED_RNN_GRADS.fallback(same, step, needs)
 
 
-# --- fake kernels and autograd ---------------------------------------------------------------------------------
+# --- fake kernels --------------------------------------------------------------------------------------------------
 
-def _fake_blocked_rnn(x, h, *rest):
-    leak, _, keep = rest[-3:]
-    (steps, batch, _), n = x.shape, h.shape[1]
+def _fake_blocked_rnn(a: BlockedRNNArguments, step: Step, keep: bool) -> tuple[Tensor, ...]:
+    (steps, batch, _), neurons = a.x.shape, a.h.shape[1]
     pitch = (batch + PITCH - 1) // PITCH * PITCH
-    kept = [x.new_empty(steps, n, pitch) if wanted else x.new_empty(0) for wanted in (keep, keep and leak != 1)]
-    return x.new_empty(steps, batch, n), torch.empty_like(h), *kept
+    states, activations = (a.x.new_empty(steps, neurons, pitch) if wanted else a.x.new_empty(0)
+                           for wanted in (keep, keep and step.leak != 1))
+    return a.x.new_empty(steps, batch, neurons), torch.empty_like(a.h), states, activations
 
 
-torch.library.register_fake("moduli_kernels::blocked_rnn", _fake_blocked_rnn, lib=library)
-torch.library.register_fake("moduli_kernels::blocked_rnn_grads", masked_rnn_op._fake_masked_rnn_grads, lib=library)
+# --- the autograd formula ------------------------------------------------------------------------------------------
 
-
-def _setup_context(ctx, inputs, output):
-    x, h, w_ih, w_hh, _, _, mask_ih, mask_hh, layout, ctx.side, lengths, *ctx.step, keep = inputs
+def _save(ctx: Any, results: tuple[Tensor, ...], a: BlockedRNNArguments, step: Step, keep: bool) -> None:
     if not keep:
         raise RuntimeError("keep must be True where a gradient is needed")
-    ctx.mark_non_differentiable(*output[2:])
+    _, _, states, activations = results
+    ctx.mark_non_differentiable(states, activations)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, *output[2:], *layout)
+    ctx.side, ctx.step = a.side, step
+    ctx.save_for_backward(a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths, states, activations, *a.layout)
 
 
-def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, *_):
+def _formula(ctx: Any, needs: dict[str, bool], grad_output: Tensor | None, grad_h_n: Tensor | None,
+             *grads_of_what_is_kept: None) -> dict[str, Any]:
     x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations, *layout = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grad_h_n = torch.zeros_like(h) if grad_h_n is None else grad_h_n
-    needs = (*need[:4], need[4] or need[5])
-    grads = torch.ops.moduli_kernels.blocked_rnn_grads(
-        grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, ctx.side, lengths, states, activations,
-        *ctx.step, *needs)
-    return (*masked_rnn_op.grads_asked_for(grads, need), None, None, [None] * len(layout), *(None,) * 6)
+    leaves = [needs[name] for name in LEAVES]
+    a = BlockedRNNGradArguments(
+        grad_output, torch.zeros_like(h) if grad_h_n is None else grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout,
+        ctx.side, lengths, states, activations)
+    gradients = torch.ops.moduli_kernels.blocked_rnn_grads(*a, *ctx.step, *Needs.of(leaves))
+    return dict(zip(LEAVES, gradients_of_leaves(gradients, leaves))) | {"layout": [None] * len(layout)}
 
 
-torch.library.register_autograd("moduli_kernels::blocked_rnn", _backward, setup_context=_setup_context, lib=library)
+# --- declarations --------------------------------------------------------------------------------------------------
 
+BLOCKED_RNN = declare(Op(
+    "blocked_rnn", (BlockedRNNArguments, Step, "bool keep"), "(Tensor, Tensor, Tensor, Tensor)",
+    fallback=_blocked_rnn, fake=_fake_blocked_rnn, launcher=LAUNCHER, derivative=Derivative(_save, _formula)))
 
-# --- the Triton kernels ----------------------------------------------------------------------------------------
-
-register_triton(SCHEMAS, lambda name: "rnn.launch_blocked", globals())
+BLOCKED_RNN_GRADS = declare(Op(
+    "blocked_rnn_grads", (BlockedRNNGradArguments, Step, Needs), GRADIENTS,
+    fallback=_blocked_rnn_grads, fake=fake_rnn_gradients, launcher=LAUNCHER))

@@ -1,119 +1,184 @@
-"""The ops of the masked RNN: schema, fake kernel, autograd formula and the reference as fallback. As in ops/penalty.py.
+"""The ops of the masked RNN, one layer in one direction over a whole sequence: their arguments, fake kernels, autograd
+formula and fallbacks, and declarations. reference/rnn.py has the equations.
 
-    masked_rnn        output (T, B, H), last state (B, H), activations s(a) (T, B, H): the last without elements where
-                      the leak is 1, for they are the output then, or where not kept
-    masked_rnn_grads  of x, h, w_ih, w_hh and of both biases (one tensor); those not needed come back with no elements
+    masked_rnn        output (T, B, H); the last state (B, H); the activations s(a) (T, B, H), which come back without
+                      elements where they are not kept, and where the leak is 1, since they equal the output then
+    masked_rnn_grads  the gradients of x, h, w_ih, w_hh, and one for both biases; those that are not asked for come back
+                      without elements
 
-One layer, one direction, a whole sequence: the equations stand in reference_rnn.py. x (T, B, I), h (B, H), w_ih (H, I),
-w_hh (H, H), biases (H,), masks bool like the weights: all contiguous and of one dtype, float32 or float64 on the CPU.
-lengths (B,) int64: steps of each element of the batch. crow_*, col_* int64, as in torch.sparse_csr: the weight is then
-its values (entries,) and has no mask; without gradients. grad_output None: 0, as where only the last state is used.
-nonlinearity: "tanh" or "relu". leak in (0, 1].
+keep: whether activations are kept for backward. All tensors are contiguous, and all that are not masks, indices or
+lengths have one dtype: float32 or float64 on the CPU.
 """
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import rnn as reference_rnn
-from .registry import library, register_triton
+from ..reference.rnn import Step
+from .registry import Derivative, Op, declare
 
-WEIGHTS = "Tensor w_ih, Tensor w_hh"
-MASKS = "Tensor? mask_ih, Tensor? mask_hh"
-STEP = "str nonlinearity, float leak, bool reverse"
-NEEDS = "bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias"
-SCHEMAS = {
-    "masked_rnn": f"(Tensor x, Tensor h, {WEIGHTS}, Tensor? b_ih, Tensor? b_hh, {MASKS}, Tensor? crow_ih, "
-                  f"Tensor? col_ih, Tensor? crow_hh, Tensor? col_hh, Tensor? lengths, {STEP}, bool keep) "
-                  "-> (Tensor, Tensor, Tensor)",
-    "masked_rnn_grads": f"(Tensor? grad_output, Tensor grad_h_n, Tensor x, Tensor h, {WEIGHTS}, {MASKS}, "
-                        f"Tensor? lengths, Tensor output, Tensor activations, {STEP}, {NEEDS}) "
-                        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+LAUNCHER = "rnn.launch_masked"
+
+LEAVES = ("x", "h", "w_ih", "w_hh", "b_ih", "b_hh")  # the arguments that have gradients
+GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"  # of x, h, w_ih, w_hh and the biases
 
 
-# --- the reference as the implementation for every device that has no kernel ------------------------------------
+class MaskedRNNArguments(NamedTuple):
+    """What masked_rnn takes, the step's settings aside: T steps, a batch of B, I inputs and H neurons.
 
-def _whole(values, crow, col, rows, columns):
-    if crow is None:
+    x: (T, B, I).
+    h: (B, H), the first state.
+    w_ih: (H, I). Or (entries,), the values of a torch.sparse_csr matrix, without a mask and without gradients.
+    w_hh: (H, H). Or (entries,), likewise.
+    b_ih: (H,) or None.
+    b_hh: (H,) or None.
+    mask_ih: bool, like w_ih, True = kept; None: all are.
+    mask_hh: bool, like w_hh, likewise.
+    crow_ih: (H + 1,), int64: the row pointers of the values of w_ih; None where w_ih is a matrix.
+    col_ih: (entries,), int64: their columns; None where w_ih is a matrix.
+    crow_hh: (H + 1,), int64, likewise for w_hh.
+    col_hh: (entries,), int64, likewise for w_hh.
+    lengths: (B,), int64: how many steps each element of the batch has. None: all have T.
+    """
+
+    x: Tensor
+    h: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    mask_ih: Tensor | None
+    mask_hh: Tensor | None
+    crow_ih: Tensor | None
+    col_ih: Tensor | None
+    crow_hh: Tensor | None
+    col_hh: Tensor | None
+    lengths: Tensor | None
+
+
+class MaskedRNNGradArguments(NamedTuple):
+    """What masked_rnn_grads takes, the step's settings and the needs aside.
+
+    grad_output: (T, B, H); None: 0, where only the last state is used.
+    grad_h_n: (B, H).
+    x, h, w_ih, w_hh, mask_ih, mask_hh, lengths: as masked_rnn has taken them; weights are matrices.
+    output: what masked_rnn gave.
+    activations: what masked_rnn gave.
+    """
+
+    grad_output: Tensor | None
+    grad_h_n: Tensor
+    x: Tensor
+    h: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    mask_ih: Tensor | None
+    mask_hh: Tensor | None
+    lengths: Tensor | None
+    output: Tensor
+    activations: Tensor
+
+
+class Needs(NamedTuple):
+    """Which of the five gradients are asked for."""
+
+    need_x: bool
+    need_h: bool
+    need_w_ih: bool
+    need_w_hh: bool
+    need_bias: bool
+
+    @classmethod
+    def of(cls, leaves: Sequence[bool]) -> Needs:
+        """From whether each of LEAVES needs a gradient."""
+        x, h, w_ih, w_hh, b_ih, b_hh = leaves
+        return cls(x, h, w_ih, w_hh, b_ih or b_hh)
+
+
+def gradients_of_leaves(gradients: Sequence[Tensor], leaves: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of LEAVES from the five that an op gives, None where none is needed. leaves: as Needs.of takes."""
+    *_, bias = gradients
+    *_, b_ih, b_hh = leaves
+    # The biases get two tensors, since each may become a .grad that is written in place.
+    second_bias = bias.clone() if b_ih and b_hh else bias
+    return [gradient if needed else None for gradient, needed in zip((*gradients, second_bias), leaves)]
+
+
+# --- fallbacks: the reference, in plain PyTorch --------------------------------------------------------------------
+
+def _matrix_of(values: Tensor, crow: Tensor | None, col: Tensor | None, rows: int, columns: int) -> Tensor:
+    """The weight itself, or the dense matrix of its values."""
+    if crow is None or col is None:
         return values
     return torch.sparse_csr_tensor(crow, col, values, (rows, columns), check_invariants=False).to_dense()
 
 
-def _masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh, lengths, nonlinearity,
-                leak, reverse, keep):
-    w_ih = _whole(w_ih, crow_ih, col_ih, h.shape[1], x.shape[2])
-    w_hh = _whole(w_hh, crow_hh, col_hh, h.shape[1], h.shape[1])
+def _masked_rnn(a: MaskedRNNArguments, step: Step, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    neurons, inputs = a.h.shape[1], a.x.shape[2]
+    w_ih = _matrix_of(a.w_ih, a.crow_ih, a.col_ih, neurons, inputs)
+    w_hh = _matrix_of(a.w_hh, a.crow_hh, a.col_hh, neurons, neurons)
     output, h_n, activations = reference_rnn.masked_rnn(
-        x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, lengths, reference_rnn.Step(nonlinearity, leak, reverse))
-    return output, h_n, activations if keep and leak != 1 else output.new_empty(0)
+        a.x, a.h, w_ih, w_hh, a.b_ih, a.b_hh, a.mask_ih, a.mask_hh, a.lengths, step)
+    return output, h_n, activations if keep and step.leak != 1 else output.new_empty(0)
 
 
-def _masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations,
-                      nonlinearity, leak, reverse, *needs):
-    grads = reference_rnn.masked_rnn_grads(
-        grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output,
-        output if leak == 1 else activations, reference_rnn.Step(nonlinearity, leak, reverse), *needs)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+def _masked_rnn_grads(a: MaskedRNNGradArguments, step: Step, needs: Needs) -> tuple[Tensor, ...]:
+    gradients = reference_rnn.masked_rnn_grads(
+        a.grad_output, a.grad_h_n, a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths, a.output,
+        a.output if step.leak == 1 else a.activations, step, *needs)
+    return tuple(a.x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-library.impl("masked_rnn", _masked_rnn, "CompositeExplicitAutograd")
-library.impl("masked_rnn_grads", _masked_rnn_grads, "CompositeExplicitAutograd")
+# --- fake kernels --------------------------------------------------------------------------------------------------
+
+def _fake_masked_rnn(a: MaskedRNNArguments, step: Step, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    output = a.x.new_empty(a.x.shape[0], a.x.shape[1], a.h.shape[1])
+    activations = torch.empty_like(output) if keep and step.leak != 1 else a.x.new_empty(0)
+    return output, torch.empty_like(a.h), activations
 
 
-# --- fake kernels and autograd ---------------------------------------------------------------------------------
-
-def _fake_masked_rnn(x, h, *rest):
-    leak, _, keep = rest[-3:]
-    output = x.new_empty(x.shape[0], x.shape[1], h.shape[1])
-    return output, torch.empty_like(h), torch.empty_like(output) if keep and leak != 1 else x.new_empty(0)
+def fake_rnn_gradients(a: Any, step: Step, needs: Needs) -> tuple[Tensor, ...]:
+    """The five gradients without numbers in them. a: the arguments of masked_rnn_grads or blocked_rnn_grads."""
+    likes = (a.x, a.h, a.w_ih, a.w_hh, a.w_hh.new_empty(a.w_hh.shape[0]))
+    return tuple(torch.empty_like(like) if need else a.x.new_empty(0) for like, need in zip(likes, needs))
 
 
-def _fake_masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, *rest):
-    likes = (x, h, w_ih, w_hh, w_hh.new_empty(w_hh.shape[0]))
-    return tuple(torch.empty_like(like) if need else x.new_empty(0) for like, need in zip(likes, rest[-5:]))
+# --- the autograd formula ------------------------------------------------------------------------------------------
 
-
-torch.library.register_fake("moduli_kernels::masked_rnn", _fake_masked_rnn, lib=library)
-torch.library.register_fake("moduli_kernels::masked_rnn_grads", _fake_masked_rnn_grads, lib=library)
-
-
-def _setup_context(ctx, inputs, output):
-    x, h, w_ih, w_hh, _, _, mask_ih, mask_hh, *compressed, lengths, nonlinearity, leak, reverse, keep = inputs
-    if any(part is not None for part in compressed):
+def _save(ctx: Any, results: tuple[Tensor, ...], a: MaskedRNNArguments, step: Step, keep: bool) -> None:
+    if any(part is not None for part in (a.crow_ih, a.col_ih, a.crow_hh, a.col_hh)):
         raise NotImplementedError("compressed weights must not require gradients: train the SparseRNN they came from")
-    if leak != 1 and not keep:
+    if step.leak != 1 and not keep:
         raise RuntimeError("keep must be True where a gradient is needed")
-    ctx.mark_non_differentiable(output[2])
+    output, _, activations = results
+    ctx.mark_non_differentiable(activations)
     ctx.set_materialize_grads(False)
-    ctx.step = (nonlinearity, leak, reverse)
-    ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output[0], output[2])
+    ctx.step = step
+    ctx.save_for_backward(a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths, output, activations)
 
 
-def _backward(ctx, grad_output: Tensor | None, grad_h_n: Tensor | None, _):
+def _formula(ctx: Any, needs: dict[str, bool], grad_output: Tensor | None, grad_h_n: Tensor | None,
+             grad_activations: None) -> dict[str, Any]:
     x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grad_output = None if grad_output is None else grad_output.contiguous()
-    grad_h_n = torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous()
-    needs = (*need[:4], need[4] or need[5])
-    grads = torch.ops.moduli_kernels.masked_rnn_grads(
-        grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, *ctx.step, *needs)
-    return (*grads_asked_for(grads, need), *(None,) * 11)
+    leaves = [needs[name] for name in LEAVES]
+    a = MaskedRNNGradArguments(
+        None if grad_output is None else grad_output.contiguous(),
+        torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(),
+        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations)
+    gradients = torch.ops.moduli_kernels.masked_rnn_grads(*a, *ctx.step, *Needs.of(leaves))
+    return dict(zip(LEAVES, gradients_of_leaves(gradients, leaves)))
 
 
-def grads_asked_for(grads: tuple[Tensor, ...], need: tuple[bool, ...]) -> list[Tensor | None]:
-    """Of x, h, w_ih, w_hh, b_ih, b_hh from the five tensors of the ops of gradients; None where not needed."""
-    *four, bias = grads
-    # not one tensor twice: either may become a .grad
-    six = (*four, bias, bias.clone() if need[4] and need[5] else bias)
-    return [grad if needed else None for grad, needed in zip(six, need)]
+# --- declarations --------------------------------------------------------------------------------------------------
 
+MASKED_RNN = declare(Op(
+    "masked_rnn", (MaskedRNNArguments, Step, "bool keep"), "(Tensor, Tensor, Tensor)",
+    fallback=_masked_rnn, fake=_fake_masked_rnn, launcher=LAUNCHER, derivative=Derivative(_save, _formula)))
 
-torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_context=_setup_context, lib=library)
-
-
-# --- the Triton kernels ----------------------------------------------------------------------------------------
-
-register_triton(SCHEMAS, lambda name: "rnn.launch_masked", globals())
+MASKED_RNN_GRADS = declare(Op(
+    "masked_rnn_grads", (MaskedRNNGradArguments, Step, Needs), GRADIENTS,
+    fallback=_masked_rnn_grads, fake=fake_rnn_gradients, launcher=LAUNCHER))

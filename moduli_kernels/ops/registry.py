@@ -1,48 +1,146 @@
-"""The library in which the ops are declared, and how the Triton kernels are registered for them."""
+"""How an op is declared: an `Op` holds everything that PyTorch must know about it, and `declare` hands it over.
+
+The compiled CPU kernels register themselves for the schemas declared here (csrc/cpu); an op without one, or a package
+without its compiled library, is served by the op's fallback.
+"""
 from __future__ import annotations
 
 import importlib
+import typing
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import backends, runtime
 
 library = torch.library.Library("moduli_kernels", "DEF")
 
+# How a field of a group of arguments is written in a schema.
+SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor?[]",
+    bool: "bool", int: "int", float: "float", str: "str",
+    list[bool]: "bool[]", list[int]: "int[]", list[float]: "float[]",
+}
 
-def register_triton(schemas: Iterable[str], module_of: Callable[[str], str], fallbacks: dict[str, Callable]) -> None:
-    """Has CUDA tensors served by the launcher of each op's own name. In Triton's interpreter CPU tensors too, where the
-    backend "triton" is chosen, else by what served them before.
 
-    module_of: from an op's name to the module of moduli_kernels/triton that holds its launcher, which is imported by
-    the first call. fallbacks: the reference of op `name` as "_name"; a module's globals().
+class Derivative(NamedTuple):
+    """The autograd formula of an op, which torch.compile takes (eager mode has autograd.Functions of its own).
+
+    save: (ctx, results, *arguments) -> None keeps what the formula needs. results: the op's result, or their tuple.
+    formula: (ctx, needs, *gradients of the results) -> {name of an argument: its gradient}. Arguments that are left out
+        have none. needs: {name of an argument: whether its gradient is asked for}.
     """
-    for name in schemas if runtime.triton_installed else ():
-        library.impl(name, _triton(name, module_of), "CUDA")
-    for name in schemas if runtime.triton_interpreted else ():
+
+    save: Callable[..., None]
+    formula: Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One op, torch.ops.moduli_kernels.<name>. The package's functions for it take its arguments in groups.
+
+    name: the op's name, which its Triton launcher has too. A name ends with _ where an argument is written in place.
+    arguments: what the op takes, in order: one argument, written as in a schema ("Tensor grad"), or a group of them, a
+        NamedTuple class whose fields stand in the schema one by one.
+    returns: what it gives, written as in a schema.
+    fallback: (*arguments) -> the results, in plain PyTorch, for every device that has no kernel.
+    fake: (*arguments) -> results of the right shapes and dtypes without their numbers, for torch.compile.
+    launcher: the module below moduli_kernels/triton that holds the function `name`, which takes the op's arguments one
+        by one. The first call imports it.
+    derivative: the autograd formula; None for an op that is called where autograd is off.
+    mutates: the name of the argument that is written in place.
+    """
+
+    name: str
+    arguments: tuple[str | type[tuple[Any, ...]], ...]
+    returns: str
+    fallback: Callable[..., Any]
+    fake: Callable[..., Any]
+    launcher: str
+    derivative: Derivative | None = None
+    mutates: str | None = None
+
+    def grouped(self, arguments: Iterable[Any]) -> tuple[Any, ...]:
+        """The op's arguments, given one by one, in the groups of `self.arguments`."""
+        rest = iter(arguments)
+        return tuple([next(rest) if isinstance(group, str) else group(*islice(rest, len(group._fields)))  # pyright: ignore[reportAttributeAccessIssue]
+                      for group in self.arguments])
+
+    def by_reference(self, *arguments: Any) -> Any:
+        """What the fallback gives for the op's arguments, given one by one as to the op itself."""
+        return self.fallback(*self.grouped(arguments))
+
+    def launch(self, *arguments: Any) -> Any:
+        """What the Triton launcher gives for the op's arguments, given one by one as to the op itself."""
+        module = importlib.import_module(f"moduli_kernels.triton.{self.launcher}")
+        return getattr(module, self.name)(*arguments)
+
+    def fields(self) -> list[tuple[str, str]]:
+        """(type as in a schema, name) of every argument, one by one."""
+        fields = []
+        for group in self.arguments:
+            if isinstance(group, str):
+                fields.append(tuple(group.split()))
+            else:
+                hints = typing.get_type_hints(group)
+                fields += [(SCHEMA_TYPES[hints[field]], field) for field in group._fields]  # pyright: ignore[reportAttributeAccessIssue]
+        return fields
+
+    def schema(self) -> str:
+        """The op as PyTorch's dispatcher reads it; Tensor(a!) marks what is written in place."""
+        written = (f"{kind.replace('Tensor', 'Tensor(a!)') if name == self.mutates else kind} {name}"
+                   for kind, name in self.fields())
+        return f"{self.name}({', '.join(written)}) -> {self.returns}"
+
+
+def declare(op: Op) -> Op:
+    """Registers an op with PyTorch: schema, fallback, fake kernel, derivative and, with Triton installed, launcher.
+
+    Triton's kernels serve CUDA tensors. In Triton's interpreter they serve CPU tensors too, where the backend "triton"
+    is chosen; all other calls go to what served the CPU before, the compiled kernel or the fallback.
+    """
+    qualified = f"moduli_kernels::{op.name}"
+    library.define(op.schema(), tags=(torch.Tag.pt2_compliant_tag,) if op.mutates is None else ())
+    library.impl(op.name, op.by_reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, lambda *arguments: op.fake(*op.grouped(arguments)), lib=library)
+    if op.derivative is not None:
+        _register_derivative(op, op.derivative)
+    if runtime.triton_installed:
+        library.impl(op.name, op.launch, "CUDA")
+    if runtime.triton_interpreted:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that they replace the compiled ones
-            library.impl(name, _interpreted(name, module_of, fallbacks), "CPU", with_keyset=True)
+            warnings.simplefilter("ignore")  # PyTorch warns that the compiled kernel is replaced, which is meant
+            library.impl(op.name, _interpreted(op), "CPU", with_keyset=True)
+    return op
 
 
-def _triton(name: str, module_of: Callable[[str], str]) -> Callable:
-    def launch(*arguments):
-        module = importlib.import_module(f"moduli_kernels.triton.{module_of(name)}")
-        return getattr(module, name)(*arguments)
+def _register_derivative(op: Op, derivative: Derivative) -> None:
+    names = [name for _, name in op.fields()]
 
-    return launch
+    def save(ctx, inputs, output):
+        derivative.save(ctx, output, *op.grouped(inputs))
+
+    def backward(ctx, *gradients):
+        found = derivative.formula(ctx, dict(zip(names, ctx.needs_input_grad)), *gradients)
+        return tuple(found.get(name) for name in names)
+
+    torch.library.register_autograd(f"moduli_kernels::{op.name}", backward, setup_context=save, lib=library)
 
 
-def _interpreted(name: str, module_of: Callable[[str], str], fallbacks: dict[str, Callable]) -> Callable:
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"moduli_kernels::{name}", "CPU")
-    before = torch.library.get_kernel(f"moduli_kernels::{name}", "CPU").call_boxed if compiled else None
-    launch = _triton(name, module_of)
+def _interpreted(op: Op) -> Callable[..., Any]:
+    """What serves CPU tensors under Triton's interpreter: (dispatch keys, *arguments one by one) -> results."""
+    qualified = f"moduli_kernels::{op.name}"
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU")
+    before = torch.library.get_kernel(qualified, "CPU").call_boxed if compiled else None
 
     def on_cpu(keys, *arguments):
         if backends.active("cpu") == "triton":
-            return launch(*arguments)
-        return before(keys, *arguments) if before else fallbacks[f"_{name}"](*arguments)
+            return op.launch(*arguments)
+        return before(keys, *arguments) if before else op.by_reference(*arguments)
 
     return on_cpu

@@ -8,28 +8,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..distributed import is_sharded
 from ..masks import get_mask, original_name, plain_name
 from ..reference import compute_dtype
-from . import grouped
+from . import checks, grouped
 from .modules import CoefficientRegularizer, ModuliRegularizer
 
+# The gate blocks that the hidden weight of each of torch's recurrent modules stacks in rows.
 _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One weight to regularize. What is given is checked by `regularize`.
+    """One weight to regularize. `regularize` checks what is given here.
 
     Args:
         module: the module that owns the weight.
-        name: the weight is getattr(module, name), read afresh at each call.
-        columns: a slice of the columns with step 1 (a cell on concatenated input and state: slice(input_size, None));
-            None takes all.
-        blocks: gate blocks stacked in rows (LSTM 4, GRU 3).
-        recurrent: rows and columns are the same neurons and share one embedding. None decides: True for a square
-            block whose name begins with weight_hh or whose `columns` are given, else False.
+        name: the weight is getattr(module, name), which is read at each call.
+        columns: the columns to regularize, a slice with step 1, such as slice(input_size, None) for a cell on input and
+            state side by side. None: all columns.
+        blocks: gate blocks that are stacked in rows (LSTM 4, GRU 3).
+        recurrent: whether rows and columns are the same neurons, which share one embedding. None: they are for a square
+            block whose name begins with weight_hh, or whose `columns` are given.
     """
 
     module: nn.Module
@@ -40,14 +40,15 @@ class Target:
 
 
 class Regularization(nn.Module):
-    """What `regularize` returns: the sum of the penalties of its targets. Its parameters are the embeddings only; the
-    model's modules are referred to, not held as submodules.
+    """What `regularize` returns: a module whose call gives the sum of the penalties of its targets.
 
-    reg() -> 0-d tensor; reg.losses() -> {name: 0-d}; reg.items() -> (name, regularizer) pairs; reg.shuffled() and
-    reg.matched() -> the same with the controls.
+    Its parameters are the embeddings only: it refers to the model's modules without holding them as submodules.
+
+    reg() -> 0-d tensor; reg.losses() -> {name: 0-d tensor}; reg.items() -> (name, regularizer) pairs; reg.shuffled()
+    and reg.matched() -> the controls of all its regularizers.
 
     Args:
-        regularizers: {name: (target, its regularizer)}; `regularize` makes it.
+        regularizers: {name: (target, its regularizer)}, which `regularize` makes.
     """
 
     def __init__(self, regularizers: dict[str, tuple[Target, nn.Module]]):
@@ -57,7 +58,7 @@ class Regularization(nn.Module):
         self.regularizers = nn.ModuleDict({self._key[name]: module for name, (_, module) in regularizers.items()})
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name of the weight, its regularizer)."""
+        """(name of the weight, its regularizer), for each weight."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
     @property
@@ -66,7 +67,7 @@ class Regularization(nn.Module):
         return dict(self._targets)
 
     def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """The sum where one launch gives it, else None, and the penalty of each weight."""
+        """The sum of the penalties, where one launch gives it, else None; and the penalty of each weight."""
         weights = [_read(self._targets[name]) for name in self._key]
         regularizers = cast("list[Any]", list(self.regularizers.values()))
         if not any(map(is_sharded, weights)) and grouped.share_launches(regularizers, weights):
@@ -74,11 +75,11 @@ class Regularization(nn.Module):
         return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
 
     def losses(self) -> dict[str, Tensor]:
-        """The penalty of each weight, 0-d and differentiable, by the weight's name."""
+        """{name of the weight: its penalty}, 0-d and differentiable."""
         return dict(zip(self._key, self._penalties()[1]))
 
     def forward(self) -> Tensor:
-        """The sum of all penalties, 0-d; on the first weight's device."""
+        """The sum of all penalties, 0-d, on the first weight's device."""
         total, each = self._penalties()
         if total is not None:
             return total
@@ -92,42 +93,46 @@ class Regularization(nn.Module):
             {name: (self._targets[name], make(cast(ModuliRegularizer, r))) for name, r in self.items()})
 
     def shuffled(self, generator: torch.Generator | None = None) -> Regularization:
-        """The control with each weight's coefficients permuted at random.
+        """The paper's control: the same regularization with each weight's coefficients permuted at random.
 
         Args:
-            generator: for reproducible permutations; drawn on its device.
+            generator: makes the permutations reproducible, which are drawn on its device.
         """
         return self._map(lambda r: r.shuffled(generator))
 
     def matched(self) -> Regularization:
-        """The control with one constant coefficient a weight, of equal mean."""
+        """The control without geometry: each weight's coefficients are replaced by their mean."""
         return self._map(lambda r: r.matched())
 
 
 def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str]] | None = None,
                **settings: Any) -> Regularization:
-    """A module whose call gives the penalty of a model's recurrent weights.
+    """Puts the penalty on a model's recurrent weights, and returns a module whose call gives their sum (paper, eq. 6).
 
     Args:
-        model: searched for RNN, GRU, LSTM (weight_hh_l*, each layer and direction its own embedding) and their cells.
-        targets: instead of the search, Targets or (module, name) pairs. A plain pair of a Linear or convolution gets
-            row and column points of its own.
-        **settings: keyword arguments of ModuliRegularizer, the same for all.
+        model: is searched for torch's RNN, GRU and LSTM (weight_hh_l*, each layer and direction with its own embedding)
+            and their cells (weight_hh), subclasses included.
+        targets: Targets or (module, name) pairs, in place of the search. The weight of a Linear or a convolution gets
+            points for its rows and points for its columns.
+        **settings: keyword arguments of ModuliRegularizer, which hold for all weights.
 
-    Weights are read afresh at each call (also `orig * mask` of torch.nn.utils.prune), tied weights once. Points are
-    made on the weight's device, in float64 for float64 weights, else float32.
+    Weights are read at each call, those that torch.nn.utils.prune has pruned as original times mask. Tied weights count
+    once. Points are made on the weight's device, in float64 for float64 weights, else in float32.
+
+    Returns:
+        Regularization: reg() is 0-d and differentiable.
 
     Raises:
-        ValueError: no matching weight, a name that is none, blocks that do not divide the rows, an LSTM with proj_size
-            (found by the search), a setting that ModuliRegularizer refuses.
-        TypeError: model is no nn.Module, targets are no pairs or Targets, columns no slice with step 1, a weight is
-            neither dense nor torch.sparse_csr or not floating point; unknown settings.
+        ValueError: there is no matching weight, a name is none of the module's, blocks do not divide the rows, the
+            search finds an LSTM with proj_size, or ModuliRegularizer refuses a setting.
+        TypeError: model is no nn.Module, targets are neither pairs nor Targets, columns are no slice with step 1, a
+            weight is neither dense nor torch.sparse_csr or not floating point, or a setting is unknown.
 
     Examples:
         >>> reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
         >>> loss = criterion(model(x), y) + reg()
     """
-    checks.no_module(model)
+    checks.model_to_search(model)
     found = _search(model) if targets is None else _as_targets(targets)
     if not found:
         checks.no_target(model)
@@ -138,9 +143,9 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
     for target in found:
         weight = checks.target_weight(target.module, target.name)
         checks.target_columns(target.name, target.columns)
-        # a parametrized weight is a new tensor each time it is read: the same module and name are the same weight too
-        parameter = _parameter(target)
-        alive.append(parameter)  # that no other gets its id
+        # A parametrized weight is a new tensor each time it is read, so module and name tell it as well.
+        parameter = parameter_of(target)
+        alive.append(parameter)  # so that no other tensor gets its id
         same = {(id(parameter), repr(target.columns)), (id(target.module), target.name, repr(target.columns))}
         if same & seen:
             continue
@@ -152,6 +157,7 @@ def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str
 
 
 def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Target]:
+    """The targets as Targets, made of pairs where pairs are given."""
     if not isinstance(targets, Iterable) or isinstance(targets, (str, nn.Module)):
         checks.no_pair(targets)
     found = []
@@ -165,6 +171,7 @@ def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Targe
 
 
 def _search(model: nn.Module) -> list[Target]:
+    """The hidden weights of a model's recurrent modules."""
     found = []
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
@@ -179,6 +186,7 @@ def _search(model: nn.Module) -> list[Target]:
 
 
 def _regularizer(target: Target, weight: Tensor, settings: dict[str, Any]) -> ModuliRegularizer:
+    """A regularizer of the size of the target's weight, with new points."""
     blocks = target.blocks
     checks.target_blocks(target.name, weight.shape[0], blocks)
     rows = weight.shape[0] // blocks
@@ -191,6 +199,7 @@ def _regularizer(target: Target, weight: Tensor, settings: dict[str, Any]) -> Mo
 
 
 def _unused(name: str, made: dict[str, Any]) -> str:
+    """The name, with #2, #3, ... behind it where it is taken, also once dots count as underscores."""
     candidate, k = name, 1
     while candidate in made or any(candidate.replace(".", "_") == other.replace(".", "_") for other in made):
         k += 1
@@ -204,15 +213,19 @@ def _original(target: Target) -> Tensor | None:
     return original if isinstance(original, Tensor) else None
 
 
-def _parameter(target: Target) -> Tensor:
-    """The tensor a weight lives in."""
+def parameter_of(target: Target) -> Tensor:
+    """The tensor that the weight is stored in: torch.nn.utils.prune's `_orig` parameter, else the weight itself."""
     original = _original(target)
     return getattr(target.module, target.name) if original is None else original
 
 
 def _read(target: Target) -> Tensor:
-    """The weight as it is now; under torch prune orig * mask, which the attribute holds only after a forward."""
-    weight = _parameter(target)
+    """The columns to regularize of the weight as it is now.
+
+    Under torch.nn.utils.prune the attribute is out of date until the module's next forward, so original and mask are
+    multiplied here.
+    """
+    weight = parameter_of(target)
     if _original(target) is not None:
         weight = weight * cast(Tensor, get_mask(target.module, target.name)).to(weight.dtype)
     return weight if target.columns is None else weight[:, target.columns]

@@ -1,4 +1,4 @@
-"""The penalties of several weights as one differentiable function: small weights share their launches on a GPU."""
+"""The penalties of several weights as one differentiable function, in which small weights share launches on a GPU."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from ..autograd import only_once
 from ..geometry import encoding
 from ..geometry.inhibitors import TabulatedInhibitor
 from ..ops import torch_ops
+from ..ops.grouped import GroupedArguments
 from ..reference import Penalty, compute_dtype
 from .function import checked, refuse_second_derivative, row_strided
 from .modules import ModuliRegularizer
@@ -22,7 +23,7 @@ _scale_penalties_grads_ = torch_ops.scale_penalties_grads_.default
 
 
 class Layer(NamedTuple):
-    """A weight, its points in the compute dtype, and what is computed."""
+    """A weight with its points, in the compute dtype, and what is to be computed of it."""
 
     weight: Tensor
     rows: Tensor
@@ -31,12 +32,12 @@ class Layer(NamedTuple):
 
 
 def share_launches(regularizers: list[torch.nn.Module], weights: list[Tensor]) -> bool:
-    """Whether the penalties of these weights share launches: kernels that do so serve them, and they have one manifold,
-    inhibitor, power, device and compute dtype."""
+    """Whether the penalties of these weights can share launches: the weights are served by kernels that do so, and they
+    have one manifold, inhibitor, power, device and compute dtype."""
     if len(weights) < 2 or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     first = weights[0]
-    # a subclass or a hook is the user's own code: it is run
+    # A subclass or a hook is the user's own code, which must run.
     if any(type(r) is not ModuliRegularizer or r._forward_hooks or r._forward_pre_hooks for r in regularizers):
         return False
     if any(w.layout != torch.strided or w.device != first.device or compute_dtype(w) != compute_dtype(first)
@@ -50,42 +51,45 @@ def share_launches(regularizers: list[torch.nn.Module], weights: list[Tensor]) -
 
 
 def layer_of(r: ModuliRegularizer, weight: Tensor) -> Layer:
-    """What `r(weight)` computes; raises what that raises."""
+    """What `r(weight)` is to compute; raises the errors of that call."""
     what, rows, cols = checked(weight, r.rows.points, None if r.cols is r.rows else r.cols.points, r.manifold,
                                r.inhibitor, r.power, r.blocks, None, r.reduction, r.strength)
     return Layer(weight, rows, cols, what)
 
 
 def penalties(layers: list[Layer]) -> tuple[Tensor, Tensor]:
-    """The sum of the penalties, 0-d, and the penalties, (L,): like moduli_penalty of each, through the ops. Manifold,
-    inhibitor, power, device and compute dtype are those of the first; weights are dense."""
-    run = _Runner(layers)
+    """The sum of the penalties, 0-d, and the penalties, (L,), as moduli_penalty gives them one by one, by the ops.
+
+    Weights are dense. Manifold, inhibitor, power, device and compute dtype are those of the first for all.
+    """
+    run = _OpRunner(layers)
     weights, rows, cols, _ = zip(*layers)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *rows, *cols)):
         return _PenaltiesFunction.apply(run, *weights, *rows, *cols)
     return run.values_and_grads((*weights, *rows, *cols), [False] * len(layers), [False] * len(layers))[:2]
 
 
-class _Runner:
-    """Through the ops. Tensors: L weights, L rows, L cols (or None)."""
+class _OpRunner:
+    """Computes the penalties by the registered ops. `tensors` holds L weights, L rows and L cols (or None)."""
 
     def __init__(self, layers: list[Layer]):
         first = layers[0].what
         self.count = len(layers)
         self.table_source = first.inhibitor if isinstance(first.inhibitor, TabulatedInhibitor) else None
-        self.code = (*encoding.encode_manifold(first.manifold), *encoding.encode_inhibitor(first.inhibitor),
-                     first.power, [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
+        self.settings = (*encoding.encode_manifold(first.manifold), *encoding.encode_inhibitor(first.inhibitor),
+                         first.power, [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
 
     def split(self, tensors: tuple) -> tuple[tuple, tuple, tuple]:
+        """(weights, rows, cols) from `tensors`, or from one item for each of them."""
         n = self.count
         return tensors[:n], tensors[n:2 * n], tensors[2 * n:]
 
-    def arguments(self, tensors: tuple) -> tuple:
-        """Those of the ops, up to what they need."""
+    def arguments(self, tensors: tuple) -> GroupedArguments:
+        """What the ops take."""
         weights, rows, cols = self.split(tensors)
         table = None if self.table_source is None else self.table_source.table(rows[0].dtype, rows[0].device)
-        return ([row_strided(w) for w in weights], [r.contiguous() for r in rows],
-                [None if c is None else c.contiguous() for c in cols], table, *self.code)
+        return GroupedArguments([row_strided(w) for w in weights], [r.contiguous() for r in rows],
+                                [None if c is None else c.contiguous() for c in cols], table, *self.settings)
 
     def values_and_grads(self, tensors: tuple, need_weight: list[bool], need_points: list[bool]):
         total, values, *grads = _penalties_with_grads(*self.arguments(tensors), need_weight, need_points)
@@ -96,9 +100,11 @@ class _Runner:
         return self._present(grads, tensors, need_weight, need_points)
 
     def _present(self, grads, tensors, need_weight, need_points):
-        cols = self.split(tensors)[2]
+        """The gradients of `tensors`, None where they are not asked for."""
+        _, _, cols = self.split(tensors)
+        dweights, drows, dcols = grads
         present = (*need_weight, *need_points, *(p and c is not None for p, c in zip(need_points, cols)))
-        return [g if p else None for g, p in zip((*grads[0], *grads[1], *grads[2]), present)]
+        return [g if p else None for g, p in zip((*dweights, *drows, *dcols), present)]
 
     def scale_(self, grads: list[Tensor | None], grad: Tensor) -> None:
         there = [(g, i % self.count) for i, g in enumerate(grads) if g is not None]
@@ -106,17 +112,18 @@ class _Runner:
 
 
 class _PenaltiesFunction(torch.autograd.Function):
-    """As _PenaltyFunction of one weight: the gradients are made with the values and handed over to the first backward,
-    which scales them in place; a repeated one makes them again."""
+    """Like the autograd.Function of one weight (function.py): forward computes values and gradients in one pass, the
+    first backward takes the gradients and scales them in place, and a repeated one computes them again."""
 
     @staticmethod
     def forward(ctx, run, *tensors):
         ctx.run = run
         ctx.set_materialize_grads(False)
-        weight, rows, cols = run.split(ctx.needs_input_grad[1:])
-        ctx.needs = list(weight), [r or c for r, c in zip(rows, cols)]
+        weight_needed, rows_needed, cols_needed = run.split(ctx.needs_input_grad[1:])
+        ctx.needs = list(weight_needed), [r or c for r, c in zip(rows_needed, cols_needed)]
         ctx.save_for_backward(*tensors)
-        if any(t.dtype == torch.float16 for t in run.split(tensors)[0]):  # as in _PenaltyFunction
+        weights, _, _ = run.split(tensors)
+        if any(w.dtype == torch.float16 for w in weights):  # as for one weight
             nothing = [False] * run.count
             total, values, _ = run.values_and_grads(tensors, nothing, nothing)
             ctx.grads = None

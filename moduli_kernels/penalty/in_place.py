@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..geometry.inhibitors import Inhibitor
-from ..geometry.manifolds import Manifold
+from ..checks import finite
+from ..geometry.base import Inhibitor, Manifold
 from .function import checked, runner, stored
 
 
@@ -18,19 +17,20 @@ def accumulate_penalty_grad_(
     inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None, power: float = 1.0, blocks: int = 1,
     mask: Tensor | None = None, reduction: str = "mean", strength: float = 1.0,
 ) -> Tensor:
-    """The penalty's value, and its gradients added into `.grad` of weight, rows and cols, each where it requires grad:
-    as `moduli_penalty(...).backward()`, without a graph and without a second matrix for the gradient. Call it after
-    the loss's backward and before the optimizer's step.
+    """Adds the penalty's gradients into `.grad` of weight, rows and cols, each where it requires grad, and returns the
+    value (paper, eq. 6). It does what `moduli_penalty(...).backward()` does, without a graph and without a second
+    matrix for the gradient. Call it after the loss's backward and before the optimizer's step.
 
-    The arguments are those of `moduli_penalty`; weight, rows and cols are leaves where they require grad. A `.grad`
-    that is None is made; one of another layout than row-major is added to by way of a copy.
+    The arguments are those of `moduli_penalty`; weight, rows and cols must be leaves where they require grad. A `.grad`
+    that is None is made; one that is not contiguous is added to by way of a copy.
 
     Returns:
-        0-d tensor, without a graph. The version counters of what is written go up.
+        0-d tensor, without a graph: float64 for float64 weights, else float32. The version counters of what is written
+        go up.
 
     Raises:
-        ValueError, TypeError: as `moduli_penalty`; and where what requires grad is not a leaf.
-        NotImplementedError: for a DTensor.
+        ValueError, TypeError: as `moduli_penalty`. ValueError also where a tensor that requires grad is no leaf.
+        NotImplementedError: the weight is a DTensor.
     """
     what, row_points, column_points = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction,
                                               strength)
@@ -62,24 +62,24 @@ def proximal_step_(
     inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None, blocks: int = 1, mask: Tensor | None = None,
     reduction: str = "mean", strength: float = 1.0,
 ) -> None:
-    """The proximal operator of step * moduli_penalty of power 1, on the weight in place: a soft threshold
+    """Applies the proximal operator of step * moduli_penalty, with power 1, to the weight in place: a soft threshold
 
-        w_ij <- sign(w_ij) max(|w_ij| - step * strength * f(d(rows_i, cols_j)) / N, 0),
+        w_ij <- sign(w_ij) max(|w_ij| - step * strength * f(d(rows_i, cols_j)) / N, 0)
 
-    N the number of entries for reduction="mean", 1 for "sum"; a kernel shrinks as a whole, w max(1 - threshold/|w|, 0).
-    Makes exact zeros, where the penalty's gradient only makes small weights. With a learning rate as the step it takes
-    the place of the penalty in the loss (ISTA).
+    where N is the number of entries for reduction="mean" and 1 for "sum". A kernel shrinks as a whole, by the factor
+    max(1 - threshold / |w|, 0). The step makes exact zeros, where the penalty's gradient only makes small weights. With
+    the learning rate as the step it takes the place of the penalty in the loss (ISTA).
 
-    All arguments but step are those of `moduli_penalty`. Entries that a mask leaves out stay as they are.
+    All arguments but step are those of `moduli_penalty`. Entries where a mask is False keep their values.
 
     Args:
-        step: at least 0 and finite, say the learning rate.
+        step: at least 0 and finite, for example the learning rate.
 
     Raises:
-        ValueError, TypeError: as `moduli_penalty`; step < 0 or not finite.
-        NotImplementedError: for a DTensor.
+        ValueError, TypeError: as `moduli_penalty`. ValueError also for a step that is negative or not finite.
+        NotImplementedError: the weight is a DTensor.
     """
-    step = checks.finite("step", step)
+    step = finite("step", step)
     if step < 0:
         raise ValueError(f"step must be >= 0, got {step}; pass the learning rate.")
     what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, 1.0, blocks, mask, reduction, strength)
@@ -88,18 +88,19 @@ def proximal_step_(
 
 
 def _like(gradient: Tensor, weight: Tensor) -> bool:
-    """Whether dW can be added entry by entry as it is made."""
+    """Whether a kernel can add the weight's gradient into this one entry by entry."""
     if gradient.layout != weight.layout:
         return False
     if weight.layout == torch.strided:
         return gradient.dtype == weight.dtype and gradient.is_contiguous()
-    # the same index tensors, as our gradients have: comparing what is in them would wait for the device
+    # Our gradients have the weight's own index tensors. Comparing what indices hold would wait for the device.
     return (gradient.values().dtype == weight.values().dtype and gradient.values().is_contiguous()
             and gradient.crow_indices().data_ptr() == weight.crow_indices().data_ptr()
             and gradient.col_indices().data_ptr() == weight.col_indices().data_ptr())
 
 
 def _add_grad(leaf: Tensor, gradient: Tensor | None) -> None:
+    """Adds a gradient into leaf.grad, or sets it, where the leaf requires grad."""
     if gradient is None or not leaf.requires_grad:
         return
     gradient = gradient.to(leaf.dtype)

@@ -1,4 +1,4 @@
-"""The modules for training loops: ModuliRegularizer and, for any coefficient per weight, CoefficientRegularizer."""
+"""The modules for training loops: ModuliRegularizer, and CoefficientRegularizer for any coefficients of one's own."""
 from __future__ import annotations
 
 import hashlib
@@ -8,37 +8,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from ..checks import finite, one_of, positive_int
 from ..distributed import is_sharded, shard_of, sum_over_ranks
+from ..geometry.base import Inhibitor, Manifold
 from ..geometry.embedding import ManifoldEmbedding
-from ..geometry.inhibitors import Inhibitor, TabulatedInhibitor, inhibitor as resolve_inhibitor
-from ..geometry.manifolds import Manifold, manifold as resolve_manifold
-from .function import moduli_penalty
+from ..geometry.inhibitors import TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.presets import manifold as resolve_manifold
+from . import checks
+from .function import moduli_penalty, scale_of
 
 
 class ModuliRegularizer(nn.Module):
-    """The penalty on one weight, with the points of its neurons (paper, eq. 6).
+    """The penalty of one weight, with the points of its neurons (paper, eq. 6):
+
+        strength * mean or sum over entries of f(d(rows_i, cols_j)) |w_ij|^power
 
     Args:
-        rows: number of rows (of one block), or a ManifoldEmbedding to share.
-        cols: the same for the columns; None where rows and columns are the same neurons (recurrent weights).
+        rows: the number of rows (of one block), or a ManifoldEmbedding to share.
+        cols: the same for the columns. None: rows and columns are the same neurons, as in recurrent weights.
         manifold: a Manifold or a preset's name.
-        inhibitor: f; None = DifferenceOfGaussians(), a bare callable d -> f(d) does as well.
-        power: l >= 1.
-        blocks: gate blocks stacked in rows that share the points (LSTM 4, GRU 3).
+        inhibitor: f. None: DifferenceOfGaussians(). A bare callable d -> f(d) works as well.
+        power: l, at least 1.
+        blocks: gate blocks that are stacked in rows and share the points (LSTM 4, GRU 3).
         reduction: "mean" over entries, or "sum" (eq. 6).
         strength: lambda, finite. The attribute may be changed between steps.
-        trainable: train the points made here (given embeddings keep what they are).
-        generator: for reproducible points; like dtype and device, for points made here.
-        dtype: of the points, None = torch's default.
-        device: of the points, None = the generator's, else the CPU.
+        trainable: whether the points that are made here are trained. Given embeddings stay as they are.
+        generator: makes the points reproducible. Like dtype and device, it is for points that are made here.
+        dtype: the dtype of the points. None: torch's default.
+        device: the device of the points. None: the generator's, else the CPU.
 
-    The state dict holds the points and what manifold, inhibitor and power they were used with; loading it into a
-    regularizer that differs raises ValueError.
+    The state dict holds the points, and the manifold, inhibitor and power that they were used with. Loading it into a
+    regularizer that differs in these raises ValueError.
 
     Raises:
-        ValueError: an unknown preset or reduction, power < 1, blocks < 1, rows or cols < 0, strength not finite, an
-            embedding in another manifold.
+        ValueError: an unknown preset or reduction, power < 1, blocks < 1, rows or cols < 0, a strength that is not
+            finite, or an embedding in another manifold.
         TypeError: an argument of another type.
 
     Warns:
@@ -54,9 +58,9 @@ class ModuliRegularizer(nn.Module):
         self.manifold = resolve_manifold(manifold)
         self.inhibitor = resolve_inhibitor(inhibitor)
         self.power = checks.power(power)
-        self.blocks = checks.positive_int("blocks", blocks)
-        self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
-        self.strength = checks.finite("strength", strength)
+        self.blocks = positive_int("blocks", blocks)
+        self.reduction = one_of("reduction", reduction, checks.REDUCTIONS)
+        self.strength = finite("strength", strength)
 
         def embed(name: str, n: int | ManifoldEmbedding) -> ManifoldEmbedding:
             if isinstance(n, ManifoldEmbedding):
@@ -72,8 +76,12 @@ class ModuliRegularizer(nn.Module):
             checks.warn_untrainable(self.inhibitor)
 
     def forward(self, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The penalty of `weight`, 0-d, of which entries under a `mask` that is False cost nothing; shapes, dtypes and
-        errors are those of `moduli_penalty`."""
+        """The penalty of the weight, 0-d. Shapes, dtypes and errors are those of `moduli_penalty`.
+
+        Args:
+            weight: (blocks*R, C), or (blocks*R, C, *kernel).
+            mask: bool, in the weight's shape: entries where it is False cost nothing.
+        """
         return moduli_penalty(
             weight, self.rows.points, None if self.cols is self.rows else self.cols.points, manifold=self.manifold,
             inhibitor=self.inhibitor, power=self.power, blocks=self.blocks, mask=mask, reduction=self.reduction,
@@ -82,18 +90,21 @@ class ModuliRegularizer(nn.Module):
 
     @torch.no_grad()
     def coefficients(self) -> Tensor:
-        """f(d(rows_i, cols_j)), dense: (R, C), of one block, without a graph."""
+        """The coefficients f(d(rows_i, cols_j)) of one block: (R, C), dense, in the dtype of the points, without a
+        graph."""
         return self.inhibitor.from_squared(self.manifold.squared_distance(self.rows.points, self.cols.points))
 
     def _with(self, coefficients: Tensor) -> CoefficientRegularizer:
+        """The control that has these coefficients, and all else of this regularizer."""
         return CoefficientRegularizer(coefficients, self.power, self.reduction, self.strength)
 
     def shuffled(self, generator: torch.Generator | None = None) -> CoefficientRegularizer:
-        """The control of the paper: the same coefficients, permuted at random over all entries. Gate blocks share
-        one permutation.
+        """The paper's control: a regularizer with the same coefficients, permuted at random over all entries.
+
+        Gate blocks share one permutation.
 
         Args:
-            generator: for a reproducible permutation; drawn on its device.
+            generator: makes the permutation reproducible, which is drawn on its device.
         """
         c = self.coefficients()
         device = c.device if generator is None else generator.device
@@ -101,15 +112,20 @@ class ModuliRegularizer(nn.Module):
         return self._with(c.flatten()[order].view_as(c).repeat(self.blocks, 1))
 
     def matched(self) -> CoefficientRegularizer:
-        """The fair L_l control: one constant coefficient, the mean of this regularizer's."""
+        """The fair control without geometry: a regularizer with one coefficient everywhere, the mean of this one's."""
         return self._with(self.coefficients().double().mean().to(self.rows.points.dtype))
 
     def get_extra_state(self) -> Tensor:
-        """JSON in bytes (a tensor, so that safetensors can hold it)."""
+        """Manifold, inhibitor and power as JSON in uint8: a tensor, so that safetensors can hold it."""
         used = {"manifold": repr(self.manifold), "inhibitor": _describe(self.inhibitor), "power": self.power}
         return torch.tensor(list(json.dumps(used).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Compares a saved state's manifold, inhibitor and power with this regularizer's.
+
+        Raises:
+            ValueError: one of them differs.
+        """
         saved = json.loads(bytes(state.tolist()).decode())
         mine = json.loads(bytes(self.get_extra_state().tolist()).decode())
         for name, value in mine.items():
@@ -122,7 +138,7 @@ class ModuliRegularizer(nn.Module):
 
 
 def _describe(inhibitor: Inhibitor) -> str:
-    """A name that two inhibitors share only when they are the same function."""
+    """A name that two inhibitors have in common only where they are the same function."""
     if isinstance(inhibitor, TabulatedInhibitor):
         digest = hashlib.sha256(json.dumps(inhibitor.values).encode()).hexdigest()[:16]
         return f"{inhibitor!r} of values {digest}"
@@ -130,20 +146,20 @@ def _describe(inhibitor: Inhibitor) -> str:
 
 
 class CoefficientRegularizer(nn.Module):
-    """strength * sum or mean of coefficients_ij |w_ij|^power: any coefficient per weight (paper, eq. 5).
+    """strength * sum or mean over entries of coefficients_ij |w_ij|^power, with any coefficients (paper, eq. 5).
 
-    Kernel dimensions of the weight count by their L2 norm. Plain PyTorch, and by autograd. A weight sharded in rows
-    (fully_shard) as by `moduli_penalty`.
+    |w| is the L2 norm over the weight's kernel dimensions. It is computed in plain PyTorch, with gradients by autograd.
+    A DTensor that fully_shard has cut into rows is treated as by `moduli_penalty`.
 
     Args:
         coefficients: (R, C), or 0-d for one coefficient everywhere; floating point, copied into a buffer.
-        power: l >= 1.
+        power: l, at least 1.
         reduction: "mean" over entries, or "sum" (eq. 5).
         strength: lambda, finite. The attribute may be changed between steps.
 
     Raises:
-        ValueError: coefficients of another shape, power < 1, an unknown reduction, strength not finite.
-        TypeError: coefficients that are no floating-point tensor; power or strength that is no number.
+        ValueError: coefficients of another shape, power < 1, an unknown reduction, or a strength that is not finite.
+        TypeError: coefficients are no floating-point tensor; power or strength is no number.
     """
 
     coefficients: Tensor
@@ -152,22 +168,22 @@ class CoefficientRegularizer(nn.Module):
         super().__init__()
         checks.coefficient_tensor(coefficients)
         self.power = checks.power(power)
-        self.reduction = checks.one_of("reduction", reduction, checks.REDUCTIONS)
-        self.strength = checks.finite("strength", strength)
+        self.reduction = one_of("reduction", reduction, checks.REDUCTIONS)
+        self.strength = finite("strength", strength)
         self.register_buffer("coefficients", coefficients.detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        """strength * sum or mean of coefficients_ij |w_ij|^power, 0-d: float64 for float64 weights, else float32.
+        """The penalty of the weight, 0-d: float64 for float64 weights, else float32.
 
         Args:
             weight: (R, C), or (R, C, *kernel), on the coefficients' device; any such shape for a 0-d coefficient.
 
         Raises:
-            ValueError, TypeError: weight does not fit; the message says how.
-            NotImplementedError: for a DTensor that is not cut in rows.
+            ValueError, TypeError: the weight does not fit; the message says how.
+            NotImplementedError: the weight is a DTensor that is not cut into rows.
         """
         checks.coefficient_arguments(weight, self.coefficients)
-        entries, coefficients, group = weight.shape[0] * weight.shape[1], self.coefficients, None
+        scale, coefficients, group = scale_of(weight, self.reduction, self.strength), self.coefficients, None
         if is_sharded(weight):
             shard = shard_of(weight)
             weight, group = shard.local, shard.group
@@ -176,8 +192,7 @@ class CoefficientRegularizer(nn.Module):
             weight = weight.float()
         a = weight.abs() if weight.dim() == 2 else torch.linalg.vector_norm(weight.flatten(2), dim=2)
         cost = coefficients.to(weight.dtype) * (a if self.power == 1 else a.pow(self.power))
-        total = sum_over_ranks(cost.sum(), group)
-        return total * (self.strength / max(1, entries) if self.reduction == "mean" else self.strength)
+        return sum_over_ranks(cost.sum(), group) * scale
 
     def extra_repr(self) -> str:
         return (f"coefficients={tuple(self.coefficients.shape)}, power={self.power}, reduction={self.reduction!r}, "

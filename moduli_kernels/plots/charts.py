@@ -1,83 +1,78 @@
-"""How each manifold is drawn in the plane: where points go, and how shortest geodesics between them run.
+"""How each kind of chart is drawn in the plane: where points go, and how the shortest paths between them run.
 
-A chart draws one factor of a manifold (`part`, its columns `columns` of the points) and says in `label`
-what is shown. Coordinates come from `ordering.fundamental`, as float64 NumPy arrays:
+A manifold says which chart it has, and what the picture shows (`Manifold.chart`, `Manifold.section`). `chart` and
+`section` return the picture that draws it: of one factor, `part`, from its columns `columns` of the points. Coordinates
+come from `Manifold.fundamental`, as float64 NumPy arrays. A picture has
 
-    place(x)      points (n, c) -> positions (n, 2)
-    links(a, b)   pairs of points (l, c) -> polylines [(m, 2)], cut where a geodesic crosses the border
-    mesh(size)    corners X, Y of a grid of cells, the points (cells, c) at their middles, and a reference
-                  point (1, c); None where there is no such grid
-    frame(ax)     border, limits and axis labels
-    shrink        height of the picture, as a part of its width, for a colour bar beside it
+    place(x)      moves points (n, c) to positions (n, 2).
+    links(a, b)   joins pairs of points, each (l, c), by polylines [(m, 2)], cut where a path crosses the border.
+    mesh(size)    gives a grid of cells, or None where there is no such grid.
+    frame(ax)     draws the border, and sets limits and axis labels.
+    shrink        is the height of the picture as a part of its width, for a colour bar beside it.
 """
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..geometry.manifolds import Circle, Euclidean, FlatTorus, KleinBottle, Manifold, Sphere
+from ..geometry.base import Manifold
+from ..geometry.chart_kinds import Chart, GlobeChart, PlaneChart, RectangleChart, RingChart
 
-_ARC = np.linspace(0, 1, 33)  # parameters of the points that make a curved link
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ARC = np.linspace(0, 1, 33)  # the parameters of the points that make a curved link
 
 
 def chart(manifold: Manifold) -> Ring | Rectangle | Globe | Plane:
-    """The chart of a manifold; of a product its first factor is drawn."""
-    factors = manifold.factors()
-    part = factors[0]
-    if isinstance(part, Circle):
-        made = Ring(part, part.radius, f"circle of radius {part.radius:g}")
-    elif isinstance(part, FlatTorus) and part.ambient_dim == 1:
-        made = Ring(part, part.periods[0] / (2 * math.pi), f"circle of length {part.periods[0]:g}")
-    elif isinstance(part, FlatTorus):
-        size = " x ".join(f"{p:g}" for p in part.periods[:2])
-        shown = "flat torus" if part.ambient_dim == 2 else f"{part.ambient_dim}-torus, first two coordinates"
-        made = Rectangle(part, part.periods[:2], f"{shown} ({size})")
-    elif isinstance(part, KleinBottle):
-        made = Rectangle(part, (part.width, part.height), f"Klein bottle ({part.width:g} x {part.height:g})")
-    elif isinstance(part, Sphere) and part.dim == 2:
-        made = Globe(part, f"sphere of radius {part.radius:g}, equal-area map")
-    elif isinstance(part, Sphere):
-        made = Plane(part, f"{part.dim}-sphere of radius {part.radius:g}, first two coordinates")
-    else:
-        name = f"R^{part.dim}" if isinstance(part, Euclidean) else type(part).__name__
-        some = ", first two coordinates" if part.ambient_dim > 2 else ""
-        made = Plane(part, name + some)
-    if len(factors) > 1:
-        made.label += f", first of {len(factors)} factors"
-    return made
+    """The picture of a manifold, in which points lie; a product shows its first factor."""
+    return _picture(manifold.factors()[0], manifold.chart())
 
 
-def slice_chart(manifold: Manifold) -> Ring | Rectangle | Globe | Plane:
-    """As `chart`, but with a totally geodesic slice of what has more than two dimensions, so that distances
-    within the picture are those of the manifold."""
-    made = chart(manifold)
-    part = made.part
-    if isinstance(part, Sphere) and part.dim != 2:
-        shown = f"{part.dim}-sphere of radius {part.radius:g}"
-        if part.dim == 1:
-            made = Ring(Circle(part.radius), part.radius, shown)
-        else:
-            made = Globe(Sphere(2, part.radius), f"great 2-sphere of the {shown}, equal-area map")
-    elif not isinstance(part, Sphere) and part.ambient_dim > 2 and made.mesh(1) is not None:
-        made.label += ", others held"
-    return made
+def section(manifold: Manifold) -> Ring | Rectangle | Globe | Plane:
+    """The picture of a part of a manifold, in which distances are those of the manifold."""
+    return _picture(*manifold.section())
 
 
-class _Chart:
+def _picture(part: Manifold, data: Chart) -> Ring | Rectangle | Globe | Plane:
+    if isinstance(data, RingChart):
+        return Ring(part, data)
+    if isinstance(data, RectangleChart):
+        return Rectangle(part, data)
+    return Globe(part, data) if isinstance(data, GlobeChart) else Plane(part, data)
+
+
+class Mesh(NamedTuple):
+    """A grid of cells over a picture, as matplotlib's pcolormesh takes it, and points of the manifold in the cells.
+
+    x: (rows + 1, columns + 1), where the corners of the cells are in the picture.
+    y: the same.
+    points: (rows * columns, c), the points at the middles of the cells, row by row.
+    reference: (1, c), the point from which distances are measured.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    points: np.ndarray
+    reference: np.ndarray
+
+
+class _Picture:
     shrink = 1.0
 
-    def __init__(self, part: Manifold, label: str):
-        self.part, self.label = part, label
+    def __init__(self, part: Manifold, data: Chart):
+        self.part, self.label = part, data.label
         self.columns = slice(0, part.ambient_dim)
 
 
-class Ring(_Chart):
-    """A circle of the given radius. Links bow inwards, the farther apart their ends the deeper."""
+class Ring(_Picture):
+    """A circle of the given radius. Links bow inwards, deeper where their ends are farther apart."""
 
-    def __init__(self, part: Manifold, radius: float, label: str):
-        super().__init__(part, label)
-        self.radius = radius
+    def __init__(self, part: Manifold, data: RingChart):
+        super().__init__(part, data)
+        self.radius = data.radius
 
     def _at(self, arc: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
         angle = arc / self.radius
@@ -94,25 +89,25 @@ class Ring(_Chart):
         t = _ARC[:, None]
         return list((1 - t) ** 2 * begin + 2 * t * (1 - t) * control + t**2 * end)  # quadratic Bezier curves
 
-    def mesh(self, size: int):
+    def mesh(self, size: int) -> Mesh:
         edges = np.linspace(0, 2 * math.pi * self.radius, 4 * size + 1)
         corners = np.stack([self._at(edges, 0.8 * self.radius), self._at(edges, 1.2 * self.radius)])
-        return corners[..., 0], corners[..., 1], _middles(edges)[:, None], np.zeros((1, 1))
+        return Mesh(corners[..., 0], corners[..., 1], _middles(edges)[:, None], np.zeros((1, 1)))
 
-    def frame(self, ax) -> None:
+    def frame(self, ax: Axes) -> None:
         around = self._at(np.linspace(0, 2 * math.pi * self.radius, 361), self.radius)
         ax.plot(*around.T, color="0.8", linewidth=1, zorder=0)
         _equal(ax, 1.25 * self.radius, 1.25 * self.radius)
         ax.set(xlabel="x (manifold units)", ylabel="y (manifold units)")
 
 
-class Rectangle(_Chart):
-    """The first two coordinates of a flat torus, or the Klein bottle, in the fundamental rectangle."""
+class Rectangle(_Picture):
+    """The first two coordinates of a flat torus, or the Klein bottle (`glide`), in the fundamental rectangle."""
 
-    def __init__(self, part: Manifold, sides: tuple[float, ...], label: str):
-        super().__init__(part, label)
-        self.sides = np.array(sides)
-        self.glide = isinstance(part, KleinBottle)
+    def __init__(self, part: Manifold, data: RectangleChart):
+        super().__init__(part, data)
+        self.sides = np.array(data.sides)
+        self.glide = data.glide
 
     def place(self, x: np.ndarray) -> np.ndarray:
         return x[:, :2]
@@ -120,7 +115,8 @@ class Rectangle(_Chart):
     def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
         a, b = a[:, :2], b[:, :2]
         delta = _wrap(b - a, self.sides)
-        if self.glide:  # b's images: (x + 2 i width, y + j height) and (x + (2 i + 1) width, -y + j height)
+        if self.glide:
+            # The images of b are (x + 2 i width, y + j height) and (x + (2 i + 1) width, -y + j height).
             width, height = self.sides
             delta[:, 0] = _wrap(b[:, 0] - a[:, 0], 2 * width)
             along, across = _wrap(b[:, 0] + width - a[:, 0], 2 * width), _wrap(-b[:, 1] - a[:, 1], height)
@@ -130,8 +126,10 @@ class Rectangle(_Chart):
         return self._cut(a, delta)
 
     def _cut(self, a: np.ndarray, delta: np.ndarray) -> list[np.ndarray]:
-        """The straight lines a + t delta of the plane, cut at the rectangle's border and each piece folded
-        back. No component of delta is longer than a side, so each border is crossed at most once."""
+        """The straight lines a + t delta of the plane, cut at the rectangle's border, each piece moved back into it.
+
+        No component of delta is longer than a side, so each border is crossed at most once.
+        """
         end = a + delta
         border = np.where(end < 0, 0.0, self.sides)
         crosses = (end < 0) | (end > self.sides)
@@ -147,27 +145,28 @@ class Rectangle(_Chart):
         pieces[..., 1:] -= np.floor(pieces.mean(1, keepdims=True)[..., 1:] / self.sides[1]) * self.sides[1]
         return list(pieces)
 
-    def mesh(self, size: int):
+    def mesh(self, size: int) -> Mesh:
         x, y = (np.linspace(0, side, size + 1) for side in self.sides)
         points = np.zeros((size * size, self.part.ambient_dim))
         points[:, :2] = np.stack(np.meshgrid(_middles(x), _middles(y)), -1).reshape(-1, 2)
         reference = np.zeros((1, self.part.ambient_dim))
-        reference[0, :2] = 0.3 * self.sides  # in the middle, the picture would hide how borders are glued
-        return *np.meshgrid(x, y), points, reference
+        reference[0, :2] = 0.3 * self.sides  # a point in the middle would not show how the borders are glued
+        corners_x, corners_y = np.meshgrid(x, y)
+        return Mesh(corners_x, corners_y, points, reference)
 
-    def frame(self, ax) -> None:
+    def frame(self, ax: Axes) -> None:
         ax.set(xlim=(0, self.sides[0]), ylim=(0, self.sides[1]), aspect="equal", xlabel="x (manifold units)",
                ylabel="y (manifold units)")
 
 
-class Globe(_Chart):
-    """The 2-sphere on the Hammer projection (equal area), longitudes -180 ... 180 degrees."""
+class Globe(_Picture):
+    """The 2-sphere on the Hammer projection, which keeps areas; longitudes run from -180 to 180 degrees."""
 
     shrink = 0.5
 
     def place(self, x: np.ndarray) -> np.ndarray:
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)
-        longitude = np.arctan2(x[..., 1] + 0.0, x[..., 0])  # y = -0.0 is on the y >= 0 side of the date line
+        longitude = np.arctan2(x[..., 1] + 0.0, x[..., 0])  # y = -0.0 is on the side of the date line where y >= 0
         return self._project(longitude, np.arcsin(np.clip(x[..., 2], -1, 1)))
 
     @staticmethod
@@ -177,11 +176,13 @@ class Globe(_Chart):
         return np.stack([x, math.sqrt(2) * np.sin(latitude)], -1) / z[..., None]
 
     def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-        return [piece for arc in _great_circles(a, b) for piece in self._cut(arc)]
+        return [piece for arc in great_circles(a, b) for piece in self._cut(arc)]
 
     def _cut(self, arc: np.ndarray) -> list[np.ndarray]:
-        """One arc (m, 3) on the map, in pieces that end at the border where it crosses the date line (y = 0
-        and x < 0)."""
+        """One arc (m, 3) on the map, in pieces that end at the border where the arc crosses the date line.
+
+        The date line is the half circle with y = 0 and x < 0.
+        """
         pieces, line = [], self.place(arc)
         side = arc[:, 1] >= 0
         begin = line[:0]
@@ -196,15 +197,15 @@ class Globe(_Chart):
                 begin, start = enter[None], i + 1
         return [*pieces, np.concatenate([begin, line[start:]])]
 
-    def mesh(self, size: int):
+    def mesh(self, size: int) -> Mesh:
         longitude = np.linspace(-math.pi, math.pi, 2 * size + 1)
         latitude = np.linspace(-math.pi / 2, math.pi / 2, size + 1)
         corners = self._project(*np.meshgrid(longitude, latitude))
         lon, lat = np.meshgrid(_middles(longitude), _middles(latitude))
         points = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
-        return corners[..., 0], corners[..., 1], points.reshape(-1, 3), np.array([[1.0, 0.0, 0.0]])
+        return Mesh(corners[..., 0], corners[..., 1], points.reshape(-1, 3), np.array([[1.0, 0.0, 0.0]]))
 
-    def frame(self, ax) -> None:
+    def frame(self, ax: Axes) -> None:
         latitude = np.linspace(-math.pi / 2, math.pi / 2, 91)
         for longitude in np.radians((-180, -120, -60, 0, 60, 120, 180)):
             edge = abs(longitude) > 3
@@ -219,26 +220,32 @@ class Globe(_Chart):
         ax.spines[:].set_visible(False)
 
 
-class Plane(_Chart):
-    """Everything else: the first two columns (a single column is drawn on a line)."""
+class Plane(_Picture):
+    """The first two coordinates of any other manifold; a single coordinate is drawn on a line."""
+
+    def __init__(self, part: Manifold, data: PlaneChart):
+        super().__init__(part, data)
+        self.box, self.great_circles = data.box, data.great_circles
 
     def place(self, x: np.ndarray) -> np.ndarray:
         return np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))[:, :2]
 
     def links(self, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-        if isinstance(self.part, Sphere):
-            return [self.place(arc) for arc in _great_circles(a, b)]
+        if self.great_circles:
+            return [self.place(arc) for arc in great_circles(a, b)]
         return list(np.stack([self.place(a), self.place(b)], 1))
 
-    def mesh(self, size: int):
-        if not isinstance(self.part, Euclidean) or self.part.dim == 1:
+    def mesh(self, size: int) -> Mesh | None:
+        if self.box is None:
             return None
-        edges = np.linspace(0, self.part.side, size + 1)
-        points = np.full((size * size, self.part.dim), self.part.side / 2)
-        points[:, :2] = np.stack(np.meshgrid(_middles(edges), _middles(edges)), -1).reshape(-1, 2)
-        return *np.meshgrid(edges, edges), points, np.full((1, self.part.dim), self.part.side / 2)
+        x, y = (np.linspace(0, side, size + 1) for side in self.box[:2])
+        middle = np.array([self.box]) / 2
+        points = np.repeat(middle, size * size, 0)
+        points[:, :2] = np.stack(np.meshgrid(_middles(x), _middles(y)), -1).reshape(-1, 2)
+        corners_x, corners_y = np.meshgrid(x, y)
+        return Mesh(corners_x, corners_y, points, middle)
 
-    def frame(self, ax) -> None:
+    def frame(self, ax: Axes) -> None:
         ax.set_aspect("equal", adjustable="datalim")
         ax.set(xlabel="coordinate 1 (manifold units)", ylabel="coordinate 2 (manifold units)")
 
@@ -251,13 +258,15 @@ def _middles(edges: np.ndarray) -> np.ndarray:
     return (edges[1:] + edges[:-1]) / 2
 
 
-def _equal(ax, x: float, y: float) -> None:
+def _equal(ax: Axes, x: float, y: float) -> None:
     ax.set(xlim=(-x, x), ylim=(-y, y), aspect="equal")
 
 
-def _great_circles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Points along the shortest arcs from a to b (l, c), equally spaced: (l, 33, c). Antipodes have no one
-    shortest arc; any will do."""
+def great_circles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Equally spaced points along the shortest arcs from a to b, each (l, c): (l, 33, c).
+
+    Antipodes have no single shortest arc, so any one is taken.
+    """
     radius = np.linalg.norm(a, axis=1, keepdims=True)
     u, v = a / radius, b / np.linalg.norm(b, axis=1, keepdims=True)
     angle = 2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1))[:, None]

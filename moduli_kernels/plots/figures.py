@@ -1,9 +1,10 @@
-"""Pictures of what a penalty and pruning made of a weight matrix (matplotlib, imported on first use).
+"""Pictures of what a penalty and pruning made of a weight matrix.
 
-Every function draws on `ax`, or on the one axes of a new `matplotlib.figure.Figure` where ax is None, and returns the
-axes: `plot_...(...).figure.savefig("picture.png")`. Neither a display nor pyplot is needed; ImportError says where
-matplotlib is missing. Weights are recurrent matrices (n, n), `weight[j, k]` from neuron k into neuron j; of stacked
-gate blocks pass one. Distances and coordinates are in the units of the manifold's radius or period.
+Every function draws on `ax`, or on the only axes of a new `matplotlib.figure.Figure` where ax is None, and returns the
+axes: `plot_...(...).figure.savefig("picture.png")`. Neither a display nor pyplot is needed. Matplotlib is imported by
+the first picture, and an ImportError says so if it is missing. Weights are recurrent matrices (n, n), `weight[j, k]`
+from neuron k into neuron j; if gate blocks are stacked, pass one of them. Distances and coordinates are in the unit of
+the manifold's radius or period.
 """
 from __future__ import annotations
 
@@ -16,34 +17,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..geometry.manifolds import Euclidean, Manifold, manifold as manifold_of
-from ..geometry.ordering import fundamental, manifold_order
+from ..geometry.base import Manifold
+from ..geometry.checks import embedding_points
+from ..geometry.flat import Euclidean
+from ..geometry.ordering import manifold_order
+from ..geometry.presets import manifold as manifold_of
 from ..histograms import kept_by_distance
-from .charts import chart, slice_chart
+from .charts import chart, section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart with every common kind of colour vision
+# The colours of Okabe and Ito, which people with every common kind of colour vision can distinguish
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-MAX_CELLS = 256  # a heat map is averaged down to about this many cells a side
+MAX_CELLS = 256  # a heat map is averaged down to at most this many cells a side
 MIN_PAIRS = 50  # a bin of distances with fewer pairs of neurons is left out
-_TILE = 256  # rows looked at together: nothing n x n is made
+_TILE = 256  # as many rows are read at a time, so that nothing of size n x n is made
 
 
 def plot_connections(mask: Tensor, points: Tensor, manifold: Manifold | str,
                      neurons: Sequence[int] | None = None, ax: Axes | None = None) -> Axes:
     """The kept connections into a few neurons, each along the shortest geodesic to its source (paper, Fig. 1c).
-    Flat tori and the Klein bottle are drawn in the rectangle, links cut where they cross its border; circles as a ring;
-    the 2-sphere on an equal-area map; of anything else the first two coordinates (of a product its first factor).
+
+    Flat tori and the Klein bottle are drawn in their rectangle, with links cut where they cross the border; circles are
+    drawn as a ring, and the 2-sphere on an equal-area map. Any other manifold shows its first two coordinates, and a
+    product its first factor.
 
     Args:
-        mask: (n, n), bool, True = kept, or weights, non-zero = kept.
-        points: (n, ambient_dim), of the neurons.
+        mask: (n, n), bool (True = kept) or weights (non-zero = kept).
+        points: (n, ambient_dim), the points of the neurons.
         manifold: a Manifold or a preset's name.
-        neurons: indices from 0 to n - 1; None takes four spread over the picture.
-        ax: to draw on, None = new ones.
+        neurons: indices from 0 to n - 1; None takes four that are spread over the picture.
+        ax: the axes to draw on; None makes new ones.
+
+    Returns:
+        The axes.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -74,14 +82,19 @@ def plot_connections(mask: Tensor, points: Tensor, manifold: Manifold | str,
 
 
 def plot_weight_heatmap(weight: Tensor, points: Tensor, manifold: Manifold | str, ax: Axes | None = None) -> Axes:
-    """|W| as an image, rows and columns in manifold order; of a bool mask, the fraction kept. Above 256 neurons, cells
-    of neighbouring rows and columns are averaged to 256 x 256. The colours end at the image's 99.5th percentile.
+    """|W| as an image, with rows and columns in manifold order; a bool mask shows the fraction kept.
+
+    Above 256 neurons, neighbouring rows and columns are averaged into 256 x 256 cells. The colours end at the image's
+    99.5th percentile.
 
     Args:
         weight: (n, n), real or bool.
-        points: (n, ambient_dim), of the neurons.
+        points: (n, ambient_dim), the points of the neurons.
         manifold: a Manifold or a preset's name.
-        ax: to draw on, None = new ones.
+        ax: the axes to draw on; None makes new ones.
+
+    Returns:
+        The axes.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -104,16 +117,22 @@ def plot_weight_heatmap(weight: Tensor, points: Tensor, manifold: Manifold | str
 
 def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold | str,
                                inhibitor: Callable[[Tensor], Tensor], ax: Axes | None = None, bins: int = 30) -> Axes:
-    """The fraction of connections kept against the geodesic distance of their two neurons, and over it, on an axis of
-    its own, the inhibitor f: what costs little should be kept. Looks at 256 rows at a time.
+    """The fraction of connections that are kept, against the geodesic distance of their two neurons.
+
+    The inhibitor f is drawn over it, on an axis of its own: connections that cost little should be kept. 256 rows are
+    read at a time.
 
     Args:
-        mask: (n, n), bool, True = kept, or weights, non-zero = kept.
-        points: (n, ambient_dim), of the neurons.
+        mask: (n, n), bool (True = kept) or weights (non-zero = kept).
+        points: (n, ambient_dim), the points of the neurons.
         manifold: a Manifold or a preset's name.
-        inhibitor: distances -> costs.
-        ax: to draw on, None = new ones.
-        bins: how many of equal width from 0 to the largest distance; the line is broken at those of under 50 pairs.
+        inhibitor: f, which turns distances into costs.
+        ax: the axes to draw on; None makes new ones.
+        bins: the number of bins of equal width, from 0 to the largest distance. The line is broken at bins of fewer
+            than 50 pairs.
+
+    Returns:
+        The axes of the fraction.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -143,18 +162,22 @@ def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold 
 
 def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | str, ax: Axes | None = None) -> Axes:
     """f(distance from a reference point), drawn over the manifold as an image (paper, Fig. 6); a star marks the point.
-    Of more dimensions a slice through it is drawn: the first two coordinates, a great 2-sphere, the first factor of a
-    product; of a Manifold subclass of one's own, 2000 sampled points.
+
+    A manifold of more than two dimensions shows a section through the point: the first two coordinates, a great
+    2-sphere, or the first factor of a product. A user's own Manifold subclass shows 2000 sampled points.
 
     Args:
-        inhibitor: f, distances -> costs.
+        inhibitor: f, which turns distances into costs.
         manifold: a Manifold or a preset's name.
-        ax: to draw on, None = new ones.
+        ax: the axes to draw on; None makes new ones.
+
+    Returns:
+        The axes.
 
     Raises:
         TypeError, ValueError: inhibitor cannot be called, or an unknown preset.
     """
-    picture = slice_chart(manifold_of(manifold))
+    picture = section(manifold_of(manifold))
     _inhibitor(inhibitor)
     ax = _axes(ax)
     picture.frame(ax)
@@ -163,15 +186,14 @@ def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | s
         x = picture.part.sample(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
         reference = x[:1]
     else:
-        x, reference = mesh[2:]
+        x, reference = mesh.points, mesh.reference
     distance = picture.part.distance(torch.from_numpy(reference), torch.from_numpy(x))[0]
     cost = inhibitor(distance).detach().cpu().numpy()
     if mesh is None:
         drawn = ax.scatter(*picture.place(x).T, c=cost, s=8, cmap="viridis", linewidths=0)
     else:
-        across, up = mesh[:2]
-        cells = cost.reshape(np.subtract(across.shape, 1))
-        drawn = ax.pcolormesh(across, up, cells, cmap="viridis", rasterized=True)
+        cells = cost.reshape(np.subtract(mesh.x.shape, 1))
+        drawn = ax.pcolormesh(mesh.x, mesh.y, cells, cmap="viridis", rasterized=True)
     ax.scatter(*picture.place(reference).T, s=130, marker="*", color="white", edgecolors="black", zorder=4)
     ax.figure.colorbar(drawn, ax=ax, shrink=picture.shrink, label="f(distance from the star): cost of |w|")
     ax.set_title(f"Inhibitor {getattr(inhibitor, '__name__', type(inhibitor).__name__)}\n{picture.label}")
@@ -180,15 +202,19 @@ def plot_inhibitor(inhibitor: Callable[[Tensor], Tensor], manifold: Manifold | s
 
 def plot_neuron_weights(weight: Tensor, points: Tensor, manifold: Manifold | str, neuron: int,
                         ax: Axes | None = None) -> Axes:
-    """The weights into one neuron, each drawn at the neuron it comes from (paper, Fig. 7), as in `plot_connections`;
-    zeros are small grey dots and a star marks the neuron itself.
+    """The weights into one neuron, each drawn at the neuron that it comes from (paper, Fig. 7).
+
+    Neurons lie as in `plot_connections`. Zeros are small grey dots, and a star marks the neuron itself.
 
     Args:
         weight: (n, n), real or bool.
-        points: (n, ambient_dim), of the neurons.
+        points: (n, ambient_dim), the points of the neurons.
         manifold: a Manifold or a preset's name.
         neuron: its index, from 0 to n - 1.
-        ax: to draw on, None = new ones.
+        ax: the axes to draw on; None makes new ones.
+
+    Returns:
+        The axes.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -203,7 +229,7 @@ def plot_neuron_weights(weight: Tensor, points: Tensor, manifold: Manifold | str
     place, there = picture.place(x), w != 0
     ax.scatter(*place[~there].T, s=3, color="0.8", linewidths=0, zorder=1)
     top = float(np.abs(w).max()) or 1.0
-    by_size = np.argsort(np.abs(w[there]), kind="stable")  # the large ones on top
+    by_size = np.argsort(np.abs(w[there]), kind="stable")  # large weights are drawn last, on top of the others
     drawn = ax.scatter(*place[there][by_size].T, c=w[there][by_size], cmap="PuOr", vmin=-top, vmax=top, s=28,
                        edgecolors="0.4", linewidths=0.3, zorder=2)
     ax.scatter(*place[neuron], s=150, marker="*", color="white", edgecolors="black", zorder=4)
@@ -223,25 +249,25 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _placed(points: Tensor, m: Manifold):
-    """The chart and the coordinates (n, c) of the factor it draws."""
+    """The picture of a manifold, and the coordinates (n, c) of the factor that it draws."""
     picture = chart(m)
-    return picture, fundamental(points, m)[:, picture.columns].numpy()
+    return picture, m.fundamental(points.detach().to("cpu", torch.float64))[:, picture.columns].numpy()
 
 
 def _name(m: Manifold) -> str:
-    """The whole manifold, not the part of it that a chart shows."""
-    return " x ".join(chart(f).label.split(", ")[0] for f in m.factors())
+    """The name of the whole manifold, not only of the part that a chart shows."""
+    return " x ".join(f.chart().label.split(", ")[0] for f in m.factors())
 
 
 def _spread_out(place: np.ndarray) -> list[int]:
-    """The neurons nearest to the middles of the four quarters of a picture, from their places (n, 2) in it."""
+    """The neurons that are nearest to the middles of the four quarters of a picture, from their places (n, 2)."""
     quarters = manifold_order(torch.from_numpy(place), Euclidean(2)).tensor_split(4)
     middles = [(q.numpy(), place[q].mean(0)) for q in quarters if len(q)]
     return [int(q[((place[q] - middle) ** 2).sum(1).argmin()]) for q, middle in middles]
 
 
 def _block_means(weight: Tensor, order: Tensor) -> np.ndarray:
-    """Means of |weight[order][:, order]| over at most MAX_CELLS x MAX_CELLS cells, of sides within 1 of each other."""
+    """Means of |weight[order][:, order]| over at most MAX_CELLS x MAX_CELLS cells, whose sides differ by at most 1."""
     n, cells = len(order), min(len(order), MAX_CELLS)
     cell = torch.arange(n) * cells // n
     sums = torch.zeros(cells, cells, dtype=torch.float64)
@@ -254,7 +280,7 @@ def _block_means(weight: Tensor, order: Tensor) -> np.ndarray:
 
 
 def _check(name: str, weight: Tensor, points: Tensor, m: Manifold) -> int:
-    """A square matrix and one point for each of its n rows; n."""
+    """Raises an error unless weight is a square matrix and points has one row for each of its n rows; returns n."""
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"{name} must be a tensor (n, n), got a {type(weight).__name__}; pass torch.as_tensor({name}).")
@@ -266,7 +292,7 @@ def _check(name: str, weight: Tensor, points: Tensor, m: Manifold) -> int:
         raise TypeError(f"{name} must be dense, got {weight.layout}; pass {name}.to_dense().")
     if weight.is_complex():
         raise TypeError(f"{name} must be real or bool, got {weight.dtype}; pass {name}.abs().")
-    checks.embedding_points(points, weight.shape[0], m)
+    embedding_points(points, weight.shape[0], m)
     return weight.shape[0]
 
 
@@ -279,7 +305,7 @@ def _neurons(neurons: Sequence[int], n: int) -> list[int]:
 
 def _neuron(name: str, j: int, n: int) -> int:
     try:
-        index = operator.index(j)  # ints, NumPy's and 0-d tensors alike
+        index = operator.index(j)  # this accepts ints, NumPy's integers and 0-d tensors
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {j!r}; pass an index such as 0.") from None
     if not 0 <= index < n:

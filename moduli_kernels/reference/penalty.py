@@ -1,11 +1,14 @@
-"""The specification: the penalty and its gradients by hand, in plain PyTorch, tiled.
+"""The specification of the penalty: value, gradients by hand and proximal step, in plain PyTorch.
 
-    R = scale * sum_{b,i,j} f(d(x_i, y_j)) |w_bij|^l          (paper, eq. 6; |.| the L2 norm over kernel dimensions)
-    dR/dw_bij = scale f l |w|^(l-1) w/|w|                      (0 at w = 0 for l = 1)
+    R = scale * sum_{b,i,j} f(d(x_i, y_j)) |w_bij|^l                   (paper, eq. 6)
+    dR/dw_bij = scale f l |w_bij|^(l-1) w_bij / |w_bij|                (0 at w = 0 for l = 1)
     dR/dx_i = scale sum_j f'(s_ij) (sum_b |w_bij|^l) ds_ij/dx_i
 
-Strips of rows keep the temporaries at about TILE entries: nothing n x n x k, nor a second n x n, is made. Every
-kernel is held against this file, and it is the fallback where none is built.
+with gate blocks b, rows i with points x_i, columns j with points y_j, the squared distance s_ij = d(x_i, y_j)^2, and
+|w| the L2 norm over kernel dimensions.
+
+Tests compare every kernel with this file, and it is the fallback where no kernel is built. It works on strips of rows,
+which keep its temporaries at about TILE entries: nothing n x n x k is made, nor a second n x n matrix.
 """
 from __future__ import annotations
 
@@ -14,24 +17,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry.inhibitors import Inhibitor
-from ..geometry.manifolds import Manifold
+from ..geometry.base import Inhibitor, Manifold
 
-TILE = 1 << 18
+TILE = 1 << 18  # entries of the weight in a strip
 
 
 class Penalty(NamedTuple):
-    """What is computed, the tensors aside."""
+    """What is to be computed, the tensors aside.
+
+    manifold: gives the squared distances s.
+    inhibitor: f.
+    power: l, at least 1.
+    blocks: gate blocks that are stacked in rows and share the points.
+    scale: what the sum is multiplied by; a 0-d tensor where the gradient that came into backward is part of it.
+    """
 
     manifold: Manifold
     inhibitor: Inhibitor
     power: float
     blocks: int
-    scale: float | Tensor  # a 0-d tensor where a gradient is folded in
+    scale: float | Tensor
 
 
 class Gradients(NamedTuple):
-    """weight: like weight. rows: like rows; with cols=None it holds the columns' part too, and cols is None."""
+    """The gradients of the penalty; None where they are not asked for.
+
+    weight: like the weight.
+    rows: like the rows' points. With cols=None it holds the columns' part too.
+    cols: like the columns' points; None with cols=None.
+    """
 
     weight: Tensor | None
     rows: Tensor | None
@@ -44,8 +58,18 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def magnitude(w: Tensor, kept: Tensor | None, power: float, need_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """|w|^l and its derivative in w. w (b, r, c, q), norm over q; the value is (b, r, c), the slope like w
-    (of entries that are not kept it is left to the caller)."""
+    """|w|^l and, if asked for, its derivative in w.
+
+    Args:
+        w: (b, r, c, q), with the norm over q.
+        kept: bool, like w: entries where it is False count as 0. None: all are kept.
+        power: l.
+        need_slope: whether to give the derivative.
+
+    Returns:
+        The value (b, r, c), and the derivative like w or None. The caller must clear the derivative of entries that are
+        not kept.
+    """
     if kept is not None:
         w = torch.where(kept, w, torch.zeros_like(w))
     if w.shape[3] == 1:
@@ -62,7 +86,8 @@ def magnitude(w: Tensor, kept: Tensor | None, power: float, need_slope: bool) ->
 
 
 def poison(points: Tensor) -> Tensor:
-    """A point with a non-finite coordinate becomes NaN in all of them, so that it reaches the value."""
+    """The points (n, k) with NaN in all coordinates of a point that has one which is not finite, so that the value
+    becomes NaN."""
     return torch.where(torch.isfinite(points).all(1, keepdim=True), points, torch.full_like(points, float("nan")))
 
 
@@ -70,10 +95,20 @@ def penalty_with_grads(
     weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, what: Penalty,
     need_weight: bool, need_points: bool,
 ) -> tuple[Tensor, Gradients]:
-    """Value (0-d, compute dtype) and the gradients asked for.
+    """The value and the gradients that are asked for.
 
-    weight: (blocks*R, C, *kernel) dense, or (blocks*R, C) torch.sparse_csr, whose pattern is the mask and whose
-    gradient has the same pattern; rows (R, k), cols (C, k) or None in the compute dtype; mask like weight or None.
+    Args:
+        weight: (blocks*R, C, *kernel) dense, or (blocks*R, C) torch.sparse_csr, whose pattern is the mask and whose
+            gradient has the same pattern.
+        rows: (R, k), in the compute dtype.
+        cols: (C, k), in the compute dtype. None: the rows' points.
+        mask: bool, like a dense weight, or None: entries where it is False cost nothing.
+        what: what is to be computed.
+        need_weight: whether to give the gradient of the weight.
+        need_points: whether to give the gradients of rows and cols.
+
+    Returns:
+        The value, 0-d in the compute dtype, and the gradients.
     """
     dtype = compute_dtype(weight)
     x, y = poison(rows), poison(rows if cols is None else cols)
@@ -87,7 +122,8 @@ def penalty_with_grads(
         s = what.manifold.squared_distance(x[here], y).detach()
         f = what.inhibitor.from_squared(s).detach()
         v, slope = magnitude(w, kept, what.power, need_weight)
-        any_kept = None if kept is None else kept.any(3)  # (b, r, c): an entry masked whole costs nothing, NaN f or not
+        # (b, r, c): a kernel without a kept entry costs nothing, even if f is NaN there.
+        any_kept = None if kept is None else kept.any(3)
         term = f * v
         value += (term if kept is None else torch.where(any_kept, term, torch.zeros_like(term))).sum().double()  # pyright: ignore[reportArgumentType, reportCallIssue]
         if need_weight:
@@ -109,7 +145,10 @@ def penalty_with_grads(
 def proximal_step_(weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, what: Penalty,
                    step: float) -> None:
     """weight <- argmin_v (1/2) |v - weight|^2 + step * (the penalty of v), in place, for power 1: each kernel w becomes
-    w max(1 - step scale f / |w|, 0). Arguments as penalty_with_grads; entries that are not kept stay as they are."""
+    w max(1 - step scale f / |w|, 0).
+
+    The arguments are those of penalty_with_grads. Entries that are not kept keep their values.
+    """
     dtype = compute_dtype(weight)
     x, y = poison(rows), poison(rows if cols is None else cols)
     strips = _CompressedStrips(weight, x) if weight.layout == torch.sparse_csr else _DenseStrips(weight, mask, x)
@@ -130,8 +169,11 @@ def proximal_step_(weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tens
 def penalty_formula(
     weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None, what: Penalty,
 ) -> Tensor:
-    """The formula as one would write it, by autograd, with n x n temporaries: for torch.compile where no op serves,
-    for tests and benchmarks. Dense weights only."""
+    """The penalty of a dense weight as one would write it, with n x n temporaries and gradients by autograd.
+
+    It is for torch.compile where no op serves, for a second derivative, and for tests and benchmarks. The arguments are
+    those of penalty_with_grads; returns the value, 0-d in the compute dtype.
+    """
     w = weight.to(compute_dtype(weight)).unflatten(0, (what.blocks, -1))
     if mask is not None:
         w = torch.where(mask.unflatten(0, (what.blocks, -1)), w, 0)
@@ -141,7 +183,11 @@ def penalty_formula(
 
 
 class _DenseStrips:
-    """Reads strips of a dense weight as (blocks, rows, C, q) and collects the gradient."""
+    """Reads a dense weight strip by strip and collects its gradient (or its new values).
+
+    read: the strip (blocks, rows, C, q) in the given dtype, and its mask. write: sets the strip of the gradient.
+    gradient: the whole gradient, like the weight.
+    """
 
     def __init__(self, weight: Tensor, mask: Tensor | None, x: Tensor):
         self.weight, self.mask, self.rows, self.collected = weight, mask, len(x), None
@@ -165,7 +211,7 @@ class _DenseStrips:
 
 
 class _CompressedStrips:
-    """The same for torch.sparse_csr: a strip is unpacked with its pattern as the mask, the gradient packed again."""
+    """Does the same for torch.sparse_csr: it unpacks a strip, whose pattern is the mask, and packs the gradient."""
 
     def __init__(self, weight: Tensor, x: Tensor):
         self.shape, self.rows = weight.shape, len(x)
@@ -173,7 +219,7 @@ class _CompressedStrips:
         self.collected = torch.zeros_like(self.values)
 
     def _entries(self, here: slice, blocks: int):
-        """Of each block: the slice of stored entries, and the (row in the strip, column) of each."""
+        """For each block its number, the slice of its stored entries in the strip, and their rows and columns in it."""
         for b in range(blocks):
             crow = self.crow[b * self.rows + here.start:b * self.rows + here.stop + 1]
             stored = slice(int(crow[0]), int(crow[-1]))
@@ -193,5 +239,5 @@ class _CompressedStrips:
             self.collected[stored] = g[b, row, col, 0].to(self.collected.dtype)
 
     def gradient(self) -> Tensor:
-        return torch.sparse_csr_tensor(self.crow, self.col, self.collected, self.shape,
-                                       check_invariants=False)  # the weight's own pattern
+        # The pattern is the weight's own, so there is nothing to check.
+        return torch.sparse_csr_tensor(self.crow, self.col, self.collected, self.shape, check_invariants=False)

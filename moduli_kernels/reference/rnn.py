@@ -1,15 +1,16 @@
-"""The specification of the masked RNN: one layer in one direction over a whole sequence, and its gradients by hand.
+"""The specification of the masked RNN, one layer in one direction over a whole sequence: outputs and gradients by hand,
+in plain PyTorch. For each element of the batch
 
-    a_t = (mask_ih * w_ih) x_t + b_ih + (mask_hh * w_hh) h_(t-1) + b_hh         for each element of the batch
+    a_t = (mask_ih * w_ih) x_t + b_ih + (mask_hh * w_hh) h_(t-1) + b_hh
     h_t = (1 - leak) h_(t-1) + leak s(a_t)                                      s: tanh or ReLU
 
-With dL/dh_t = d_t, which holds the gradient of output t and what comes from later steps:
+The gradient d_t = dL/dh_t sums the gradient of output t and what later steps hand back:
 
-    dL/da_t = leak s'(a_t) d_t,    d_(t-1) gets (1 - leak) d_t + (mask_hh * w_hh)^T dL/da_t
+    dL/da_t = leak s'(a_t) d_t,    step t hands (1 - leak) d_t + (mask_hh * w_hh)^T dL/da_t back to d_(t-1)
     dW_hh = mask_hh * sum_t dL/da_t h_(t-1)^T,    dW_ih = mask_ih * sum_t dL/da_t x_t^T,    db = sum_t dL/da_t
 
-Every kernel is held against this file, and it is the fallback where none is built. An element of the batch that ends
-earlier (lengths) keeps its state from its last step on, or in reverse has that of h before its first.
+Tests compare every kernel with this file, and it is the fallback where no kernel is built. An element of the batch that
+ends early (see lengths) keeps its state after its last step; in the reverse direction it keeps h until its first step.
 """
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    """What is computed, the tensors aside. nonlinearity: "tanh" or "relu"; leak in (0, 1]; reverse: last step first."""
+    """What is to be computed, the tensors aside.
+
+    nonlinearity: s, "tanh" or "relu".
+    leak: the share of the new state, in (0, 1].
+    reverse: whether the last step comes first.
+    """
 
     nonlinearity: str
     leak: float
@@ -28,17 +34,29 @@ class Step(NamedTuple):
 
 
 def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """The weight with 0 where it is masked, whatever stands there."""
+    """The weight with 0 where it is masked, even if NaN stands there; the gradient is 0 there too."""
     return weight if mask is None else torch.where(mask, weight, torch.zeros_like(weight))
 
 
 def masked_rnn(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
                mask_ih: Tensor | None, mask_hh: Tensor | None, lengths: Tensor | None,
                step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """output (T, B, H), the last state (B, H), and s(a) (T, B, H).
+    """Runs the layer over a sequence. All floating tensors have one dtype.
 
-    x (T, B, I), h (B, H), w_ih (H, I), w_hh (H, H), biases (H,), masks bool like the weights (True = kept), lengths
-    (B,) int64 or None. One floating dtype throughout.
+    Args:
+        x: (T, B, I), the inputs.
+        h: (B, H), the first state.
+        w_ih: (H, I).
+        w_hh: (H, H).
+        b_ih: (H,) or None.
+        b_hh: (H,) or None.
+        mask_ih: bool, (H, I), True = kept. None: all are.
+        mask_hh: bool, (H, H), likewise.
+        lengths: (B,), int64, how many steps each element of the batch has. None: all have T.
+        step: what is to be computed.
+
+    Returns:
+        The output (T, B, H), the last state (B, H), and the activations s(a) (T, B, H).
     """
     w_ih, w_hh = kept(w_ih, mask_ih), kept(w_hh, mask_hh)
     inputs = x @ w_ih.t()
@@ -56,7 +74,7 @@ def masked_rnn(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | 
 
 
 class Gradients(NamedTuple):
-    """Each like what it is the gradient of; None where it was not asked for. The biases share one."""
+    """The gradients, each shaped like its own tensor; None where it is not asked for. Both biases have the same one."""
 
     x: Tensor | None
     h: Tensor | None
@@ -69,7 +87,15 @@ def masked_rnn_grads(grad_output: Tensor | None, grad_h_n: Tensor, x: Tensor, h:
                      mask_ih: Tensor | None, mask_hh: Tensor | None, lengths: Tensor | None, output: Tensor,
                      activations: Tensor, step: Step, need_x: bool, need_h: bool, need_w_ih: bool, need_w_hh: bool,
                      need_bias: bool) -> Gradients:
-    """Of what `masked_rnn` gave: output and activations are its results. grad_output None: 0."""
+    """The gradients of `masked_rnn`, whose arguments x ... lengths and step are repeated here.
+
+    Args:
+        grad_output: (T, B, H), the gradient of the output. None: 0.
+        grad_h_n: (B, H), the gradient of the last state.
+        output: what masked_rnn has returned.
+        activations: what masked_rnn has returned.
+        need_x: whether to give the gradient of x; the others likewise.
+    """
     kept_ih, kept_hh = kept(w_ih, mask_ih), kept(w_hh, mask_hh)
     da = torch.empty_like(output)
     before = torch.empty_like(output)  # the state that each step began with
@@ -97,9 +123,10 @@ def masked_rnn_grads(grad_output: Tensor | None, grad_h_n: Tensor, x: Tensor, h:
 
 
 def _order(steps: int, reverse: bool) -> list[int]:
+    """The steps in the order in which they are computed."""
     return list(range(steps))[::-1] if reverse else list(range(steps))
 
 
 def _active(t: int, lengths: Tensor) -> Tensor:
-    """(B, 1): whether step t is one of the element's own."""
+    """(B, 1): whether step t is one of the steps that each element of the batch has."""
     return (t < lengths)[:, None]

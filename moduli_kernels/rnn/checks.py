@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOATING, _kind, one_of
+from ..checks import FLOATING, one_of, shown
 from ..masks import buffer_name, described, is_mask, names_pruned_by_torch
 
 NONLINEARITIES = ("tanh", "relu")
@@ -25,7 +25,7 @@ def leak(value: Any) -> float:
     """Checks the share of the new state, in (0, 1], and returns it as float."""
     how = "pass a float such as 0.1, or 1.0 for none."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"leak must be a number in (0, 1], got {_kind(value)}; {how}")
+        raise TypeError(f"leak must be a number in (0, 1], got {shown(value)}; {how}")
     if not 0 < value <= 1:
         raise ValueError(f"leak must be a number in (0, 1], got {value!r}; {how}")
     return float(value)
@@ -48,7 +48,7 @@ def maskable(module: nn.Module, name: Any, names: list[str]) -> None:
     """Checks that name is one of the module's weights or biases, and a plain Parameter."""
     kind = type(module).__name__
     if name not in names:
-        raise ValueError(f"name must be a weight of this {kind}, got {_kind(name)}; it has {', '.join(names)}.")
+        raise ValueError(f"name must be a weight of this {kind}, got {shown(name)}; it has {', '.join(names)}.")
     if name in names_pruned_by_torch(module):
         raise ValueError(
             f"name must be a plain parameter, got {name} of {kind} pruned by torch.nn.utils.prune, whose mask decides; "
@@ -60,7 +60,7 @@ def new_mask(name: str, mask: Any, weight: Tensor) -> None:
     """Checks a mask that a user sets for the weight `name`."""
     if not isinstance(mask, Tensor):
         raise TypeError(
-            f"mask must be a bool tensor (True = kept) or None, got {_kind(mask)}; pass weight != 0, or None.")
+            f"mask must be a bool tensor (True = kept) or None, got {shown(mask)}; pass weight != 0, or None.")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor (True = kept), got {mask.dtype}; convert it with .bool().")
     if mask.shape != weight.shape:
@@ -90,7 +90,7 @@ def found_mask(module: nn.Module, name: str, mask: Tensor, weight: Tensor) -> No
 def hidden_weight(module: nn.Module, name: Any, names: list[str]) -> None:
     """Checks that name is one of the module's hidden weights, which are `names`."""
     if name not in names:
-        raise ValueError(f"name must be a hidden weight of this {type(module).__name__}, got {_kind(name)}; it has "
+        raise ValueError(f"name must be a hidden weight of this {type(module).__name__}, got {shown(name)}; it has "
                          f"{', '.join(names)}.")
 
 
@@ -99,7 +99,7 @@ def new_order(order: Any, hidden: int) -> None:
     wanted = f"order must be an int64 permutation ({hidden},) of the neurons or None"
     how = "manifold_order(points, manifold) gives one."
     if not isinstance(order, Tensor):
-        raise TypeError(f"{wanted}, got {_kind(order)}; {how}")
+        raise TypeError(f"{wanted}, got {shown(order)}; {how}")
     if order.dtype != torch.int64:
         raise TypeError(f"{wanted}, got {order.dtype}; {how}")
     if not _permutes(order, hidden):
@@ -183,7 +183,7 @@ def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any],
     tensors = {"x": x, "h": h, "w_ih": w_ih, "w_hh": w_hh, **{n: b for n, b in biases.items() if b is not None}}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}; pass torch.as_tensor(...).")
+            raise TypeError(f"{name} must be a tensor, got {shown(tensor)}; pass torch.as_tensor(...).")
     if w_hh.dim() != 2 or w_hh.shape[0] != w_hh.shape[1]:
         raise ValueError(
             f"w_hh must be square (hidden, hidden), got shape {tuple(w_hh.shape)}; pass one layer's weight.")
@@ -203,7 +203,7 @@ def step_arguments(x: Any, h: Any, w_ih: Any, w_hh: Any, biases: dict[str, Any],
         if mask is None:
             continue
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else _kind(mask)
+            got = mask.dtype if isinstance(mask, Tensor) else shown(mask)
             raise TypeError(f"{name} must be a bool tensor (True = kept), got {got}; convert it with .bool().")
         if mask.shape != weight.shape:
             raise ValueError(
@@ -253,7 +253,7 @@ def functorch() -> None:
 
 def rnn_module(rnn: Any) -> None:
     if not isinstance(rnn, nn.RNN):
-        raise TypeError(f"rnn must be a torch.nn.RNN, got {_kind(rnn)}; LSTM and GRU have no sparse form.")
+        raise TypeError(f"rnn must be a torch.nn.RNN, got {shown(rnn)}; LSTM and GRU have no sparse form.")
 
 
 def leakless(its_leak: float) -> None:

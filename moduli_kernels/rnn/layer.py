@@ -117,16 +117,16 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
     masks = [None if mask is None else mask.contiguous() for mask in (weights.mask_ih, weights.mask_hh)]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
     if weights.layout is None:
-        module, name = masked_rnn_op, "masked_rnn"
+        op, grads_op = masked_rnn_op.MASKED_RNN, masked_rnn_op.MASKED_RNN_GRADS
         compressed = (weights.crow_ih, weights.col_ih, weights.crow_hh, weights.col_hh)
         given, given_back = [None if index is None else index.to(torch.int64) for index in compressed], []
     else:
-        module, name = blocked_rnn_op, "blocked_rnn"
+        op, grads_op = blocked_rnn_op.BLOCKED_RNN, blocked_rnn_op.BLOCKED_RNN_GRADS
         given = given_back = [blocked_rnn_op.flat(weights.layout), weights.layout.side]
     if backends.active(x.device.type) == "reference":
-        op, grads_op = getattr(module, f"_{name}"), getattr(module, f"_{name}_grads")
+        op, grads_op = op.by_reference, grads_op.by_reference
     else:
-        op, grads_op = (getattr(torch_ops, each).default for each in (name, f"{name}_grads"))
+        op, grads_op = (getattr(torch_ops, each.name).default for each in (op, grads_op))
         if torch.compiler.is_compiling():
             return op(*floating, *masks, *given, lengths, *step, needs_grad)[:2]
     if not torch.compiler.is_compiling():
@@ -181,7 +181,7 @@ class _MaskedRNN(torch.autograd.Function):
                 None if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,
                 *ctx.given_back, lengths, states, activations, *ctx.step, *needs)
-            grads = masked_rnn_op.grads_asked_for(grads, need)
+            grads = masked_rnn_op.gradients_of_leaves(grads, need)
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
             sources = [t for t in (grad_output, grad_h_n, x, h, w_ih, w_hh) if t is not None]
             grads = only_once(grads, checks.second_derivative, *sources)

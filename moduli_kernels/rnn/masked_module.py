@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import buffer_name, get_mask, live_mask, remove_mask, set_mask, zero_masked_
-from ..ops.block_layout import BlockLayout, block_layout
+from ..ops.block_layout import BlockLayout, lay_out_blocks
 from ..reference import compute_dtype
 from . import checks, crossovers
 from .layer import walks_blocks
@@ -98,7 +98,7 @@ def _state(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
 
 
 def _laid_out(mask: Tensor, order: Tensor | None) -> BlockLayout:
-    layout = block_layout(mask if mask.dtype == torch.bool else mask != 0, order, order, side=crossovers.SIDE,
+    layout = lay_out_blocks(mask if mask.dtype == torch.bool else mask != 0, order, order, side=crossovers.SIDE,
                           threshold=crossovers.THRESHOLD)
     if mask.is_cuda:  # it may be read on any stream from now on
         torch.cuda.current_stream(mask.device).synchronize()

@@ -54,7 +54,7 @@ class PathChoice(OrderedModule):
 
     def _asked_for(self) -> tuple:
         """All of the masks and settings that a choice depends on."""
-        return _versions(self._buffers), self._path, self._leak, backends._forced
+        return _versions(self._buffers), self._path, self._leak, backends.forced
 
     def _last_choice(self, *case) -> str:
         """The path of `_choice`, which is asked again only where something it depends on has changed.
@@ -72,7 +72,7 @@ class PathChoice(OrderedModule):
             return "sparse", f"leak is {self.leak}, which torch's RNN does not know"
         if self.path != "auto":
             return self.path, f"path is {self.path!r}"
-        if backends._forced == "reference":
+        if backends.forced == "reference":
             return "sparse", "the backend 'reference' is asked for"
         if not has_kernel(device):
             return "dense", f"no compiled kernel serves {device} here (python -m moduli_kernels.env_report says why)"

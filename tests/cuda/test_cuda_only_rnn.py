@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moduli_kernels as mk
 from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
-from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.ops.block_layout import lay_out_blocks
 from moduli_kernels.reference import rnn as reference_rnn
 from moduli_kernels.reference.rnn import Step
 from tests.cuda.test_cuda_only import capture, same
@@ -78,7 +78,8 @@ class Net:
             order = torch.randperm(n, generator=generator, device="cpu").to(device)
             back = order.argsort()
             self.mask_hh = self.mask_hh[back][:, back].contiguous()
-            self.layout = blocked_rnn_op.flat(block_layout(self.mask_hh, order, order, side=side, threshold=threshold))
+            layout = lay_out_blocks(self.mask_hh, order, order, side=side, threshold=threshold)
+            self.layout = blocked_rnn_op.flat(layout)
         if lengths:
             self.lengths = torch.randint(0, steps + 1, (batch,), generator=generator, device="cpu").to(device)
 

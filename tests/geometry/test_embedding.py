@@ -1,4 +1,4 @@
-"""ManifoldEmbedding: points, layouts, what is trained and saved, errors word for word."""
+"""Tests ManifoldEmbedding: its points and layouts, what is trained and saved, and its errors word for word."""
 import copy
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
-from moduli_kernels.geometry.manifolds import PRESETS
+from moduli_kernels.geometry.presets import PRESETS
 
 
 def seeded(seed=0):
@@ -89,7 +89,7 @@ def test_frozen_points_are_a_buffer_trained_ones_a_parameter():
     assert [name for name, _ in frozen.named_buffers()] == ["points"] and not list(frozen.parameters())
     assert [name for name, _ in trained.named_parameters()] == ["points"] and not list(trained.buffers())
     assert not frozen.trainable and trained.trainable
-    trained.requires_grad_(False)  # frozen for lottery runs
+    trained.requires_grad_(False)  # as lottery runs freeze it
     assert not trained.trainable
 
 

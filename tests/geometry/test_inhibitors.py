@@ -1,4 +1,4 @@
-"""Inhibitors: f against the paper's formulas, df/ds against autograd and its limits at 0, tables, errors."""
+"""Compares f with the paper's formulas and df/ds with autograd and with its limits at 0; tests tables and errors."""
 import copy
 import math
 import pickle
@@ -10,11 +10,13 @@ import scipy.optimize
 import torch
 
 import moduli_kernels as mk
+from moduli_kernels import geometry
 from moduli_kernels.geometry.inhibitors import CallableInhibitor, inhibitor
+from tests.support.penalty_cases import with_every_class
 
 
 def ricker(d, sigma):
-    """The paper's psi, Appendix E."""
+    """psi as the paper defines it, in Appendix E."""
     height = 2 / np.sqrt(3 * sigma * np.sqrt(np.pi))
     return height * (1 - d**2 / sigma**2) * np.exp(-d**2 / (2 * sigma**2))
 
@@ -32,25 +34,26 @@ def bump_numpy(d):
 
 
 TABLE = mk.TabulatedInhibitor(bump, max_distance=20.0)
-# inhibitor, f(d) in NumPy, df/ds at s = 0
+# Each case holds an inhibitor, f(d) in NumPy, and df/ds at s = 0.
 CASES = {
     "dog, paper": (mk.DifferenceOfGaussians(3.0, 1.5, 2.5, zero_min=False), lambda d: 3 - dog(d, 3, 1.5, 2.5),
                    3 / 2.5 - 3 / 1.5),
     "dog, code": (mk.DifferenceOfGaussians(), lambda d: dog(np.sqrt(math.log(20) / 3.8), 100, 0.25, 5)
                   - dog(d, 100, 0.25, 5), 20 - 400),
     "diffusion": (mk.Diffusion(), lambda d: d**2, 1),
-    "distance": (mk.Diffusion(0.5, 1.0), lambda d: 0.5 * d, 0),  # diverges
-    "diffusion 0.5": (mk.Diffusion(2.0, 0.5), lambda d: 2 * d**0.5, 0),  # diverges
+    "distance": (mk.Diffusion(0.5, 1.0), lambda d: 0.5 * d, 0),  # df/ds diverges
+    "diffusion 0.5": (mk.Diffusion(2.0, 0.5), lambda d: 2 * d**0.5, 0),  # df/ds diverges
     "diffusion 3.5": (mk.Diffusion(0.1, 3.5), lambda d: 0.1 * d**3.5, 0),
     "sinusoid": (mk.Sinusoid(10.0, 2.0), lambda d: 10 + 10 * np.cos(2 * d), -10 * 2**2 / 2),
     "ricker": (mk.RickerWavelet(1.3, 2.0), lambda d: 2 * (ricker(0.0, 1.3) - ricker(d, 1.3)),
                3 * 2 * ricker(0.0, 1.3) / (2 * 1.3**2)),
     "constant": (mk.Constant(2.5), lambda d: np.full_like(d, 2.5), 0),
-    "tabulated": (TABLE, bump_numpy, 0),  # df/ds at 0 is not read off a table
+    "tabulated": (TABLE, bump_numpy, 0),  # a table gives no df/ds at 0
     "callable": (inhibitor(bump), bump_numpy, 0),
 }
 every_case = pytest.mark.parametrize("f, formula, limit", CASES.values(), ids=CASES.keys())
-every_inhibitor = pytest.mark.parametrize("f", [case[0] for case in CASES.values()], ids=CASES.keys())
+EVERY = with_every_class({name: f for name, (f, _, _) in CASES.items()}, geometry.INHIBITORS)
+every_inhibitor = pytest.mark.parametrize("f", EVERY.values(), ids=EVERY.keys())
 D = torch.from_numpy(np.concatenate([10 ** np.linspace(-8, 0, 200), np.linspace(0, 19.5, 400)]))
 
 
@@ -92,7 +95,7 @@ def test_the_default_is_the_experiments_one_and_its_cheapest_distance_is_free():
 
 
 def test_the_default_runs_from_0_to_81_with_mean_66_on_the_torus():
-    """What paper.md, section 4, says of the entries of the experiments' code (from sampled points)."""
+    """These are the numbers of paper.md, section 4, for the experiments' code, which drew points at random."""
     axis = (torch.arange(500, dtype=torch.float64) + 0.5) / 50
     grid = torch.cartesian_prod(axis, axis)
     f = mk.DifferenceOfGaussians()(mk.FlatTorus().distance(torch.zeros(1, 2, dtype=torch.float64), grid))
@@ -111,15 +114,20 @@ def test_the_ricker_wavelet_is_normalized_and_has_no_mean():
     assert scipy.integrate.quad(psi, -30, 30, limit=200)[0] == pytest.approx(0, abs=1e-9)
 
 
-@every_case
-def test_slope_is_the_derivative_in_s(f, formula, limit):
+@every_inhibitor
+def test_slope_is_the_derivative_in_s(f):
     s = D.square()[D > 1e-3].requires_grad_()
     autograd, = torch.autograd.grad(f.from_squared(s).sum(), s, allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(f.slope(s.detach()), autograd, rtol=1e-9, atol=1e-9)
-    step = 1e-4 * s.detach()
-    d = [torch.sqrt(s.detach() + k * step).numpy() for k in (1, -1)]
+
+
+@every_case
+def test_slope_is_the_difference_quotient_of_the_papers_formula(f, formula, limit):
+    s = D.square()[D > 1e-3]
+    step = 1e-4 * s
+    d = [torch.sqrt(s + k * step).numpy() for k in (1, -1)]
     by_difference = (formula(d[0]) - formula(d[1])) / (2 * step.numpy())
-    np.testing.assert_allclose(f.slope(s.detach()).numpy(), by_difference, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(f.slope(s).numpy(), by_difference, rtol=1e-4, atol=1e-5)
 
 
 @every_case
@@ -213,7 +221,7 @@ def test_a_table_holds_cubics_per_dtype_made_once():
     table = f.table()
     assert table.shape == (100, 4) and table.dtype == torch.float64 and f.table() is table
     torch.testing.assert_close(table[:, 0], bump(torch.linspace(0, 8, 100, dtype=torch.float64)))
-    ends = table[:-1].sum(1)  # a cubic at t = 1 is the next one at t = 0
+    ends = table[:-1].sum(1)  # each cubic ends, at t = 1, where the next begins
     torch.testing.assert_close(ends, table[1:, 0], rtol=1e-14, atol=1e-14)
     assert table[-1].tolist() == [f.values[-1], 0, 0, 0]
     assert torch.equal(f.table(torch.float32), table.float())
@@ -225,7 +233,7 @@ def test_tables_are_their_samples():
     assert f == mk.TabulatedInhibitor(lambda d: bump(d), 8.0, 100)
     assert f == mk.TabulatedInhibitor.from_values(f.values, 8.0)
     assert f != mk.TabulatedInhibitor(torch.cos, 8.0, 100) and f != mk.TabulatedInhibitor(bump, 9.0, 100)
-    assert mk.TabulatedInhibitor(lambda d: 3.0, 2.0, 8).values == (3.0,) * 8  # one number for all distances
+    assert mk.TabulatedInhibitor(lambda d: 3.0, 2.0, 8).values == (3.0,) * 8  # one number serves all distances
     d = torch.tensor(2.0, requires_grad=True)
     assert not mk.TabulatedInhibitor(lambda x: d * x, 2.0, 8)(torch.ones(1)).requires_grad
 
@@ -245,7 +253,7 @@ def test_which_inhibitors_may_train_points():
 
 @every_inhibitor
 def test_inhibitors_are_values(f):
-    f(torch.ones(1))  # whatever is cached meanwhile
+    f(torch.ones(1))  # what this call caches must not matter
     for other in (copy.deepcopy(f), copy.copy(f), pickle.loads(pickle.dumps(f))):
         assert other == f and hash(other) == hash(f) and other.trainable == f.trainable
         assert torch.equal(other(D), f(D))
@@ -255,7 +263,7 @@ def test_inhibitors_are_values(f):
             f.c = 3.0
 
 
-@pytest.mark.parametrize("f", [case[0] for case in CASES.values() if type(case[0]) not in
+@pytest.mark.parametrize("f", [f for f in EVERY.values() if type(f) not in
                                (mk.TabulatedInhibitor, CallableInhibitor)])
 def test_what_is_printed_makes_the_same_inhibitor(f):
     assert eval(repr(f), vars(mk)) == f

@@ -1,4 +1,4 @@
-"""encoding.py: the same codes as in csrc/, and there and back gives the same distances and f."""
+"""Kernel forms have the codes of csrc/, and a manifold or inhibitor comes back from its form unchanged."""
 import pathlib
 import re
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels.geometry import encoding
+from moduli_kernels.geometry import INHIBITORS as INHIBITOR_CLASSES, MANIFOLDS as MANIFOLD_CLASSES, encoding
+from moduli_kernels.geometry.base import KernelForm
 from moduli_kernels.geometry.inhibitors import inhibitor as resolve_inhibitor
 from tests.support.penalty_cases import INHIBITORS, MANIFOLDS, VARIANTS, draw_points
 
@@ -24,11 +25,12 @@ def enum(file, name):
 # --- with the C++ headers --------------------------------------------------------------------------------
 
 def test_manifold_codes_are_those_of_the_header():
-    codes = {"FLAT": encoding.FLAT, "SPHERE": encoding.SPHERE, "KLEIN": encoding.KLEIN}
-    assert enum("distance.h", "ManifoldKind") == codes
+    codes = {"FLAT": mk.FlatTorus, "SPHERE": mk.Sphere, "KLEIN": mk.KleinBottle}
+    assert enum("distance.h", "ManifoldKind") == {name: cls.kernel_form.code for name, cls in codes.items()}
+    assert {cls.kernel_form.code for cls in MANIFOLD_CLASSES} == set(enum("distance.h", "ManifoldKind").values())
 
 
-STRUCTS = {  # class, its member of InhibitorKind and its functor
+STRUCTS = {  # each class, with its member of InhibitorKind and its functor
     mk.DifferenceOfGaussians: ("DIFFERENCE_OF_GAUSSIANS", "DifferenceOfGaussians"),
     mk.Diffusion: ("DIFFUSION", "Diffusion"),
     mk.Sinusoid: ("SINUSOID", "Sinusoid"),
@@ -39,7 +41,7 @@ STRUCTS = {  # class, its member of InhibitorKind and its functor
 
 
 def test_inhibitor_codes_are_those_of_the_header():
-    codes = {STRUCTS[cls][0]: code for cls, (code, _) in encoding.INHIBITORS.items()}
+    codes = {STRUCTS[cls][0]: cls.kernel_form.code for cls in INHIBITOR_CLASSES}
     assert enum("inhibitor.h", "InhibitorKind") == codes
 
 
@@ -49,7 +51,7 @@ def test_parameters_stand_in_the_order_that_the_functor_reads(cls):
     text = (CSRC / "inhibitor.h").read_text()
     functor = rf"// ([^\n]*)\n(?://[^\n]*\n)*template <[^>]*>\nstruct {STRUCTS[cls][1]} "
     comment = re.search(functor, text).group(1)
-    assert tuple(re.split("[;.]", comment)[0].split(", ")) == encoding.INHIBITORS[cls][1]
+    assert tuple(re.split("[;.]", comment)[0].split(", ")) == cls.kernel_form.parameters
 
 
 # --- there and back --------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class Mine(mk.FlatTorus):
 
 @dataclass(frozen=True)
 class Steeper(mk.Diffusion):
-    """The same."""
+    """A subclass of a built-in may redefine anything."""
 
 
 def test_what_users_define_has_no_code():
@@ -134,6 +136,47 @@ def test_what_users_define_has_no_code():
 
 
 def test_an_unknown_code():
+    last = INHIBITOR_CLASSES[-1].kernel_form.code
     with pytest.raises(ValueError) as caught:
-        encoding.decode_inhibitor(6, [1.0], None)
-    assert str(caught.value) == "inhibitor must be a code from 0 to 5, got 6; use encode_inhibitor."
+        encoding.decode_inhibitor(last + 1, [1.0], None)
+    assert str(caught.value) == f"inhibitor must be a code from 0 to {last}, got {last + 1}; use encode_inhibitor."
+    last = MANIFOLD_CLASSES[-1].kernel_form.code
+    with pytest.raises(ValueError) as caught:
+        encoding.decode_manifold([0, 2, last + 1, 2], [1.0, 1.0, 1.0])
+    assert str(caught.value) == f"factors[2] must be a code from 0 to {last}, got {last + 1}; use encode_manifold."
+
+
+# --- the registry ----------------------------------------------------------------------------------------
+
+def test_the_registry_holds_every_class_with_a_form_in_the_order_of_codes():
+    assert [mk.Circle, mk.FlatTorus, mk.Euclidean, mk.Sphere, mk.KleinBottle] == MANIFOLD_CLASSES[:5]
+    assert [mk.DifferenceOfGaussians, mk.Diffusion, mk.Sinusoid, mk.RickerWavelet, mk.Constant,
+            mk.TabulatedInhibitor] == INHIBITOR_CLASSES[:6]
+    for registry in (MANIFOLD_CLASSES, INHIBITOR_CLASSES):
+        codes = [cls.kernel_form.code for cls in registry]
+        assert codes == sorted(codes) and set(codes) == set(range(codes[-1] + 1))
+        assert all(getattr(mk, cls.__name__) is cls for cls in registry)
+    assert len({cls.kernel_form.code for cls in INHIBITOR_CLASSES}) == len(INHIBITOR_CLASSES)
+
+
+def test_a_class_that_declares_a_form_is_known_at_once(monkeypatch):
+    monkeypatch.setattr("moduli_kernels.geometry.base.MANIFOLDS", registry := MANIFOLD_CLASSES.copy())
+    monkeypatch.setattr("moduli_kernels.geometry.encoding.MANIFOLDS", registry)
+
+    @dataclass(frozen=True)
+    class Brick(mk.Manifold):
+        width: float = 2.0
+        sides: tuple[float, ...] = (3.0, 4.0)
+        ambient_dim = 5
+        kernel_form = KernelForm(code=99, parameters=("width", "sides"))
+
+        @classmethod
+        def from_kernel(cls, columns, parameters):
+            assert columns == 5
+            return (cls(next(parameters), (next(parameters), next(parameters))),)
+
+    assert registry[-1] is Brick and Brick not in MANIFOLD_CLASSES
+    m = mk.Product(Brick(), mk.Circle(), Brick(7.0))
+    code = encoding.encode_manifold(m)
+    assert code.factors == [99, 5, 0, 1, 99, 5] and code.parameters[-3:] == [7.0, 3.0, 4.0]
+    assert encoding.decode_manifold(*code).manifolds[::2] == m.manifolds[::2]

@@ -1,4 +1,4 @@
-"""Manifolds as objects: sampling, grids, presets, equality and copies, subclasses, errors word for word."""
+"""Tests manifolds as objects: sampling, grids, presets, equality, copies, subclasses, and errors word for word."""
 import copy
 import math
 import pickle
@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels.geometry.manifolds import PRESETS
+from moduli_kernels.geometry.presets import PRESETS
 from tests.geometry.test_manifolds import every_manifold, sample
 
 # --- sampling and grids ----------------------------------------------------------------------------------
@@ -35,10 +35,10 @@ def test_flat_samples_are_uniform_and_independent(m, sides):
 def test_sphere_samples_are_uniform():
     points = sample(mk.Sphere(2, 4.0), 20000)
     torch.testing.assert_close(points.norm(dim=1), torch.full((20000,), 4.0, dtype=torch.float64))
-    uniform_on(points[:, 2], -4, 4)  # Archimedes
+    uniform_on(points[:, 2], -4, 4)  # heights are uniform, as Archimedes found
     uniform_on(torch.atan2(points[:, 1], points[:, 0]), -math.pi, math.pi)
     points = sample(mk.Sphere(3, 2.0), 20000)
-    uniform_on(points[:, :2].square().sum(1) / 4, 0, 1)  # Hopf coordinates
+    uniform_on(points[:, :2].square().sum(1) / 4, 0, 1)  # Hopf coordinates are uniform
     uniform_on(torch.atan2(points[:, 3], points[:, 2]), -math.pi, math.pi)
 
 
@@ -68,7 +68,10 @@ def test_grid_of_a_full_lattice_has_equal_cells(m, n, nearest):
     (mk.FlatTorus(), 100.0), (mk.KleinBottle(), 100.0), (mk.Sphere(), 100 * math.pi)])
 @pytest.mark.parametrize("n", [2, 97, 650])
 def test_grid_of_any_size_spreads_its_points(m, area, n):
-    """Against sqrt(area / n), the side of a point's share; i.i.d. points come down to a hundredth of it."""
+    """The nearest points are compared with sqrt(area / n), the side of a point's share of the area.
+
+    Points drawn independently come as near as a hundredth of it.
+    """
     points = m.grid(n)
     d = m.distance(points, points)
     d.fill_diagonal_(math.inf)
@@ -115,7 +118,7 @@ def test_products_are_flattened():
 
 
 class Cylinder(mk.Manifold):
-    """A user's subclass, with the three things a subclass gives."""
+    """A user's subclass, which defines no more than it must."""
 
     ambient_dim = 2
 

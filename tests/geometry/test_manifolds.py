@@ -1,4 +1,4 @@
-"""Manifolds: distances against hand values, brute force and 60 digits, the metric axioms, gradients."""
+"""Compares distances with hand values, brute force and 60 digits; tests the metric axioms and gradients."""
 import math
 
 import hypothesis.extra.numpy as arrays
@@ -10,16 +10,19 @@ import torch
 from hypothesis import assume, given, settings
 
 import moduli_kernels as mk
-from moduli_kernels.geometry.manifolds import PRESETS, reduced, wrap
+from moduli_kernels import geometry
+from moduli_kernels.geometry.maths import reduced, wrap
+from moduli_kernels.geometry.presets import PRESETS
+from tests.support.penalty_cases import with_every_class
 
-MANIFOLDS = {
+MANIFOLDS = with_every_class({
     **PRESETS,
     "small circle": mk.Circle(0.5),
     "S^1": mk.Sphere(1, 2.0),
     "uneven torus": mk.FlatTorus((3.0, 7.0, 0.5)),
     "wide klein": mk.KleinBottle(9.0, 4.0),
     "product": mk.Product(mk.Circle(1.0), mk.KleinBottle(3.0, 5.0), mk.Sphere(3, 2.0), mk.Euclidean(2)),
-}
+}, geometry.MANIFOLDS)
 every_manifold = pytest.mark.parametrize("m", MANIFOLDS.values(), ids=MANIFOLDS.keys())
 
 
@@ -28,7 +31,7 @@ def sample(m, n, seed=0, dtype=torch.float64):
 
 
 def between(m, x, y):
-    """d of two single points."""
+    """The distance of two single points."""
     return float(m.distance(torch.tensor([x], dtype=torch.float64), torch.tensor([y], dtype=torch.float64)))
 
 
@@ -43,12 +46,12 @@ def between(m, x, y):
     (mk.FlatTorus((10.0,) * 6), [0.0] * 6, [9.0] * 6, math.sqrt(6)),
     (mk.Euclidean(), [0.0, 0.0, 0.0], [3.0, 4.0, 12.0], 13.0),
     (mk.KleinBottle(), [1.0, 2.0], [9.0, 8.0], 2.0),           # through (0, y) ~ (10, 10 - y)
-    (mk.KleinBottle(), [1.0, 2.0], [9.0, 2.0], math.sqrt(20)),  # the same, 4 apart in y
+    (mk.KleinBottle(), [1.0, 2.0], [9.0, 2.0], math.sqrt(20)),  # the same way, 4 apart in y
     (mk.KleinBottle(), [3.0, 0.0], [3.0, 10.0], 0.0),
     (mk.KleinBottle(), [0.0, 3.0], [10.0, 7.0], 0.0),
     (mk.KleinBottle(), [2.0, 1.0], [2.0, 9.5], 1.5),
     (mk.Sphere(), [5.0, 0.0, 0.0], [0.0, 5.0, 0.0], 5 * math.pi / 2),
-    (mk.Sphere(), [0.1, 0.0, 0.0], [30.0, 30.0, 0.0], 5 * math.pi / 4),  # normalized on use
+    (mk.Sphere(), [0.1, 0.0, 0.0], [30.0, 30.0, 0.0], 5 * math.pi / 4),  # only directions count
     (mk.Sphere(), [1.0, 2.0, 3.0], [-1.0, -2.0, -3.0], 5 * math.pi),
     (mk.Sphere(3), [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], 5 * math.pi / 3),
     (mk.Product(mk.Euclidean(1), mk.Euclidean(1)), [0.0, 0.0], [3.0, 4.0], 5.0),
@@ -71,7 +74,7 @@ def test_distances_are_pairwise_roots_of_the_squared_ones():
 
 @pytest.mark.parametrize("width, height", [(10.0, 10.0), (3.0, 7.0), (7.0, 3.0), (40.0, 1.0), (1.0, 40.0)])
 def test_klein_bottle_against_all_images(width, height):
-    """The images of (x, y) under (x, y) -> (x + width, -y) and (x, y) -> (x, y + height)."""
+    """(x, y) -> (x + width, -y) and (x, y) -> (x, y + height) generate the images of a point."""
     m = mk.KleinBottle(width, height)
     x, y = sample(m, 150).numpy(), sample(m, 150, seed=1).numpy()
     nearest = np.full((150, 150), np.inf)
@@ -86,7 +89,7 @@ def test_klein_bottle_against_all_images(width, height):
 # --- the sphere's accuracy -------------------------------------------------------------------------------
 
 def pairs_at_angles(dtype):
-    """Vectors of any length, pair l at about the l-th angle of a list that is dense at 0 and at pi."""
+    """Vectors of different lengths; pair l is at about the l-th angle of a list that is dense at 0 and at pi."""
     generator = torch.Generator().manual_seed(0)
     small = 10 ** torch.linspace(-12, 0, 40, dtype=torch.float64)
     between = torch.linspace(1, 2.2, 20, dtype=torch.float64)
@@ -100,7 +103,7 @@ def pairs_at_angles(dtype):
 
 
 def exact_angles(x, y):
-    """acos of the normalized inner product in 60 digits, which is safe there."""
+    """The angles by acos of the normalized inner product, which is exact enough in 60 digits."""
     with mpmath.workdps(60):
         angles = []
         for a, b in zip(x.tolist(), y.tolist()):
@@ -162,7 +165,10 @@ def test_metric_axioms(m):
 
 
 def images(m, points, k):
-    """Other coordinates of the same points, by k periods; for spheres other lengths of the vectors."""
+    """Other coordinates of the same points: k periods away or, for spheres, vectors of another length.
+
+    For classes that this test does not know, these are the coordinates in the fundamental domain.
+    """
     if isinstance(m, mk.Product):
         return torch.cat([images(f, part, k) for f, part in zip(m.factors(), split(m, points))], 1)
     if isinstance(m, mk.Sphere):
@@ -170,7 +176,8 @@ def images(m, points, k):
     if isinstance(m, mk.KleinBottle):
         x, y = points.T
         return torch.stack([x + k * m.width, (-1) ** k * y + (k + 1) * m.height], 1)
-    return points + k * torch.tensor(m._periods, dtype=points.dtype)
+    periods = getattr(m, "column_periods", None)
+    return m.fundamental(points) if periods is None else points + k * torch.tensor(periods, dtype=points.dtype)
 
 
 @every_manifold
@@ -204,7 +211,7 @@ def test_non_finite_points_give_nan(m):
 # --- gradients -------------------------------------------------------------------------------------------
 
 def pulled(m, x, y, seed=2):
-    """pull_back and the same by autograd, for a random slope."""
+    """The gradients by pull_back and by autograd, for a random slope."""
     slope = torch.randn(len(x), len(y), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return m.pull_back(x, y, slope), mk.Manifold.pull_back(m, x, y, slope)
 
@@ -224,7 +231,7 @@ def test_autograd_is_the_derivative(m):
     assert torch.autograd.gradcheck(m.distance, (x, y))
 
 
-# a, b: a singular pair (cut loci: where two shortest geodesics join the points)
+# Two shortest geodesics join a and b: the pair is singular, it lies on the cut locus.
 SINGULAR = [
     (mk.Circle(), [0.0], [5 * math.pi]),
     (mk.FlatTorus(), [1.0, 2.0], [6.0, 2.0]),
@@ -261,7 +268,7 @@ def test_gradient_at_identical_points_and_antipodes_of_the_sphere_is_zero():
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-9])
 def test_gradient_near_antipodes_keeps_its_length(gap):
-    """|ds/dx| = 2 r^2 theta at |x| = 1, up to pi; rounding of x^ - y^ is magnified by 1 / (pi - theta)."""
+    """|ds/dx| = 2 r^2 theta at |x| = 1 for angles up to pi; 1 / (pi - theta) magnifies the rounding of x^ - y^."""
     x = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([[-math.cos(gap), math.sin(gap), 0.0]], dtype=torch.float64)
     g = mk.Sphere(2, 5.0).pull_back(x, y, torch.ones(1, 1, dtype=torch.float64))[0]
@@ -271,7 +278,7 @@ def test_gradient_near_antipodes_keeps_its_length(gap):
 
 
 def test_gradient_of_the_sphere_is_the_chain_rule_in_the_inner_product():
-    """ds/dcos = -2 r^2 theta / sin theta, and tends to -2 r^2 at theta = 0."""
+    """ds/dcos is -2 r^2 theta / sin theta, and tends to -2 r^2 at theta = 0."""
     m, x = mk.Sphere(2, 3.0), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     for theta in (1e-7, 0.4, 2.0, 3.1):
         y = torch.tensor([[math.cos(theta), math.sin(theta), 0.0]], dtype=torch.float64)

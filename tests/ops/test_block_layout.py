@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moduli_kernels.ops.block_layout import BlockLayout, Lists, block_layout, gather_blocks
+from moduli_kernels.ops.block_layout import BlockLayout, Lists, gather_blocks, lay_out_blocks
 
 
 def entries(layout: BlockLayout, lists: Lists, transposed: bool) -> list[tuple[int, int]]:
@@ -33,7 +33,7 @@ def test_every_kept_entry_once(rows, columns, side, density, row_ordered, column
     mask = torch.rand(rows, columns, generator=generator) < density * torch.rand(rows, 1, generator=generator)
     row_order = torch.randperm(rows, generator=generator) if row_ordered else None
     column_order = torch.randperm(columns, generator=generator) if column_ordered else None
-    layout = block_layout(mask, row_order, column_order, side=side, threshold=threshold)
+    layout = lay_out_blocks(mask, row_order, column_order, side=side, threshold=threshold)
     want = sorted(map(tuple, mask.nonzero().tolist()))
     assert sorted(entries(layout, layout.rows, False)) == want
     assert sorted(entries(layout, layout.columns, True)) == want
@@ -72,15 +72,15 @@ def test_every_kept_entry_once(rows, columns, side, density, row_ordered, column
 def test_errors():
     mask = torch.ones(4, 5, dtype=torch.bool)
     with pytest.raises(TypeError, match=r"mask must be bool \(True = kept\), got torch.float32; compare it with 0."):
-        block_layout(mask.float())
+        lay_out_blocks(mask.float())
     with pytest.raises(ValueError, match=r"mask must have two dimensions, got shape \(4, 5, 1\)"):
-        block_layout(mask[:, :, None])
+        lay_out_blocks(mask[:, :, None])
     with pytest.raises(ValueError, match="side must be one of 16, 32, 64, got 8; pick one of them."):
-        block_layout(mask, side=8)
+        lay_out_blocks(mask, side=8)
     with pytest.raises(ValueError, match="threshold must be at least 1, got 0"):
-        block_layout(mask, threshold=0)
+        lay_out_blocks(mask, threshold=0)
     for wrong in (torch.arange(5), torch.zeros(4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"row_order must be a permutation of 0 ... 3, got shape"):
-            block_layout(mask, wrong)
+            lay_out_blocks(mask, wrong)
     with pytest.raises(ValueError, match=r"column_order must be a permutation of 0 ... 4, got shape"):
-        block_layout(mask, None, torch.arange(4))
+        lay_out_blocks(mask, None, torch.arange(4))

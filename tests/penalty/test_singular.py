@@ -171,7 +171,7 @@ def test_coordinates_of_any_size(either, manifold, dtype):
     points."""
     m = MANIFOLDS[manifold]
     rows, cols = ((draw_points(m, n, n) * 64).round().to(dtype) / 64 for n in (13, 17))
-    periods = {"klein": (20.0, 10.0)}.get(manifold) or m._periods
+    periods = {"klein": (20.0, 10.0)}.get(manifold) or m.column_periods
     jumps = torch.randint(-20, 21, rows.shape, generator=generator())
     shifted = rows + jumps * torch.tensor(periods, dtype=dtype)
     weight = draw_weight(13, 17, dtype=dtype)

@@ -1,5 +1,7 @@
-"""plots: what is drawn is what the arguments hold, on every preset, without a display and without warnings
-(the test suite turns warnings into errors)."""
+"""What plots draw is what the arguments hold, on every manifold, without a display and without warnings.
+
+The test suite turns warnings into errors.
+"""
 import io
 import math
 import subprocess
@@ -16,14 +18,14 @@ from moduli_kernels.plots import figures
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-from moduli_kernels.geometry.ordering import fundamental  # noqa: E402
-from moduli_kernels.plots.charts import _great_circles, chart, slice_chart  # noqa: E402
+from moduli_kernels.plots.charts import chart, great_circles, section  # noqa: E402
+from tests.support.penalty_cases import MANIFOLDS  # noqa: E402
 
 PRESETS = ("torus", "torus6", "circle", "sphere", "s3", "klein", "r3", "mixed")
 
 
 class Segment(mk.Manifold):
-    """[0, 1], a manifold of one's own; remembers how many distances it was asked for at once."""
+    """[0, 1] as a user's own manifold, which remembers how many distances it computed at once at most."""
 
     ambient_dim = 1
     largest = 0
@@ -54,7 +56,7 @@ def render(ax):
 
 
 def lines_of(ax):
-    """The link polylines of `plot_connections`, one list a neuron."""
+    """The polylines of the links in a picture by `plot_connections`, one list for each neuron."""
     found = [c for c in ax.collections if isinstance(c, matplotlib.collections.LineCollection)]
     return [c.get_segments() for c in found]
 
@@ -69,7 +71,7 @@ OTHERS = [mk.FlatTorus((6.0,)), mk.Sphere(1, 2.0), mk.Euclidean(1), mk.Euclidean
           mk.Product(mk.Circle(), mk.Euclidean(2)), mk.KleinBottle(6.0, 9.0)]
 
 
-@pytest.mark.parametrize("m", PRESETS + tuple(OTHERS),
+@pytest.mark.parametrize("m", [*PRESETS, *OTHERS, *(m for name, m in MANIFOLDS.items() if name not in PRESETS)],
                          ids=lambda m: "Segment" if isinstance(m, Segment) else str(m))
 def test_every_picture_is_drawn_with_title_and_labels(m):
     m, points, weight = case(m)
@@ -141,7 +143,7 @@ def pairs_of(m, count, seed):
 
 
 def links(picture, a, b):
-    """Polylines of each pair on its own."""
+    """The polylines of each pair, one list for each pair."""
     return [picture.links(a[i:i + 1].numpy(), b[i:i + 1].numpy()) for i in range(len(a))]
 
 
@@ -150,8 +152,10 @@ def links(picture, a, b):
     mk.KleinBottle(11.0, 6.0),
 ], ids=str)
 def test_rectangle_links_are_geodesics_cut_at_the_border(m):
-    """Pieces stay in the rectangle, start and end at the two points, go on where the border is glued, and
-    are together as long as the distance; so none crosses the picture."""
+    """Pieces stay in the rectangle, start and end at the two points, and go on where the border is glued.
+
+    Together they are as long as the distance, so that none crosses the picture.
+    """
     picture = chart(m)
     a, b, d = pairs_of(m, 300, 5)
     cut = 0
@@ -163,7 +167,7 @@ def test_rectangle_links_are_geodesics_cut_at_the_border(m):
             assert (p >= -1e-9).all() and (p <= picture.sides + 1e-9).all()
         for p, q in zip(pieces, pieces[1:]):
             assert m.distance(torch.tensor(p[1:]), torch.tensor(q[:1])) < 1e-6
-    assert cut > 100  # of 300: the test sees the border
+    assert cut > 100  # of 300, so that the test sees the border
 
 
 def test_torus_links_are_never_longer_than_half_a_period():
@@ -196,8 +200,9 @@ def test_ring_links_go_the_short_way_round(m):
 def test_great_circles():
     m = mk.Sphere(3, 2.0)
     a, b, d = pairs_of(m, 50, 5)
-    a, b = torch.cat([a, a[:1], a[:1]]).numpy(), torch.cat([b, a[:1], -a[:1]]).numpy()  # equal, antipodal
-    arcs = _great_circles(a, b)
+    # The last two pairs are a point and itself, and antipodes.
+    a, b = torch.cat([a, a[:1], a[:1]]).numpy(), torch.cat([b, a[:1], -a[:1]]).numpy()
+    arcs = great_circles(a, b)
     assert np.allclose(np.linalg.norm(arcs, axis=2), 2)
     assert np.allclose(arcs[:, 0], a) and np.allclose(arcs[:, -1], b)
     length = np.linalg.norm(np.diff(arcs, axis=1), axis=2).sum(1)
@@ -216,10 +221,10 @@ def test_sphere_links_are_cut_at_the_date_line():
     for i, lines in enumerate(drawn):
         assert np.allclose(lines[0][0], picture.place(a[i:i + 1].numpy())[0])
         assert np.allclose(lines[-1][-1], picture.place(b[i:i + 1].numpy())[0])
-        for left, right in zip(lines, lines[1:]):  # opposite points of the border, an ellipse of 2 : 1
+        for left, right in zip(lines, lines[1:]):  # the border is an ellipse of 2 : 1, and its opposite points are one
             assert np.allclose(left[-1], right[0] * [-1, 1]) and abs(left[-1][0]) > 0
             assert (left[-1] ** 2 / [8, 2]).sum() == pytest.approx(1)
-        for line in lines:  # the map is 5.7 wide: no step goes across it
+        for line in lines:  # the map is 5.7 wide, so no step goes across it
             assert np.linalg.norm(np.diff(line, axis=0), axis=1).max() < 1.2
 
 
@@ -240,8 +245,8 @@ def test_the_map_of_the_sphere_has_equal_areas():
 def test_links_come_from_the_row_of_each_neuron():
     m, points, _ = case("r3", n=20)
     mask = torch.zeros(20, 20, dtype=torch.bool)
-    mask[3, [5, 9]] = True  # from 5 and 9 into 3
-    mask[[1, 2], 3] = True  # out of 3: not drawn
+    mask[3, [5, 9]] = True  # connections from 5 and 9 into 3
+    mask[[1, 2], 3] = True  # connections out of 3 are not drawn
     mask[4, 4] = True
     ax = plots.plot_connections(mask, points, m, neurons=(3, 4))
     place = points[:, :2].numpy()
@@ -308,7 +313,7 @@ def test_heatmap_of_zeros():
 
 @pytest.mark.parametrize("name", ["torus", "sphere", "mixed"])
 def test_fractions_are_those_of_a_brute_force_histogram(name):
-    n, bins = 300, 25  # more rows than one tile
+    n, bins = 300, 25  # there are more rows than one tile has
     m, points, weight = case(name, n=n)
     d = m.distance(points, points).numpy()
     weight = torch.where(torch.from_numpy(d) < 3, weight, 0)
@@ -318,7 +323,7 @@ def test_fractions_are_those_of_a_brute_force_histogram(name):
     pairs, edges = np.histogram(d, bins, (0, d.max()))
     kept, _ = np.histogram(d, bins, (0, d.max()), weights=(weight != 0).double().numpy())
     enough = pairs >= figures.MIN_PAIRS
-    assert enough.any() and (name != "mixed" or not enough.all())  # the test sees a bin left out
+    assert enough.any() and (name != "mixed" or not enough.all())  # so the test sees a bin that is left out
     assert np.allclose(middle, (edges[1:] + edges[:-1]) / 2)
     assert np.allclose(fraction[enough], kept[enough] / pairs[enough], atol=3e-4)
     assert np.isnan(fraction[~enough]).all()
@@ -356,16 +361,15 @@ def test_inhibitor_on_the_torus_is_f_of_the_wrapped_distance():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_inhibitor_slices_are_geodesic(name):
-    """Distances in the picture are distances on the whole manifold: f = d, from 0 to the picture's
-    largest."""
+def test_inhibitor_sections_are_geodesic(name):
+    """Distances in the picture are distances on the whole manifold: f = d runs from 0 to the largest of them."""
     ax = plots.plot_inhibitor(lambda d: d, name)
     image = next(c for c in ax.collections if isinstance(c, matplotlib.collections.QuadMesh))
     values = np.asarray(image.get_array())
     half = 5 * math.pi if name in ("circle", "sphere", "s3", "mixed") else 50**0.5
     assert values.min() < 0.1
     assert values.max() == pytest.approx(half, rel=0.02) or name == "klein"
-    picture = slice_chart(mk.manifold(name))
+    picture = section(mk.manifold(name))
     assert ax.get_title().split("\n")[1] == picture.label
 
 
@@ -384,7 +388,7 @@ def test_neuron_weights_are_those_of_its_row_at_their_sources():
     expected = {tuple(points[k].tolist()): weight[7, k].item() for k in weight[7].nonzero()[:, 0]}
     assert drawn == expected
     assert ax.get_title().startswith(f"{len(expected)} non-zero weights into neuron 7 (star)")
-    assert np.allclose(fundamental(points, m)[7], np.asarray(ax.collections[-1].get_offsets())[0])
+    assert np.allclose(m.fundamental(points)[7], np.asarray(ax.collections[-1].get_offsets())[0])
     top = weight[7].abs().max().item()
     assert dots.get_clim() == (-top, top)  # 0 has the middle colour
 

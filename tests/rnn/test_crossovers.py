@@ -124,7 +124,7 @@ def paths_taken(monkeypatch) -> list[str]:
 @needs_kernels
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table below is the CPU's")
 def test_auto_follows_the_table(table, monkeypatch):
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
     taken, x = paths_taken(monkeypatch), draw(4, 8, 16)
     table(table_file(lambda h, b, s, t, d: {None: 0.5, 0.1: 4.0, 1.0: 0.25}[d] * (1 if t else 0.1)))
     net = net_of(16, 16, densities=(1.0, 1.0), path="auto")
@@ -158,7 +158,7 @@ def test_the_user_decides(monkeypatch):
 
 def test_dense_where_there_is_no_kernel(monkeypatch):
     """A device that only the reference serves; an extension that was not built."""
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
     taken, net = paths_taken(monkeypatch), mk.SparseRNN(3, 4, device="meta")
     net(torch.ones(2, 2, 3, device="meta"))
     assert taken == ["dense"] and "no compiled kernel serves meta here" in net.explain()
@@ -202,7 +202,7 @@ def test_explain_refuses_sizes_that_no_input_has(sizes, error):
 @needs_kernels
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table below is the CPU's")
 def test_explain(table, monkeypatch):
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
     table(table_file(lambda h, b, s, t, d: 4.0 if d == 0.1 else 0.5))
     net = mk.SparseRNN(16, 16, 2, bidirectional=True)
     net.set_mask("weight_hh_l1_reverse", torch.arange(256).view(16, 16) % 10 == 0)
@@ -245,7 +245,7 @@ def test_tune_measures_and_remembers(monkeypatch, winner):
         measured.append(list(passes))
         return {path: 1.0 if path == winner else 2.0 for path in passes}
 
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
     monkeypatch.setattr(timing, "alternating", alternating)
     net, x = net_of(4, 6, 2, path="auto", dropout=0.5), draw(5, 3, 4)
     state = torch.get_rng_state()

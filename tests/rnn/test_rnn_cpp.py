@@ -52,7 +52,7 @@ def compiled(*arguments):
 def check(dtype, sizes):
     """Against the reference in float64: 1e-13 and 1e-5 relative in norm, or, where sums cancel, 3 x the error that the
     reference itself has in this dtype."""
-    reference = masked_rnn_op._masked_rnn, masked_rnn_op._masked_rnn_grads
+    reference = masked_rnn_op.MASKED_RNN.by_reference, masked_rnn_op.MASKED_RNN_GRADS.by_reference
     limit = 1e-13 if dtype == torch.float64 else 1e-5
     for density in (None, 0.0, 0.3, 1.0):
         for k, step in enumerate(STEPS):

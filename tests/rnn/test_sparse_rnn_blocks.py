@@ -22,11 +22,11 @@ ops = torch.ops.moduli_kernels
 @pytest.fixture
 def laid_out(monkeypatch):
     """Every masked hidden weight is walked by a layout; which were made, in a list."""
-    made, layout = [], masked_module.block_layout
+    made, layout = [], masked_module.lay_out_blocks
     monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
     monkeypatch.setattr(crossovers, "THRESHOLD", 4)
     monkeypatch.setattr(masked_module, "walks_blocks", lambda *_: True)
-    monkeypatch.setattr(masked_module, "block_layout",
+    monkeypatch.setattr(masked_module, "lay_out_blocks",
                         lambda *arguments, **named: made.append(layout(*arguments, **named)) or made[-1])
     return made
 
@@ -47,7 +47,7 @@ def test_rule(case, form):
 def test_only_where_kernels_are(backend, monkeypatch):
     monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
     made = []
-    monkeypatch.setattr(masked_module, "block_layout", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(masked_module, "lay_out_blocks", lambda *_, **__: made.append(1))
     with mk.backend(backend):
         kind = torch.get_default_device().type
         assert layer.walks_blocks(kind, torch.float32) == (backend == "triton")

@@ -37,7 +37,7 @@ def rnns_allowed():
 @pytest.fixture
 def kernels_chosen(monkeypatch):
     """Whatever MODULI_KERNELS_BACKEND the suite runs under."""
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
 
 
 def train(net: mk.SparseRNN, compiled: nn.Module, steps: int = 4) -> None:

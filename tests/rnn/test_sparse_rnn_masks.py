@@ -211,7 +211,7 @@ def test_to_rnn_can_be_exported():
 
 @needs_kernels  # else the path does not depend on them
 def test_densities_are_counted_once_a_version(monkeypatch):
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "forced", None)
     net, counted = net_of(4, 6, 2, densities=(0.5, 0.3), path="auto"), []
     count = torch.count_nonzero
     monkeypatch.setattr(torch, "count_nonzero", lambda mask: counted.append(1) or count(mask))

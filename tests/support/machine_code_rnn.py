@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
-from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.ops.block_layout import lay_out_blocks
 from moduli_kernels.triton.rnn import launch_blocked, launch_masked, steps
 from moduli_kernels.triton.rnn.steps import Device
 from tests.support import machine_code as code
@@ -74,7 +74,7 @@ def train_blocked(n: int, batch: int, side: int, share: float, density: float, s
     blocks = torch.rand(-(-n // side), -(-n // side), generator=generator) < share
     mask = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)[:n, :n].clone()
     mask |= torch.rand(n, n, generator=generator) < density
-    layout = blocked_rnn_op.flat(block_layout(mask, side=side, threshold=side * side // 4))
+    layout = blocked_rnn_op.flat(lay_out_blocks(mask, side=side, threshold=side * side // 4))
     x, h, output = (torch.empty(size, dtype=dtype) for size in ((steps, batch, inputs), (batch, n), (steps, batch, n)))
     w_ih, w_hh, bias = (torch.empty(size, dtype=dtype) for size in ((n, inputs), (n, n), (n,)))
     step = ("tanh", leak, False)

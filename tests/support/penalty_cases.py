@@ -1,29 +1,41 @@
 """What the tests of the penalty share: the cases, how to run one, the float64 reference for it, and the device.
 
-MODULI_KERNELS_TEST_DEVICE=cuda runs on a GPU what is marked `on_device`: tensors are made there by default and the
-kernels are Triton's. With TRITON_INTERPRET=1 they are Triton's as well, on CPU tensors. conftest.py makes it so.
+MODULI_KERNELS_TEST_DEVICE=cuda runs the tests that are marked `on_device` on a GPU: tensors are then made there by
+default, and the kernels are Triton's. With TRITON_INTERPRET=1 they are Triton's as well, on CPU tensors. conftest.py
+sees to both.
 """
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 import moduli_kernels as mk
-from moduli_kernels import backends, reference, runtime
+from moduli_kernels import backends, geometry, reference, runtime
 from moduli_kernels.geometry.inhibitors import inhibitor as resolve_inhibitor
-from moduli_kernels.geometry.manifolds import PRESETS, manifold as resolve_manifold
+from moduli_kernels.geometry.presets import PRESETS, manifold as resolve_manifold
+
+
+def with_every_class(cases: dict[str, Any], classes: Iterable[type]) -> dict[str, Any]:
+    """The cases and, under its own name, an instance with default parameters of each class that none of them uses.
+
+    So a new manifold or inhibitor is tested as soon as its class is registered, without a change to any list.
+    """
+    used = {type(part) for case in cases.values() for part in (case.factors() if hasattr(case, "factors") else [case])}
+    return cases | {cls.__name__: cls() for cls in classes if cls not in used}
+
 
 # The product has flat factors of 1 and of 3 columns, so that odd and even columns meet every kind of
 # neighbour.
-MANIFOLDS = {
+MANIFOLDS: dict[str, mk.Manifold] = with_every_class({
     **PRESETS,
     "product": mk.Product(mk.Circle(2.0), mk.KleinBottle(7.0, 9.0), mk.Sphere(3, 2.0),
                           mk.FlatTorus((4.0, 6.0, 3.0))),
-}
+}, geometry.MANIFOLDS)
 
 
 def bump(d: Tensor) -> Tensor:
@@ -31,7 +43,7 @@ def bump(d: Tensor) -> Tensor:
     return 2 + torch.cos(0.7 * d) * torch.exp(-0.05 * d * d)
 
 
-INHIBITORS = {
+INHIBITORS: dict[str, Any] = with_every_class({
     "dog": mk.DifferenceOfGaussians(),
     "diffusion": mk.Diffusion(),
     "sinusoid": mk.Sinusoid(),
@@ -39,7 +51,7 @@ INHIBITORS = {
     "constant": mk.Constant(3.0),
     "tabulated": mk.TabulatedInhibitor(bump, max_distance=25.0, samples=512),
     "callable": bump,
-}
+}, geometry.INHIBITORS)
 VARIANTS = {  # other branches of the same formulas
     "dog_paper": mk.DifferenceOfGaussians(2.0, 1.0, 3.0, zero_min=False),
     "distance": mk.Diffusion(0.5, 1.0),
@@ -69,12 +81,12 @@ tiled_warning = pytest.mark.filterwarnings("ignore:.* has no compiled kernel:Use
 
 
 def examples(count: int) -> int:
-    """So many of hypothesis's; fewer where most of them make Triton compile a kernel anew."""
+    """The number of examples for hypothesis: `count`, or fewer where most of them make Triton compile a new kernel."""
     return count if KERNELS == "cpp" else max(3, count // 5)
 
 
 class Result(NamedTuple):
-    """cols is None where the points are shared; a gradient not asked for is None."""
+    """A penalty and its gradients. cols is None where the points are shared; so is a gradient that is not needed."""
 
     value: Tensor
     weight: Tensor | None
@@ -101,14 +113,16 @@ def draw_points(manifold: str | mk.Manifold, n: int, seed: int = 0,
 
 
 def on_a_grid(points: Tensor) -> Tensor:
-    """Rounded to multiples of 2^-10, so that float32 differences are exact. For many points: else some pair
-    lies so near a cut locus that rounding takes it across, and its gradient with it."""
+    """Points rounded to multiples of 2^-10, so that float32 differences are exact.
+
+    Many points need this: otherwise some pair lies so near a cut locus that rounding takes its gradient across.
+    """
     return (points * 1024).round() / 1024
 
 
 def penalty_and_gradients(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, grad: float = 1.0,
                           **settings) -> Result:
-    """moduli_penalty and, by backward, d(grad * value) in weight, rows and cols."""
+    """moduli_penalty and, by backward, the gradients of grad * value in weight, rows and cols."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (weight, rows, cols)]
     value = mk.moduli_penalty(*leaves, **settings)
     value.backward(torch.tensor(grad, dtype=value.dtype))
@@ -119,7 +133,7 @@ def expected(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, mask: 
              grad: float = 1.0,
              manifold="torus", inhibitor=None, power: float = 1.0, blocks: int = 1, reduction: str = "mean",
              strength: float = 1.0) -> Result:
-    """The same by the float64 reference, on the same (rounded) inputs."""
+    """What `penalty_and_gradients` should give, by the float64 reference on the same (rounded) inputs."""
     scale = strength / (max(1, weight.shape[0] * weight.shape[1]) if reduction == "mean" else 1)
     what = reference.Penalty(resolve_manifold(manifold), resolve_inhibitor(inhibitor), power, blocks, scale)
     double = [None if t is None else t.detach().double() for t in (weight, rows, cols)]
@@ -137,7 +151,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def assert_close(got: Result, want: Result, value: float, gradient: float) -> None:
-    """Relative errors, in norm, at most `value` and `gradient`; names what is off."""
+    """Asserts that relative errors, in norm, are at most `value` and `gradient`; the message names what is off."""
     errors = {}
     for name, g, w in zip(Result._fields, got, want):
         assert (g is None) == (w is None) and (g is None or g.shape == w.shape), name

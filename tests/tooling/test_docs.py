@@ -110,7 +110,7 @@ def torchrun(code: str, processes: int, folder: Path) -> None:
 def user(monkeypatch, tmp_path):
     """A user in an empty folder, whose process has given no warning yet and has torch.compile's default settings."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mk.Manifold, "_warned", set())
+    monkeypatch.setattr(mk.Manifold, "warned", set())
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=False):
         yield tmp_path

@@ -9,7 +9,7 @@ from triton_interpreter_rnn import STEPS, Layer, ops
 
 import moduli_kernels as mk
 from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
-from moduli_kernels.ops.block_layout import block_layout
+from moduli_kernels.ops.block_layout import lay_out_blocks
 from moduli_kernels.reference.rnn import Step
 from moduli_kernels.triton.rnn import launch_blocked, shares as shares_table, steps
 
@@ -32,7 +32,7 @@ class Blocked(Layer):
             self.mask_hh &= torch.rand(n, n, generator=generator) < uneven
         order = torch.randperm(n, generator=generator) if ordered else None
         other = order if same_order else torch.randperm(n, generator=generator)
-        self.layout = block_layout(self.mask_hh, order, other, side=side, threshold=threshold)
+        self.layout = lay_out_blocks(self.mask_hh, order, other, side=side, threshold=threshold)
         if settings.get("poison"):
             self.w_hh[~self.mask_hh] = float("nan")
 

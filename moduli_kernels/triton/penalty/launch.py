@@ -6,7 +6,6 @@ by the kernels. Safe inside CUDA-graph capture; runs on the tensors' device and 
 from __future__ import annotations
 
 import contextlib
-from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -28,8 +27,7 @@ FINISH_CHUNK, FINISH_POINTS, FINISH_VALUES = 32, 32, 1024
 INTERPRETED_CAPABILITY = 9
 
 
-# Those of the ops, by their names in the schema.
-Arguments = namedtuple("Arguments", [argument.split()[-1] for argument in penalty_ops.PENALTY.split(", ")])
+Arguments = penalty_ops.PenaltyArguments
 
 
 class Results(NamedTuple):

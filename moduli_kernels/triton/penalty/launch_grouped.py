@@ -2,7 +2,6 @@
 moduli_kernels/ops/penalty.py."""
 from __future__ import annotations
 
-from collections import namedtuple
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import penalty as penalty_ops
+from ...ops import grouped as grouped_ops
 from .. import inhibitors, manifolds
 from .dense import LANES
 from .grouped import finish_penalties_kernel, penalties_kernel
@@ -35,8 +34,7 @@ from .tiles import shares_for, tile_for
 LAYERS = 8  # of a launch, at most: each takes a handful of kernel arguments
 LARGEST = 1 << 22  # entries of a weight that shares a launch: larger ones keep a GPU busy longer than a launch takes
 
-# Those of the ops, by their names in the schema.
-Several = namedtuple("Several", [argument.split()[-1] for argument in penalty_ops.PENALTIES.split(", ")])
+Several = grouped_ops.GroupedArguments
 
 
 class Layer(NamedTuple):

@@ -69,8 +69,8 @@ def blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, le
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return blocked_rnn_op._blocked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths,
-                                            nonlinearity, leak, reverse, keep)
+        return blocked_rnn_op.BLOCKED_RNN.by_reference(
+            x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout, side, lengths, nonlinearity, leak, reverse, keep)
     where = unflat(layout, side)
     given = inputs_of(x, w_ih, mask_ih)
     states = torch.empty_like(given)
@@ -121,9 +121,9 @@ def blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh,
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return blocked_rnn_op._blocked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout,
-                                                  side, lengths, states, activations, nonlinearity, leak, reverse,
-                                                  *needs)
+        return blocked_rnn_op.BLOCKED_RNN_GRADS.by_reference(
+            grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, layout, side, lengths, states, activations,
+            nonlinearity, leak, reverse, *needs)
     where, pitch = unflat(layout, side), states.shape[2]
     da = torch.empty_like(states)
     dh = x.new_empty(n, pitch) if need_h else None

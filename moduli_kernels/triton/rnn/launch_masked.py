@@ -34,8 +34,9 @@ def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, 
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return masked_rnn_op._masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh,
-                                        col_hh, lengths, nonlinearity, leak, reverse, keep)
+        return masked_rnn_op.MASKED_RNN.by_reference(
+            x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh, lengths, nonlinearity,
+            leak, reverse, keep)
     w_ih = dense(w_ih, crow_ih, col_ih, n, inputs)
     if crow_hh is not None:
         return compressed_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, crow_hh, col_hh, lengths, nonlinearity, leak,
@@ -55,8 +56,9 @@ def masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, 
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
-        return masked_rnn_op._masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths,
-                                              output, activations, nonlinearity, leak, reverse, *needs)
+        return masked_rnn_op.MASKED_RNN_GRADS.by_reference(
+            grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, nonlinearity, leak,
+            reverse, *needs)
     da = torch.empty_like(output)
     dh = torch.empty_like(h) if need_h else None
     passed = None if leak == 1 and lengths is None else torch.empty_like(h, dtype=torch.float32)

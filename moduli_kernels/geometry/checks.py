@@ -1,0 +1,80 @@
+"""Errors about points of manifolds and about parameters of inhibitors.
+
+Each message names the argument, what was expected, what came and what to do. Only `embedding_points` and `zero_vectors`
+read values, and so wait for a GPU: a user hands over the points of an embedding once.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATING, shown
+
+if TYPE_CHECKING:
+    from .base import Manifold
+
+
+def distance_arguments(manifold: Manifold, x: Tensor, y: Tensor) -> None:
+    """Raises an error unless x (n, c) and y (m, c) are coordinates of points, floating point, on one device."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor of points, got {shown(value)}; pass torch.as_tensor(...).")
+        if value.dim() != 2 or value.shape[1] != manifold.ambient_dim:
+            raise ValueError(
+                f"{name} must have shape (points, {manifold.ambient_dim}) for {manifold}, got "
+                f"{tuple(value.shape)}; give one row a point."
+            )
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name} must be floating point, got {value.dtype}; convert it with .float().")
+    if x.device != y.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}; move one with .to().")
+
+
+def embedding_points(points: Tensor, n: int, manifold: Manifold) -> None:
+    """Raises an error unless points (n, ambient_dim) are finite, floating point, and points of the manifold."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points must be a tensor, got {shown(points)}; pass torch.as_tensor(points).")
+    if tuple(points.shape) != (n, manifold.ambient_dim):
+        raise ValueError(
+            f"points must have shape ({n}, {manifold.ambient_dim}) for n={n} on {manifold}, got "
+            f"{tuple(points.shape)}; give one row a neuron."
+        )
+    if points.dtype not in FLOATING:
+        raise TypeError(f"points must be floating point, got {points.dtype}; convert them with .float().")
+    if not bool(torch.isfinite(points).all()):
+        raise ValueError("points must be finite, got NaN or infinity among them; clean the rows first.")
+    manifold.check_points(points)
+
+
+def zero_vectors(points: Tensor, manifold: Manifold) -> None:
+    """Raises an error if a row of points (n, c) has no direction: the columns are those of one sphere.
+
+    The origin has none. Nor has, in its dtype, a vector whose length rounds to 0 or overflows.
+    """
+    norm = points.norm(dim=1)
+    zero = ((norm == 0) | norm.isinf()).nonzero()
+    if len(zero):
+        raise ValueError(
+            f"points must not hold a zero vector on {manifold} (it cannot be normalized), got one at row "
+            f"{int(zero[0])}; give every row a direction."
+        )
+
+
+def ordered_sigmas(sigma1: float, sigma2: float) -> None:
+    """Raises an error unless sigma1 < sigma2."""
+    if not sigma1 < sigma2:
+        raise ValueError(
+            f"sigma1 must be smaller than sigma2 (narrow minus wide Gaussian), got sigma1={sigma1!r} and "
+            f"sigma2={sigma2!r}; swap them or widen sigma2."
+        )
+
+
+def table_values(values: Tensor) -> None:
+    """Raises an error unless all samples of f are finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            "f must be finite on [0, max_distance], got NaN or infinity in its samples; choose a smaller "
+            "max_distance or an inhibitor without a pole."
+        )
