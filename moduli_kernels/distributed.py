@@ -76,7 +76,7 @@ class Shard(NamedTuple):
         return whole.narrow(0, self.first, self.local.shape[0])
 
 
-def shard_of(tensor: Tensor, name: str = "weight") -> Shard:
+def shard_of(tensor: Any, name: str = "weight") -> Shard:
     """This rank's rows of a DTensor. Autograd hands the gradient of `.local` on to the DTensor.
 
     Args:
@@ -136,13 +136,13 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum over ranks in forward; the gradient as it comes in backward."""
 
     @staticmethod
-    def forward(ctx, value, group):
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
         total = value.detach().clone()
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -150,12 +150,12 @@ class _SharedByRanks(torch.autograd.Function):
     """The tensor as it is in forward; the sum of the gradients over ranks in backward."""
 
     @staticmethod
-    def forward(ctx, tensor, group):
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.contiguous().clone()
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None

@@ -26,6 +26,7 @@ GRADIENTS = "(Tensor[], Tensor[], Tensor[])"  # of weights, rows and cols
 VALUES_AND_GRADIENTS = "(Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
 
 Gradients = tuple[list[Tensor], list[Tensor], list[Tensor]]
+ValuesAndGradients = tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
 class GroupedArguments(NamedTuple):
@@ -73,7 +74,8 @@ def _by_kind(gradients: list[tuple[Tensor, Tensor, Tensor]]) -> Gradients:
             [cols for _, _, cols in gradients])
 
 
-def _penalties_with_grads(a: GroupedArguments, need_weight: list[bool], need_points: list[bool]) -> tuple:
+def _penalties_with_grads(a: GroupedArguments, need_weight: list[bool],
+                          need_points: list[bool]) -> ValuesAndGradients:
     values, gradients = [], []
     for one, *needs in zip(a.each(), need_weight, need_points):
         value, *its_gradients = torch.ops.moduli_kernels.penalty_with_grads(*one, *needs)
@@ -100,7 +102,8 @@ def _fake_penalties_grads(grad: Tensor | None, a: GroupedArguments, need_weight:
     return _by_kind([fake_gradients(*layer) for layer in zip(a.weights, a.rows, a.cols, need_weight, need_points)])
 
 
-def _fake_penalties_with_grads(a: GroupedArguments, need_weight: list[bool], need_points: list[bool]) -> tuple:
+def _fake_penalties_with_grads(a: GroupedArguments, need_weight: list[bool],
+                               need_points: list[bool]) -> ValuesAndGradients:
     first = a.rows[0]
     return (first.new_empty(()), first.new_empty(len(a.weights)),
             *_fake_penalties_grads(None, a, need_weight, need_points))

@@ -122,10 +122,10 @@ def declare(op: Op) -> Op:
 def _register_derivative(op: Op, derivative: Derivative) -> None:
     names = [name for _, name in op.fields()]
 
-    def save(ctx, inputs, output):
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         derivative.save(ctx, output, *op.grouped(inputs))
 
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         found = derivative.formula(ctx, dict(zip(names, ctx.needs_input_grad)), *gradients)
         return tuple(found.get(name) for name in names)
 
@@ -138,7 +138,7 @@ def _interpreted(op: Op) -> Callable[..., Any]:
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU")
     before = torch.library.get_kernel(qualified, "CPU").call_boxed if compiled else None
 
-    def on_cpu(keys, *arguments):
+    def on_cpu(keys: Any, *arguments: Any) -> Any:
         if backends.active("cpu") == "triton":
             return op.launch(*arguments)
         return before(keys, *arguments) if before else op.by_reference(*arguments)

@@ -145,7 +145,7 @@ def embedding_size(name: str, n: Any) -> None:
         raise TypeError(
             f"{name} must be a number of neurons or a ManifoldEmbedding, got {shown(n)}; pass for example 128."
         )
-    positive_int(name, n, minimum=0)
+    positive_int(name, n, minimum=0)  # pyright: ignore[reportArgumentType]
 
 
 def embedding_manifold(name: str, got: Any, manifold: Any) -> None:

@@ -181,18 +181,23 @@ class _OpRunner:
     """Computes the penalty by the registered ops, which have kernels."""
 
     def __init__(self, what: reference.Penalty, code: encoding.ManifoldCode, inhibitor: encoding.InhibitorCode):
-        self.table_source = what.inhibitor if isinstance(what.inhibitor, TabulatedInhibitor) else None
-        self.settings = (*code, *inhibitor, what.power, what.blocks, what.scale)
+        self.what, self.code, self.inhibitor = what, code, inhibitor
 
     def arguments(self, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None) -> PenaltyArguments:
         """What the ops take, made of the arguments of `moduli_penalty`."""
-        table = None if self.table_source is None else self.table_source.table(rows.dtype, rows.device)
+        what, f = self.what, self.what.inhibitor
         crow = col = None
         if weight.layout == torch.sparse_csr:
             crow, col = (index.to(torch.int64).contiguous() for index in (weight.crow_indices(), weight.col_indices()))
             weight = weight.values().contiguous()
-        return PenaltyArguments(row_strided(weight), rows.contiguous(), None if cols is None else cols.contiguous(),
-                                None if mask is None else mask.contiguous(), crow, col, table, *self.settings)
+        return PenaltyArguments(
+            weight=row_strided(weight), rows=rows.contiguous(), cols=None if cols is None else cols.contiguous(),
+            mask=None if mask is None else mask.contiguous(), crow_indices=crow, col_indices=col,
+            table=f.table(rows.dtype, rows.device) if isinstance(f, TabulatedInhibitor) else None,
+            factors=self.code.factors, factor_parameters=self.code.parameters, inhibitor=self.inhibitor.kind,
+            inhibitor_parameters=self.inhibitor.parameters, power=what.power, blocks=what.blocks,
+            scale=what.scale,  # pyright: ignore[reportArgumentType]
+        )
 
     def value(self, *tensors: Any) -> Tensor:
         return _penalty(*self.arguments(*tensors))

@@ -1,7 +1,8 @@
 """The penalties of several weights as one differentiable function, in which small weights share launches on a GPU."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ class Layer(NamedTuple):
     what: Penalty
 
 
-def share_launches(regularizers: list[torch.nn.Module], weights: list[Tensor]) -> bool:
+Gradients = list[Tensor | None]  # of L weights, L rows and L cols
+
+
+def share_launches(regularizers: list[Any], weights: list[Tensor]) -> bool:
     """Whether the penalties of these weights can share launches: the weights are served by kernels that do so, and they
     have one manifold, inhibitor, power, device and compute dtype."""
     if len(weights) < 2 or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
@@ -66,40 +70,51 @@ def penalties(layers: list[Layer]) -> tuple[Tensor, Tensor]:
     weights, rows, cols, _ = zip(*layers)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *rows, *cols)):
         return _PenaltiesFunction.apply(run, *weights, *rows, *cols)
-    return run.values_and_grads((*weights, *rows, *cols), [False] * len(layers), [False] * len(layers))[:2]
+    nothing = [False] * len(layers)
+    total, values, _ = run.values_and_grads((*weights, *rows, *cols), nothing, nothing)
+    return total, values
 
 
 class _OpRunner:
     """Computes the penalties by the registered ops. `tensors` holds L weights, L rows and L cols (or None)."""
 
     def __init__(self, layers: list[Layer]):
-        first = layers[0].what
-        self.count = len(layers)
-        self.table_source = first.inhibitor if isinstance(first.inhibitor, TabulatedInhibitor) else None
-        self.settings = (*encoding.encode_manifold(first.manifold), *encoding.encode_inhibitor(first.inhibitor),
-                         first.power, [layer.what.blocks for layer in layers], [layer.what.scale for layer in layers])
+        self.what = [layer.what for layer in layers]
+        self.count, first = len(layers), self.what[0]
+        self.code = cast(encoding.ManifoldCode, encoding.encode_manifold(first.manifold))
+        self.inhibitor = cast(encoding.InhibitorCode, encoding.encode_inhibitor(first.inhibitor))
 
-    def split(self, tensors: tuple) -> tuple[tuple, tuple, tuple]:
+    def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """(weights, rows, cols) from `tensors`, or from one item for each of them."""
         n = self.count
         return tensors[:n], tensors[n:2 * n], tensors[2 * n:]
 
-    def arguments(self, tensors: tuple) -> GroupedArguments:
+    def arguments(self, tensors: Sequence[Any]) -> GroupedArguments:
         """What the ops take."""
         weights, rows, cols = self.split(tensors)
-        table = None if self.table_source is None else self.table_source.table(rows[0].dtype, rows[0].device)
-        return GroupedArguments([row_strided(w) for w in weights], [r.contiguous() for r in rows],
-                                [None if c is None else c.contiguous() for c in cols], table, *self.settings)
+        first, f = rows[0], self.what[0].inhibitor
+        return GroupedArguments(
+            weights=[row_strided(w) for w in weights], rows=[r.contiguous() for r in rows],
+            cols=[None if c is None else c.contiguous() for c in cols],
+            table=f.table(first.dtype, first.device) if isinstance(f, TabulatedInhibitor) else None,
+            factors=self.code.factors, factor_parameters=self.code.parameters, inhibitor=self.inhibitor.kind,
+            inhibitor_parameters=self.inhibitor.parameters, power=self.what[0].power,
+            blocks=[what.blocks for what in self.what],
+            scales=[what.scale for what in self.what],  # pyright: ignore[reportArgumentType]
+        )
 
-    def values_and_grads(self, tensors: tuple, need_weight: list[bool], need_points: list[bool]):
+    def values_and_grads(self, tensors: Sequence[Any], need_weight: list[bool],
+                         need_points: list[bool]) -> tuple[Tensor, Tensor, Gradients]:
         total, values, *grads = _penalties_with_grads(*self.arguments(tensors), need_weight, need_points)
         return total, values, self._present(grads, tensors, need_weight, need_points)
 
-    def grads(self, grad: Tensor, tensors: tuple, need_weight: list[bool], need_points: list[bool]):
+    def grads(self, grad: Tensor, tensors: Sequence[Any], need_weight: list[bool],
+              need_points: list[bool]) -> Gradients:
         grads = _penalties_grads(grad, *self.arguments(tensors), need_weight, need_points)
         return self._present(grads, tensors, need_weight, need_points)
 
-    def _present(self, grads, tensors, need_weight, need_points):
+    def _present(self, grads: Sequence[list[Tensor]], tensors: Sequence[Any], need_weight: list[bool],
+                 need_points: list[bool]) -> Gradients:
         """The gradients of `tensors`, None where they are not asked for."""
         _, _, cols = self.split(tensors)
         dweights, drows, dcols = grads
@@ -116,7 +131,7 @@ class _PenaltiesFunction(torch.autograd.Function):
     first backward takes the gradients and scales them in place, and a repeated one computes them again."""
 
     @staticmethod
-    def forward(ctx, run, *tensors):
+    def forward(ctx: Any, run: _OpRunner, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.run = run
         ctx.set_materialize_grads(False)
         weight_needed, rows_needed, cols_needed = run.split(ctx.needs_input_grad[1:])
@@ -132,10 +147,10 @@ class _PenaltiesFunction(torch.autograd.Function):
         return total, values
 
     @staticmethod
-    def backward(ctx, grad_total, grad_values):
+    def backward(ctx: Any, grad_total: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_total is None and grad_values is None:
             return (None,) * len(ctx.needs_input_grad)
-        grad = grad_values if grad_total is None else grad_total.expand(ctx.run.count)  # no launch
+        grad = cast(Tensor, grad_values if grad_total is None else grad_total.expand(ctx.run.count))  # without a launch
         if grad_total is not None and grad_values is not None:
             grad = grad_total + grad_values
         if ctx.grads is not None:
