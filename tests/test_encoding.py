@@ -15,41 +15,28 @@ CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
 KERNEL_INHIBITORS = {name: f for name, f in {**INHIBITORS, **VARIANTS}.items() if isinstance(f, mk.Inhibitor)}
 
 
-def enum(file, name):
-    """The members of a C++ enum, by name."""
-    body = re.search(rf"enum {name} \{{(.*?)\}}", (CSRC / file).read_text(), re.S).group(1)
-    return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
+def functors(file):
+    """The functors of a C++ header that have a code: their names, codes and the names of their parameters."""
+    pattern = r'struct (\w+)[^{;]*\{\n  static constexpr int64_t CODE = (\d+).*?PARAMETERS\[\] = \{([^}]*)\}'
+    found = re.findall(pattern, (CSRC / file).read_text(), re.S)
+    return {name: (int(code), tuple(re.findall(r'"(\w+)"', names))) for name, code, names in found}
 
 
 # --- with the C++ headers --------------------------------------------------------------------------------
 
 def test_manifold_codes_are_those_of_the_header():
-    codes = {"FLAT": _encoding.FLAT, "SPHERE": _encoding.SPHERE, "KLEIN": _encoding.KLEIN}
-    assert enum("distance.h", "ManifoldKind") == codes
-
-
-STRUCTS = {  # class, its member of InhibitorKind and its functor
-    mk.DifferenceOfGaussians: ("DIFFERENCE_OF_GAUSSIANS", "DifferenceOfGaussians"),
-    mk.Diffusion: ("DIFFUSION", "Diffusion"),
-    mk.Sinusoid: ("SINUSOID", "Sinusoid"),
-    mk.RickerWavelet: ("RICKER", "RickerWavelet"),
-    mk.Constant: ("CONSTANT", "Constant"),
-    mk.TabulatedInhibitor: ("TABULATED", "Tabulated"),
-}
+    codes = {"Flat": _encoding.FLAT, "Sphere": _encoding.SPHERE, "KleinBottle": _encoding.KLEIN}
+    assert {name: code for name, (code, _) in functors("manifolds.h").items()} == codes
 
 
 def test_inhibitor_codes_are_those_of_the_header():
-    codes = {STRUCTS[cls][0]: code for cls, (code, _) in _encoding.INHIBITORS.items()}
-    assert enum("inhibitor.h", "InhibitorKind") == codes
+    codes = {cls.__name__: code for cls, (code, _) in _encoding.INHIBITORS.items()}
+    assert {name: code for name, (code, _) in functors("inhibitors.h").items()} == codes
 
 
-@pytest.mark.parametrize("cls", STRUCTS)
+@pytest.mark.parametrize("cls", _encoding.INHIBITORS)
 def test_parameters_stand_in_the_order_that_the_functor_reads(cls):
-    """Each functor's comment begins with its parameters."""
-    text = (CSRC / "inhibitor.h").read_text()
-    functor = rf"// ([^\n]*)\n(?://[^\n]*\n)*template <[^>]*>\nstruct {STRUCTS[cls][1]} "
-    comment = re.search(functor, text).group(1)
-    assert tuple(re.split("[;.]", comment)[0].split(", ")) == _encoding.INHIBITORS[cls][1]
+    assert functors("inhibitors.h")[cls.__name__][1] == _encoding.INHIBITORS[cls][1]
 
 
 # --- there and back --------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
-// Elementary functions for scalars and packs: no branches, no tables, no libm call in float.
+// Elementary functions for scalars and packs.
 //
-// The float versions are polynomials, fitted by minimax on the reduced range; the error beside each is that of the
-// polynomial. NaN comes out as NaN. The double versions call libm: correct first, float64 has no speed goal.
+// The float versions have no branches, no tables and no calls of libm. They are minimax polynomials on a reduced range,
+// and the comment of each states the error of its polynomial. NaN gives NaN. The double versions call libm, since
+// float64 must be correct first and has no speed goal.
 #pragma once
 
-#include "simd.h"
+#include "math/simd.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// 2^y for y <= 0; 2^-126 below that, for subnormal numbers are slow. Relative error 9.1e-8.
+// 2^y for y <= 0, with a relative error of 9.1e-8. Below y = -126 it is 2^-126, since subnormal numbers are slow.
 template <typename V>
 MODULI_HD V exp2_of_nonpositive(V y) {
   y = larger(splat<V>(-126.0f), y);
@@ -23,13 +24,13 @@ MODULI_HD V exp2_of_nonpositive(V y) {
 }
 MODULI_HD double exp2_of_nonpositive(double y) { return std::exp2(y); }
 
-// cos(x) and sin(x)/x, |x| < 2.5e4. Absolute error 4.9e-9 beside rounding.
+// cos(x) and sin(x)/x for |x| < 2.5e4, with an absolute error of 4.9e-9 beside rounding.
 template <typename V>
 MODULI_HD void cos_sinc(V x, V& cosine, V& sinc) {
   using U = typename Traits<V>::Bits;
   const V shifted = x * 0.318309886f + ROUND;
   const V n = shifted - ROUND;
-  // pi in three parts: n times the first two is exact for |n| < 2^13
+  // pi comes in three parts, of which n times the first two is exact for |n| < 2^13
   V r = x - n * 3.140625f;
   r = r - n * 9.67502593994140625e-4f;
   r = r - n * 1.509957990978376432e-7f;
@@ -53,7 +54,7 @@ MODULI_HD void cos_sinc(double x, double& cosine, double& sinc) {
   sinc = x == 0.0 ? 1.0 : std::sin(x) / x;
 }
 
-// atan2(a, b) for a, b >= 0, not both 0. Absolute error 2.3e-9 beside rounding.
+// atan2(a, b) for a, b >= 0, not both 0, with an absolute error of 2.3e-9 beside rounding.
 template <typename V>
 MODULI_HD V atan2_positive(V a, V b) {
   const V q = (a > b ? b : a) / (a > b ? a : b);
@@ -67,17 +68,18 @@ MODULI_HD V atan2_positive(V a, V b) {
   p = p * u + 1.9998639e-1f;
   p = p * u - 3.3333302e-1f;
   const V angle = p * u * q + q;
-  // pi/2 in two parts, for its rounding alone is 4.4e-8
+  // pi/2 comes in two parts, since its rounding alone is 4.4e-8
   return a > b ? 1.57079637f - (angle + 4.37113883e-8f) : angle;
 }
 MODULI_HD double atan2_positive(double a, double b) { return std::atan2(a, b); }
 
-// x^e for normal x > 0 by 2^(e log2 x) in double; relative error 3e-10, for float arguments and results.
+// x^e = 2^(e log2 x) in double, for normal x > 0. The relative error of 3e-10 is enough for float arguments and
+// results.
 template <typename D>
 MODULI_HD D power_in_double(D x, double e) {
   using U = typename Traits<D>::Bits;
   constexpr uint64_t ONE = UINT64_C(0x3ff0000000000000), SQRT_HALF = UINT64_C(0x3fe6a09e667f3bcd);
-  // x = 2^n m with m in [sqrt(1/2), sqrt 2); log2 m = (2/ln 2) atanh(v), v = (m-1)/(m+1)
+  // x = 2^n m with m in [sqrt(1/2), sqrt 2), and log2 m = (2/ln 2) atanh(v) with v = (m-1)/(m+1)
   const U biased = bits_as<U>(x) + (ONE - SQRT_HALF);
   const D n = bits_as<D>((biased >> 52) | UINT64_C(0x4330000000000000)) - (4503599627370496.0 + 1023.0);
   const D m = bits_as<D>((biased & UINT64_C(0x000fffffffffffff)) + SQRT_HALF);
@@ -107,9 +109,10 @@ MODULI_HD D power_in_double(D x, double e) {
   return bits_as<D>(bits_as<U>(p) + (bits_as<U>(shifted) << 52));
 }
 
-MODULI_HD float in_double(float a, float e) { return static_cast<float>(power_in_double(static_cast<double>(a), e)); }
+// a^e of floats, computed in double
+MODULI_HD float power_of_floats(float a, float e) { return static_cast<float>(power_in_double(static_cast<double>(a), e)); }
 #if defined(__AVX2__)
-inline F32 in_double(F32 a, float e) {
+inline F32 power_of_floats(F32 a, float e) {
   typedef float Half __attribute__((vector_size(sizeof(F32) / 2)));
   Half halves[2];
   std::memcpy(halves, &a, sizeof(a));
@@ -120,13 +123,13 @@ inline F32 in_double(F32 a, float e) {
 }
 #endif
 
-// a^e for a >= 0, e > 0; 0, infinity and NaN go through.
+// a^e for a >= 0 and e > 0. It is a itself if a is 0, infinity or NaN.
 template <typename V>
 MODULI_HD V power_positive(V a, float e) {
-  const V power = in_double(a, e);
+  const V power = power_of_floats(a, e);
   return (a - a == 0 && a > 0) ? power : a;
 }
-MODULI_HD float power_positive(float a, float e) { return (a - a == 0 && a > 0) ? in_double(a, e) : a; }
+MODULI_HD float power_positive(float a, float e) { return (a - a == 0 && a > 0) ? power_of_floats(a, e) : a; }
 MODULI_HD double power_positive(double a, double e) { return std::pow(a, e); }
 
 }  // namespace moduli::MODULI_NAMESPACE

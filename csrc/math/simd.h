@@ -1,10 +1,10 @@
-// Packs: a few lanes of float as one value, so that the functors of distance.h and inhibitor.h are written once for
-// scalars and vectors. A pack is a GCC/Clang vector type (+ - * /, comparisons and ?: work lane by lane); what those
-// do not give stands here, for a scalar, AVX2 and AVX-512. Without either instruction set, and for double, a pack is
-// the scalar and the loops are left to the compiler's vectorizer.
+// Packs. A pack is a few lanes of float as one value, so that the functors of manifolds.h and inhibitors.h are written
+// once for scalars and vectors. It is a GCC/Clang vector type, on which + - * /, comparisons and ?: work lane by lane.
+// This file holds the other operations, for a scalar, AVX2 and AVX-512. Without either instruction set, and for double,
+// a pack is the scalar, and the compiler vectorizes the loops.
 //
-// MODULI_NAMESPACE keeps code compiled for different instruction sets apart: an inline function shared between
-// translation units could otherwise be taken from the one with the newest instructions.
+// MODULI_NAMESPACE keeps code compiled for different instruction sets apart. Otherwise the linker could keep, for all
+// of them, the copy of an inline function that uses the newest instructions.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,7 @@ struct Pack {
   static constexpr int LANES = 1;
 };
 
-// Scalar and unsigned type of the same width of a value (scalar or pack).
+// For a scalar or a pack V, the type of a lane, and the unsigned type with lanes of the same width.
 template <typename V>
 struct Traits;
 template <>
@@ -54,13 +54,13 @@ MODULI_HD To bits_as(From from) {
   return to;
 }
 
-// every lane x
+// A value with x in every lane
 template <typename V>
 MODULI_HD V splat(typename Traits<V>::Scalar x) {
   return V{} + x;
 }
 
-// a > b ? a : b and a < b ? a : b, which is b where either is NaN
+// a > b ? a : b and a < b ? a : b, which are b if either is NaN
 template <typename V>
 MODULI_HD V larger(V a, V b) {
   return a > b ? a : b;
@@ -74,14 +74,14 @@ MODULI_HD double absolute(double x) { return std::fabs(x); }
 MODULI_HD float square_root(float x) { return std::sqrt(x); }
 MODULI_HD double square_root(double x) { return std::sqrt(x); }
 
-// x + ROUND - ROUND rounds |x| < 2^22 to the nearest integer and leaves it in the low bits of x + ROUND.
+// x + ROUND - ROUND is x rounded to the nearest integer, for |x| < 2^22. The low bits of x + ROUND hold that integer.
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
 MODULI_HD float round_(float x) { return (x + ROUND) - ROUND; }
 
 MODULI_HD float truncated(float x) { return std::trunc(x); }
 MODULI_HD double truncated(double x) { return std::trunc(x); }
 
-// The four numbers of row `node`, a whole number, of a table (samples, 4); of a pack, lane by lane.
+// The function reads the four numbers of row `node` of a table (samples, 4), lane by lane. node is a whole number.
 template <typename T>
 MODULI_HD void load_cubics(const T* table, T node, T& a, T& b, T& c, T& d) {
   const T* cubic = table + 4 * static_cast<int32_t>(node);
@@ -95,23 +95,29 @@ MODULI_HD void load_cubics(const T* table, T node, T& a, T& b, T& c, T& d) {
 MODULI_HD float scale_exponent(float p, float n) {
   return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(n + ROUND) << 23));
 }
-// Of d and d -+ period the nearest to 0, for |d| <= period; d itself at a tie and for period 0: an odd function of d.
-// Comparisons, not a product with 1/period: a pair then falls on the same side as in the reference.
+
+// The one of d, d - period and d + period that is nearest to 0, for |d| <= period. It is d at a tie and for period 0,
+// so that the function is odd. It compares instead of multiplying with 1/period, since a pair then falls on the same
+// side as in the reference.
 template <typename V>
 MODULI_HD V nearest_image(V d, typename Traits<V>::Scalar period) {
   const auto half = period / 2;
   return d > half ? d - period : (d < -half ? d + period : d);
 }
 
-// y with the sign of x where x is not 0, else 0
+// y times the sign of x, which is 0 if x is 0
 template <typename V>
 MODULI_HD V signed_by(V y, V x) {
   return x > 0 ? y : (x < 0 ? -y : V{});
 }
+
+// The sum over lanes
 template <typename V>
 MODULI_HD typename Traits<V>::Scalar sum_lanes(V x) {
   return x;
 }
+
+// A pack from and to memory of any alignment
 template <typename V>
 MODULI_HD V load_pack(const typename Traits<V>::Scalar* p) {
   V x;
@@ -123,7 +129,7 @@ MODULI_HD void store_pack(typename Traits<V>::Scalar* p, V x) {
   std::memcpy(p, &x, sizeof(x));
 }
 
-// past the caches; p aligned to the pack
+// A store past the caches, where p is aligned to the pack. stream_fence() must follow the last one of a thread.
 template <typename V>
 MODULI_HD void stream_pack(typename Traits<V>::Scalar* p, V x) {
   store_pack(p, x);
@@ -174,22 +180,26 @@ inline F32 scale_exponent(F32 p, F32 n) { return _mm512_scalef_ps(p, n); }
 template <>
 inline F32 nearest_image<F32>(F32 d, float period) {
   const __mmask16 far = _mm512_cmp_ps_mask(absolute(d), _mm512_set1_ps(period / 2), _CMP_GT_OQ);
-  // period with the sign of d: one three-input operation
+  // period with the sign of d, by one operation of three inputs
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
   const F32 towards = (F32)_mm512_ternarylogic_epi32(sign, (__m512i)d, (__m512i)(F32)_mm512_set1_ps(period), 0xEA);
   return _mm512_mask_sub_ps(d, far, d, towards);
 }
 inline F32 signed_by(F32 y, F32 x) {
   const __mmask16 nonzero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-  // y ^ (x & sign): one three-input operation
+  // y ^ (x & sign), by one operation of three inputs
   return (F32)_mm512_maskz_ternarylogic_epi32(nonzero, (__m512i)y, (__m512i)x, _mm512_set1_epi32(INT32_MIN), 0x78);
 }
 inline float sum_lanes(F32 x) { return _mm512_reduce_add_ps(x); }
 inline void stream_pack(float* p, F32 x) { _mm512_stream_ps(p, x); }
-inline F32 load_fours(const float* const (&row)[16], int l) {  // lanes l, l + 4, l + 8, l + 12, four numbers each
+
+// Four numbers of each of rows l, l + 4, l + 8 and l + 12
+inline F32 load_fours(const float* const (&row)[16], int l) {
   const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[l])), _mm_loadu_ps(row[l + 4]), 1);
   return _mm512_insertf32x4(_mm512_insertf32x4(low, _mm_loadu_ps(row[l + 8]), 2), _mm_loadu_ps(row[l + 12]), 3);
 }
+
+// The lower or upper two lanes, or pairs of lanes, of each quarter of a and b, interleaved
 inline F32 low_pairs(F32 a, F32 b) { return _mm512_unpacklo_ps(a, b); }
 inline F32 high_pairs(F32 a, F32 b) { return _mm512_unpackhi_ps(a, b); }
 inline F32 low_halves(F32 a, F32 b) { return (F32)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); }
@@ -213,9 +223,12 @@ inline float sum_lanes(F32 x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 inline void stream_pack(float* p, F32 x) { _mm256_stream_ps(p, x); }
-inline F32 load_fours(const float* const (&row)[8], int l) {  // lanes l, l + 4, four numbers each
+
+// Four numbers of each of rows l and l + 4
+inline F32 load_fours(const float* const (&row)[8], int l) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[l])), _mm_loadu_ps(row[l + 4]), 1);
 }
+
 inline F32 low_pairs(F32 a, F32 b) { return _mm256_unpacklo_ps(a, b); }
 inline F32 high_pairs(F32 a, F32 b) { return _mm256_unpackhi_ps(a, b); }
 inline F32 low_halves(F32 a, F32 b) { return (F32)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); }
@@ -230,7 +243,7 @@ inline void load_cubics(const float* table, F32 node, F32& a, F32& b, F32& c, F3
   const I32 index = __builtin_convertvector(node, I32) * 4;
   const float* row[LANES];
   for (int l = 0; l < LANES; ++l) row[l] = table + index[l];
-  // transposed within each quarter of four lanes
+  // the numbers are transposed within each quarter of four lanes
   const F32 r0 = load_fours(row, 0), r1 = load_fours(row, 1), r2 = load_fours(row, 2), r3 = load_fours(row, 3);
   const F32 ab01 = low_pairs(r0, r1), ab23 = low_pairs(r2, r3), cd01 = high_pairs(r0, r1), cd23 = high_pairs(r2, r3);
   a = low_halves(ab01, ab23);

@@ -1,4 +1,4 @@
-// Scratch memory that begins at a line of the cache, with whatever lay there.
+// Scratch memory that begins at a line of the cache. It isn't initialized.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace {
 
 constexpr std::size_t LINE = 64;
 
-// What a thread gave back last, for its next call: from the system it would come as pages that are not there yet, and
-// a small net's step takes hundreds of them.
+// The blocks of memory that a thread gave back last, kept for its next call. Memory from the system comes as pages that
+// must first be mapped, and a step of a small net would take hundreds of them.
 class Spare {
  public:
   Spare() = default;
@@ -24,7 +24,7 @@ class Spare {
     while (count_) release_oldest();
   }
 
-  // At least `bytes`; (memory, its size).
+  // The method returns a block of at least `bytes` bytes, and its size.
   std::pair<void*, std::size_t> take(std::size_t bytes) {
     for (Block* block = blocks_; block != blocks_ + count_; ++block)
       if (block->size >= bytes && block->size / 2 <= bytes) {
@@ -51,11 +51,11 @@ class Spare {
   static constexpr std::size_t MOST_BYTES = std::size_t{8} << 20;
   static constexpr int MOST_BLOCKS = 16;
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr bool KEEP = false;  // the sanitizer is to see the end of each use
+  static constexpr bool KEEP = false;  // so that the sanitizer sees the end of each use
 #else
   static constexpr bool KEEP = true;
 #endif
-  // Of tests: nothing may depend on what lay there.
+  // Tests ask for poison, which shows whether a result depends on memory that was never written.
   static bool poison() {
     static const bool asked = std::getenv("MODULI_KERNELS_POISON") != nullptr;
     return asked;
@@ -70,11 +70,12 @@ class Spare {
     remove(blocks_);
   }
 
-  Block blocks_[MOST_BLOCKS];  // the oldest first
+  Block blocks_[MOST_BLOCKS];  // the oldest comes first
   int count_ = 0;
-  std::size_t kept_ = 0;  // bytes of them
+  std::size_t kept_ = 0;  // bytes of all blocks
 };
 
+// An array of `size` elements in such memory.
 template <typename T>
 class Aligned {
  public:

@@ -1,4 +1,4 @@
-// Which of the instruction sets that the loops are compiled for the processor has.
+// The instruction sets that loops are compiled for, and the one that this processor uses.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -10,8 +10,8 @@ namespace moduli {
 
 enum class Isa { PORTABLE, AVX2, AVX512 };
 
-// The newest that the processor has; MODULI_KERNELS_ISA (portable, avx2, avx512) asks for a lesser one, so that every path
-// can be tested on one machine.
+// The function picks the newest set that the processor has. MODULI_KERNELS_ISA (portable, avx2 or avx512) asks for an
+// older one, so that every path can be tested on one machine.
 inline Isa pick_isa() {
   const char* asked = std::getenv("MODULI_KERNELS_ISA");
   const std::string most = asked && *asked ? asked : "avx512";

@@ -1,13 +1,13 @@
-// Masks, 64 entries at a time.
+// The bits of a mask, read 64 entries at a time.
 #pragma once
 
 #include <cstdint>
 
-#include "../simd.h"
+#include "math/simd.h"
 
 namespace moduli {
 
-// Entries of a mask that are looked at together.
+// The number of entries of a mask that are read together.
 constexpr int64_t MASK_STEP = 64;
 
 }  // namespace moduli
@@ -20,7 +20,7 @@ inline uint64_t kept_bits_one_by_one(const uint8_t* mask, int64_t count) {
   return bits;
 }
 
-// Bit l: whether entry l of MASK_STEP is kept.
+// Bit l of the result is 1 if entry l of MASK_STEP entries is kept.
 inline uint64_t kept_bits(const uint8_t* mask) {
 #if defined(__AVX512BW__)
   const __m512i bytes = _mm512_loadu_si512(mask);
@@ -37,6 +37,7 @@ inline uint64_t kept_bits(const uint8_t* mask) {
 #endif
 }
 
+// The same for `count` entries, of which at most MASK_STEP are read.
 inline uint64_t kept_bits(const uint8_t* mask, int64_t count) {
   return count >= MASK_STEP ? kept_bits(mask) : kept_bits_one_by_one(mask, count);
 }

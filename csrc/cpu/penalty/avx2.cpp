@@ -1,3 +1,3 @@
-// The loops of the penalty, compiled for avx2; penalty.cpp picks at run time.
+// The loops of the penalty, compiled for AVX2. cpu/common/dispatch.h picks them at run time.
 #define MODULI_NAMESPACE avx2
-#include "penalty_loops.h"
+#include "cpu/penalty/loops.h"

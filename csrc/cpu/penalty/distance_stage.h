@@ -1,15 +1,27 @@
-// First stage of a tile: squared distances s, and g = (1/2) ds/dx where gradients of the points are wanted.
+// First stage of a tile: squared distances s, and g = (1/2) ds/dx if gradients of the points are wanted.
 #pragma once
 
-#include "../distance.h"
-#include "tile.h"
+#include "cpu/penalty/tile.h"
+#include "manifolds.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// s of a pack, and g stored on the way: flat factors of one and two coordinates, the Klein bottle.
-template <typename T, bool GRADS>
+// One factor of a row point, the column points, and where g goes. Coordinate c of the row point is x[c * x_stride], of
+// column point j it is y[c * y_stride + j].
+template <typename T>
+struct FactorView {
+  const T *x, *y;
+  int64_t x_stride, y_stride;
+  T *g, *g_column;
+  int64_t g_stride;
+};
+
+// The structs below compute s for the pack of columns at j, and store g on the way.
+
+// One column of Form::COLUMN_BY_COLUMN
+template <typename Axis, typename T, bool GRADS>
 struct LineDistance {
-  FlatAxis<T> axis;
+  Axis axis;
   T x;
   const T* y;
   T* g;
@@ -21,9 +33,10 @@ struct LineDistance {
   }
 };
 
-template <typename T, bool GRADS>
+// Two columns of Form::COLUMN_BY_COLUMN
+template <typename Axis, typename T, bool GRADS>
 struct PlaneDistance {
-  FlatAxis<T> a, b;
+  Axis a, b;
   T xa, xb;
   const T *ya, *yb;
   T *ga, *gb;
@@ -38,27 +51,31 @@ struct PlaneDistance {
   }
 };
 
-template <typename T, bool GRADS>
-struct KleinDistance {
-  KleinBottle<T> klein;
-  T xa, xb;
-  const T *ya, *yb;
+// Form::ALL_COLUMNS
+template <typename Manifold, typename T, bool GRADS>
+struct JointDistance {
+  static constexpr int64_t COLUMNS = Manifold::COLUMNS;
+  Manifold manifold;
+  T x[COLUMNS];
+  const T* y;
+  int64_t y_stride;
   T *g, *g_column;
-  int64_t stride;
+  int64_t g_stride;
 
   V<T> operator()(int64_t j) const {
-    V<T> s, ga, gx, gy;
-    klein.eval(xa, xb, load_pack<V<T>>(ya + j), load_pack<V<T>>(yb + j), s, ga, gx, gy);
-    if (GRADS) {
-      store_pack(g + j, ga);
-      store_pack(g + stride + j, gx);
-      store_pack(g_column + stride + j, gy);
+    V<T> s, yj[COLUMNS], gj[COLUMNS], gj_column[COLUMNS];
+    for (int64_t c = 0; c < COLUMNS; ++c) yj[c] = load_pack<V<T>>(y + c * y_stride + j);
+    manifold.eval(x, yj, s, gj, gj_column);
+    for (int64_t c = 0; GRADS && c < COLUMNS; ++c) {
+      store_pack(g + c * g_stride + j, gj[c]);
+      if (!Manifold::opposite(c)) store_pack(g_column + c * g_stride + j, gj_column[c]);
     }
     return s;
   }
 };
 
-// By value here and below: members of an object behind a reference would be read again after every store.
+// s (+)= distance, for n columns; the first factor writes s, later ones add to it. The struct is passed by value here
+// and below, since members of an object behind a reference would be read again after every store.
 template <typename T, bool FIRST, typename Distance>
 inline void distance_loop(const Distance distance, int64_t n, T* s) {
 #pragma omp simd
@@ -68,13 +85,39 @@ inline void distance_loop(const Distance distance, int64_t n, T* s) {
   }
 }
 
-template <typename T, bool FIRST, bool GRADS>
-inline void sphere(const Sphere<T> ball, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t k,
-                   int64_t n, Tile<T>& tile, T* g) {
+// Form::COLUMN_BY_COLUMN, two columns at a time
+template <typename T, bool FIRST, bool GRADS, typename Manifold>
+__attribute__((always_inline)) inline void axes_loops(const Manifold& manifold, const FactorView<T>& view, int64_t columns,
+                                                      int64_t n, Tile<T>& tile) {
+  using Axis = decltype(manifold.axis(0));
+  const auto line = [&](int64_t c) __attribute__((always_inline)) {
+    return LineDistance<Axis, T, GRADS>{.axis = manifold.axis(c),
+                                        .x = view.x[c * view.x_stride],
+                                        .y = view.y + c * view.y_stride,
+                                        .g = view.g + c * view.g_stride};
+  };
+  const auto plane = [&](int64_t c) __attribute__((always_inline)) {
+    const auto a = line(c), b = line(c + 1);
+    return PlaneDistance<Axis, T, GRADS>{
+        .a = a.axis, .b = b.axis, .xa = a.x, .xb = b.x, .ya = a.y, .yb = b.y, .ga = a.g, .gb = b.g};
+  };
+  if (columns % 2) distance_loop<T, FIRST>(line(0), n, tile.s);
+  for (int64_t c = columns % 2; c < columns; c += 2)
+    if (c == 0)
+      distance_loop<T, FIRST>(plane(0), n, tile.s);
+    else
+      distance_loop<T, false>(plane(c), n, tile.s);
+}
+
+// Form::CHORDS: sums over columns, then s, then g.
+template <typename T, bool FIRST, bool GRADS, typename Manifold>
+inline void chords_loops(const Manifold manifold, const FactorView<T> view, int64_t columns, int64_t n, Tile<T>& tile) {
+  // Packs skip the factor if g isn't wanted. For scalars eval() is mostly one call of libm, and skipping saves nothing.
+  constexpr bool WITH_FACTOR = GRADS || Pack<T>::LANES == 1;
   T *minus = tile.minus, *plus = tile.plus, *s = tile.s;
-  for (int64_t c = 0; c < k; ++c) {
-    const T xc = x[c * x_stride];
-    const T* yc = y + c * y_stride;
+  for (int64_t c = 0; c < columns; ++c) {
+    const T xc = view.x[c * view.x_stride];
+    const T* yc = view.y + c * view.y_stride;
     const bool first = c == 0;
 #pragma omp simd
     for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
@@ -86,84 +129,79 @@ inline void sphere(const Sphere<T> ball, const T* x, int64_t x_stride, const T* 
 #pragma omp simd
   for (int64_t j = 0; j < n; j += Pack<T>::LANES) {
     V<T> square, factor;
-    ball.eval(load_pack<V<T>>(minus + j), load_pack<V<T>>(plus + j), square, factor);
+    if constexpr (WITH_FACTOR)
+      manifold.eval(load_pack<V<T>>(minus + j), load_pack<V<T>>(plus + j), square, factor);
+    else
+      square = manifold.square(load_pack<V<T>>(minus + j), load_pack<V<T>>(plus + j));
     store_pack(s + j, FIRST ? square : load_pack<V<T>>(s + j) + square);
-    store_pack(minus + j, factor);
+    if (WITH_FACTOR) store_pack(minus + j, factor);
   }
   if (!GRADS) return;
-  for (int64_t c = 0; c < k; ++c) {
-    const T xc = x[c * x_stride];
-    const T* yc = y + c * y_stride;
+  for (int64_t c = 0; c < columns; ++c) {
+    const T xc = view.x[c * view.x_stride];
+    const T* yc = view.y + c * view.y_stride;
+    T* gc = view.g + c * view.g_stride;
 #pragma omp simd
     for (int64_t j = 0; j < n; j += Pack<T>::LANES)
-      store_pack(g + c * tile.stride + j, load_pack<V<T>>(minus + j) * (xc - load_pack<V<T>>(yc + j)));
+      store_pack(gc + j, load_pack<V<T>>(minus + j) * (xc - load_pack<V<T>>(yc + j)));
   }
-}
-
-// Where one factor lies: its row point x[c * rows] and column points y[c * columns + j] (strides of the arrays).
-template <typename T, bool GRADS>
-struct FactorView {
-  const T *x, *y;
-  int64_t rows, columns;
-  T *g, *g_column;
-  int64_t stride;  // of g
-  const double* parameter;
-
-  __attribute__((always_inline)) LineDistance<T, GRADS> line(int64_t c) const {
-    return {FlatAxis<T>(T(parameter[c])), x[c * rows], y + c * columns, g + c * stride};
-  }
-  __attribute__((always_inline)) PlaneDistance<T, GRADS> plane(int64_t c) const {
-    const LineDistance<T, GRADS> a = line(c), b = line(c + 1);
-    return {a.axis, b.axis, a.x, b.x, a.y, b.y, a.g, b.g};
-  }
-  KleinDistance<T, GRADS> klein() const {
-    return {KleinBottle<T>(T(parameter[0]), T(parameter[1])), x[0], x[rows], y, y + columns, g, g_column, stride};
-  }
-};
-
-template <typename T, bool GRADS>
-inline FactorView<T, GRADS> factor_view(const PenaltyProblem<T>& p, int64_t first, const double* parameter, int64_t i,
-                                        const T* y, int64_t y_stride, const Tile<T>& tile) {
-  return {p.row_points + first * p.row_point_stride + i, y + first * y_stride,
-          p.row_point_stride, y_stride, tile.g + first * tile.stride, tile.g_column + first * tile.stride,
-          tile.stride, parameter};
 }
 
 template <typename T, bool FIRST, bool GRADS>
-inline void factor_stage(const FactorView<T, GRADS>& view, int64_t kind, int64_t k, int64_t n, Tile<T>& tile) {
-  if (kind == SPHERE) {
-    sphere<T, FIRST, GRADS>(Sphere<T>(T(view.parameter[0])), view.x, view.rows, view.y, view.columns, k, n, tile,
-                            view.g);
-  } else if (kind == KLEIN) {
-    distance_loop<T, FIRST>(view.klein(), n, tile.s);
-  } else {
-    if (k % 2) distance_loop<T, FIRST>(view.line(0), n, tile.s);
-    for (int64_t c = k % 2; c < k; c += 2)
-      if (c == 0)
-        distance_loop<T, FIRST>(view.plane(0), n, tile.s);
-      else
-        distance_loop<T, false>(view.plane(c), n, tile.s);
-  }
+inline void factor_stage(const Factor& factor, const FactorView<T>& view, int64_t n, Tile<T>& tile) {
+  with_manifold<T>(factor.code, [&](auto type) __attribute__((always_inline)) {
+    using Manifold = typename decltype(type)::Member;
+    const Manifold manifold(factor.parameters);
+    if constexpr (Manifold::FORM == Form::COLUMN_BY_COLUMN) {
+      axes_loops<T, FIRST, GRADS>(manifold, view, factor.columns, n, tile);
+    } else if constexpr (Manifold::FORM == Form::CHORDS) {
+      chords_loops<T, FIRST, GRADS>(manifold, view, factor.columns, n, tile);
+    } else {
+      JointDistance<Manifold, T, GRADS> distance{.manifold = manifold,
+                                                 .x = {},
+                                                 .y = view.y,
+                                                 .y_stride = view.y_stride,
+                                                 .g = view.g,
+                                                 .g_column = view.g_column,
+                                                 .g_stride = view.g_stride};
+      for (int64_t c = 0; c < Manifold::COLUMNS; ++c) distance.x[c] = view.x[c * view.x_stride];
+      distance_loop<T, FIRST>(distance, n, tile.s);
+    }
+  });
 }
 
-// Row point i against n column points, y[c * y_stride + j].
+// A constant inhibitor reads nothing from s but whether it is NaN, and a point that isn't finite is NaN in all columns,
+// so that the first column is enough.
+template <typename T>
+struct AnyDistance {
+  T x;
+  const T* y;
+
+  V<T> operator()(int64_t j) const {
+    const V<T> d = x - load_pack<V<T>>(y + j);
+    return d * d;
+  }
+};
+
+// s, and g if GRADS, of row point i against n column points. Coordinate c of column point j is y[c * y_stride + j].
 template <typename T, bool GRADS>
 inline void distance_stage(const PenaltyProblem<T>& p, int64_t i, const T* y, int64_t y_stride, int64_t n, Tile<T>& tile) {
-  if (p.inhibitor == CONSTANT && !GRADS) {  // nothing depends on s but whether the points are finite: one column tells
-    const LineDistance<T, false> line{FlatAxis<T>(T(0)), p.row_points[i], y, nullptr};
-    return distance_loop<T, true>(line, n, tile.s);
-  }
-  const double* parameter = p.factor_parameters;
-  int64_t first = 0;
+  if (p.constant_inhibitor && !GRADS)
+    return distance_loop<T, true>(AnyDistance<T>{.x = p.row_points[i], .y = y}, n, tile.s);
   for (int64_t q = 0; q < p.factor_count; ++q) {
-    const int64_t kind = p.factors[2 * q], k = p.factors[2 * q + 1];
-    const auto view = factor_view<T, GRADS>(p, first, parameter, i, y, y_stride, tile);
+    const Factor& factor = p.factors[q];
+    const int64_t first = factor.first;
+    const FactorView<T> view{.x = p.row_points + first * p.row_point_stride + i,
+                             .y = y + first * y_stride,
+                             .x_stride = p.row_point_stride,
+                             .y_stride = y_stride,
+                             .g = tile.g + first * tile.stride,
+                             .g_column = tile.g_column + first * tile.stride,
+                             .g_stride = tile.stride};
     if (q == 0)
-      factor_stage<T, true>(view, kind, k, n, tile);
+      factor_stage<T, true, GRADS>(factor, view, n, tile);
     else
-      factor_stage<T, false>(view, kind, k, n, tile);
-    parameter += kind == SPHERE ? 1 : kind == KLEIN ? 2 : k;
-    first += k;
+      factor_stage<T, false, GRADS>(factor, view, n, tile);
   }
 }
 

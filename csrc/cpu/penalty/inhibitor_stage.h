@@ -1,11 +1,12 @@
 // Second stage of a tile: f and its slope df/ds from s.
 #pragma once
 
-#include "tile.h"
+#include "cpu/penalty/tile.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// Of a column of squares (penalty_mirrored.h): `count` lines, one each SQUARE columns of the tile.
+// Lines of a column of squares (mirrored_task.h): `count` lines, `stride` bytes apart, one for each SQUARE columns of
+// the tile.
 struct Lines {
   const char* first;
   int64_t stride, count;
@@ -16,19 +17,19 @@ struct Lines {
   }
 };
 
-// What crosses to and from memory while the exponentials of a tile are worked out, one line at a time: met in one
-// burst, as the weight stage would, memory could not follow. Asked for: the weights of the tile after this (w) and,
-// where the gradient stays in the caches, the lines it will fill (dw). Sent off: `count` elements of the gradient of
-// the tile before (from), past the caches (to). The same for the mirrored entries, which come a
-// line a row. Null where there is nothing to do.
+// What crosses to and from memory while the exponentials of a tile are computed, one line at a time. If all of it came
+// in one burst, in the weight stage, memory could not follow. A pointer is null where there is nothing to do.
 template <typename T>
 struct Traffic {
-  const char *w, *dw;
-  int64_t bytes;  // a weight
-  Lines mirrored, mirrored_dw;
-  const T* from;
-  T* to;
-  int64_t count;
+  // Lines to ask for: the weights of the next tile, and the gradient that it will fill unless that passes the caches.
+  const char *w = nullptr, *dw = nullptr;
+  int64_t bytes = 0;  // of a weight
+  // The same for the mirrored entries, a line a row
+  Lines mirrored{}, mirrored_dw{};
+  // The gradient of the tile before, `count` elements, which is written past the caches.
+  const T* from = nullptr;
+  T* to = nullptr;
+  int64_t count = 0;
 
   __attribute__((always_inline)) void at(int64_t j) const {
     if (w) __builtin_prefetch(w + j * bytes, 0, 3);
@@ -37,6 +38,7 @@ struct Traffic {
     mirrored_dw.ask<1>(j);
     if (j < count) stream_pack(to + j, load_pack<V<T>>(from + j));
   }
+  // The method writes what is left of the gradient from column j on.
   void rest(int64_t j) const {
     for (; j < count; j += Pack<T>::LANES) stream_pack(to + j, load_pack<V<T>>(from + j));
   }
@@ -56,20 +58,12 @@ inline void inhibitor_loop(const Inhibitor inhibitor, int64_t n, const Tile<T>& 
   }
 }
 
+// tile.f, and tile.slope if GRADS, from tile.s, for n columns
 template <typename T, bool GRADS>
-inline void inhibitor_stage(const PenaltyProblem<T>& p, int64_t n, const Tile<T>& tile, const Traffic<T>& traffic) {
-  const AnyInhibitor<T>& any = tile.inhibitor;
-  switch (p.inhibitor) {
-    case DIFFERENCE_OF_GAUSSIANS: return inhibitor_loop<T, GRADS>(any.difference_of_gaussians, n, tile, traffic);
-    case DIFFUSION:
-      if (p.inhibitor_parameters[1] == 2) return inhibitor_loop<T, GRADS>(any.diffusion_2, n, tile, traffic);
-      if (p.inhibitor_parameters[1] == 1) return inhibitor_loop<T, GRADS>(any.diffusion_1, n, tile, traffic);
-      return inhibitor_loop<T, GRADS>(any.diffusion, n, tile, traffic);
-    case SINUSOID: return inhibitor_loop<T, GRADS>(any.sinusoid, n, tile, traffic);
-    case RICKER: return inhibitor_loop<T, GRADS>(any.ricker, n, tile, traffic);
-    case CONSTANT: return inhibitor_loop<T, GRADS>(any.constant, n, tile, traffic);
-    default: return inhibitor_loop<T, GRADS>(any.tabulated, n, tile, traffic);
-  }
+inline void inhibitor_stage(int64_t n, const Tile<T>& tile, const Traffic<T>& traffic) {
+  const auto loop = [&](const auto& inhibitor)
+                        __attribute__((always_inline)) { inhibitor_loop<T, GRADS>(inhibitor, n, tile, traffic); };
+  tile.inhibitor.with(loop);
 }
 
 }  // namespace moduli::MODULI_NAMESPACE

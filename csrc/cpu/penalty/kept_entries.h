@@ -1,16 +1,17 @@
-// Rows of which few entries are kept, by a mask or because the matrix is compressed: these entries alone, gathered into a
-// tile with the points of their columns.
+// Rows of which few entries are kept, by a mask or because the matrix is compressed. Only these entries are gathered
+// into a tile, together with the points of their columns.
 #pragma once
 
 #include <cstring>
 
-#include "kept_bits.h"
-#include "penalty_tile.h"
+#include "cpu/common/kept_bits.h"
+#include "cpu/penalty/tile_memory.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// The columns of kept entries from `from` on, at most `most` (MASK_STEP or more); `from` moves behind the last one looked at.
-// Asks for their weights, `row`, on the way.
+// The function writes the columns of kept entries from column `from` on, at most `most` (MASK_STEP or more), and
+// returns their number. `from` moves behind the last entry that was read. The weights of the entries, in `row`, are
+// asked for.
 inline int64_t kept_columns(const uint8_t* mask, int64_t& from, int64_t end, int64_t most, int64_t* columns,
                             const char* row, int64_t weight_size) {
   int64_t count = 0;
@@ -22,7 +23,8 @@ inline int64_t kept_columns(const uint8_t* mask, int64_t& from, int64_t end, int
   return count;
 }
 
-// Whether gathering beats going through row i, columns begin .. end, of all blocks.
+// The function returns true if it is faster to gather the entries of row i, columns begin .. end, in all blocks than to
+// go through all of them.
 template <typename T>
 inline bool few_kept(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int64_t end) {
   constexpr int64_t WORTH_IT = 4;  // a gathered entry costs about as much as this many in a row
@@ -36,16 +38,18 @@ inline bool few_kept(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int64
   return kept * WORTH_IT < (end - begin) * p.blocks;
 }
 
-// What a piece of a row gathers: weights into tile.w, points into y; padded to whole packs.
+// Kept entries of a row, at most a tile of them.
 template <typename T>
 struct KeptPiece {
-  const int64_t* columns;
-  int64_t count, at;  // at: of the piece's first entry in compressed values, or of the row in the weight
-  T* y;
+  const int64_t* columns;  // (count)
+  int64_t count;
+  int64_t at;  // where stored entries begin in their values, or where the row begins in the weight
+  T* y;        // points of the columns, once gathered
 
+  // Where entry l of the piece is in the weight
   int64_t place(const PenaltyProblem<T>& p, int64_t l) const { return p.crow ? at + l : at + columns[l]; }
 
-  // The gradients dw; row: of the piece in a dense gradient.
+  // The method writes gradients dw (count). `row` is where the row begins in a dense gradient.
   void write(const PenaltyProblem<T>& p, int64_t row, const T* dw) const {
     if (p.crow) return write_gradient(p, at, count, dw);
     if (p.weight_type != weight_type(T())) {
@@ -56,6 +60,7 @@ struct KeptPiece {
     for (int64_t l = 0; l < count; ++l) to[columns[l]] = p.accumulate ? to[columns[l]] + dw[l] : dw[l];
   }
 
+  // The method gathers weights into tile.w and points into y, and pads them to whole packs.
   void gather(const PenaltyProblem<T>& p, Tile<T>& tile) const {
     if (p.crow)
       load(p.weight, p.weight_type, at, count, tile.w);
@@ -73,7 +78,7 @@ struct KeptPiece {
   }
 };
 
-// Calls piece(KeptPiece) for the kept entries of row i of block b, columns begin .. end.
+// The function calls piece(KeptPiece) for the kept entries of row i of block b, columns begin .. end.
 template <typename T, typename Function>
 inline void each_kept_piece(const PenaltyProblem<T>& p, int64_t b, int64_t i, int64_t begin, int64_t end, T* scratch,
                             const Function& piece) {
@@ -82,7 +87,7 @@ inline void each_kept_piece(const PenaltyProblem<T>& p, int64_t b, int64_t i, in
   if (p.crow) {
     for (int64_t at = p.crow[row]; at < p.crow[row + 1]; at += p.tile) {
       const int64_t left = p.crow[row + 1] - at;
-      piece(KeptPiece<T>{p.col + at, left < p.tile ? left : p.tile, at, y});
+      piece(KeptPiece<T>{.columns = p.col + at, .count = left < p.tile ? left : p.tile, .at = at, .y = y});
     }
     return;
   }
@@ -90,23 +95,23 @@ inline void each_kept_piece(const PenaltyProblem<T>& p, int64_t b, int64_t i, in
   auto columns = reinterpret_cast<int64_t*>(scratch + p.coordinates * buffer_stride(p.tile));
   for (int64_t from = begin; from < end;) {
     const int64_t count = kept_columns(p.mask + row * p.columns, from, end, p.tile, columns, weights, p.weight_size);
-    if (count) piece(KeptPiece<T>{columns, count, row * p.row_stride, y});
+    if (count) piece(KeptPiece<T>{.columns = columns, .count = count, .at = row * p.row_stride, .y = y});
   }
 }
 
-// Sums of t * g over the piece (returned) and into its columns, of one coordinate.
-template <typename T, bool MIRRORED>
+// The sums of t * g over a piece (returned) and into its columns, for one coordinate.
+template <typename T, bool OPPOSITE>
 inline T kept_points(const T* t, const T* g, const T* g_column, const int64_t* columns, int64_t n, T* column_sums) {
   T sum = 0;
   for (int64_t l = 0; l < n; ++l) {
     const T part = t[l] * g[l];
     sum += part;
-    column_sums[columns[l]] += MIRRORED ? -part : t[l] * g_column[l];
+    column_sums[columns[l]] += OPPOSITE ? -part : t[l] * g_column[l];
   }
   return sum;
 }
 
-// Value (without scale), dW and the sums for the points of the kept entries of row i, columns begin .. end.
+// Value (without scale), dW and the sums for the points, for the kept entries of row i, columns begin .. end.
 template <typename T, bool DW, bool GRADS>
 inline double kept_row(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int64_t end, Tile<T>& tile, T* scratch,
                        T* row_parts, T* column_parts) {
@@ -119,19 +124,15 @@ inline double kept_row(const PenaltyProblem<T>& p, int64_t i, int64_t begin, int
       const int64_t n = piece.count, packs = padded<T>(n);
       piece.gather(p, tile);
       distance_stage<T, GRADS>(p, i, piece.y, tile.stride, packs, tile);
-      inhibitor_stage<T, GRADS>(p, packs, tile, Traffic<T>{});
-      const WeightTile<T> io{tile.w, nullptr, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
+      inhibitor_stage<T, GRADS>(packs, tile, Traffic<T>{});
+      const WeightTile<T> io = weight_tile(p, tile, tile.w);
       value += weight_stage<T, DW, GRADS, false>(io, packs, false, false, {});
       if (DW) piece.write(p, out, tile.dw);
-      for (int64_t q = 0, c = 0; GRADS && q < p.factor_count; ++q) {
-        const int64_t last = c + p.factors[2 * q + 1], unmirrored = p.factors[2 * q] == KLEIN ? c + 1 : -1;
-        for (; c < last; ++c) {
-          const T *g = tile.g + c * tile.stride, *g_column = tile.g_column + c * tile.stride;
-          T* sums = column_parts + c * p.column_stride;
-          row_parts[c * p.rows + i] += c == unmirrored
-                                           ? kept_points<T, false>(tile.t, g, g_column, piece.columns, n, sums)
-                                           : kept_points<T, true>(tile.t, g, g_column, piece.columns, n, sums);
-        }
+      for (int64_t c = 0; GRADS && c < p.coordinates; ++c) {
+        const T *g = tile.g + c * tile.stride, *g_column = tile.g_column + c * tile.stride;
+        T* sums = column_parts + c * p.column_stride;
+        row_parts[c * p.rows + i] += p.opposite[c] ? kept_points<T, true>(tile.t, g, g_column, piece.columns, n, sums)
+                                                   : kept_points<T, false>(tile.t, g, g_column, piece.columns, n, sums);
       }
     });
   }

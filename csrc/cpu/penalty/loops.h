@@ -1,35 +1,37 @@
-// A task of the penalty: a chunk of rows against a chunk of columns, tile by tile; and the entry points of an instruction
-// set, which includes this file once. See penalty.h.
+// A task of the penalty: a chunk of rows against a chunk of columns, tile by tile. At the end of the file stands the
+// table of all penalty loops; avx512.cpp, avx2.cpp and portable.cpp each include this file for their instruction set.
 #pragma once
 
-#include "penalty_kept.h"
-#include "penalty_mirrored.h"
-#include "proximal.h"
+#include "cpu/common/chunks.h"
+#include "cpu/penalty/kept_entries.h"
+#include "cpu/penalty/mirrored_task.h"
+#include "cpu/penalty/proximal_task.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// Rows that go through a tile of columns before the next: the column points and sums are then fetched once for all of
-// them, and each row is still read and written front to back, as the processor's prefetcher wants it.
+// This many rows go through a tile of columns before the next tile. The column points and their sums are then fetched
+// once for all these rows, and each row is still read and written front to back, which suits the processor's
+// prefetcher.
 constexpr int64_t ROW_BLOCK = 4;
 
-// Value (without scale), dW and the sums for the points of row i against columns j0 .. j0 + n.
+// Value (without scale), dW and the sums for the points, for row i against columns j0 .. j0 + n.
 template <typename T, bool DW, bool GRADS>
 inline double tile_row(const PenaltyProblem<T>& p, int64_t i, int64_t j0, int64_t n, Tile<T>& tile,
                        const Traffic<T>& traffic, T* row_parts, T* column_parts) {
   const int64_t packs = padded<T>(n);
   distance_stage<T, GRADS>(p, i, p.column_points + j0, p.column_stride, packs, tile);
-  inhibitor_stage<T, GRADS>(p, packs, tile, traffic);
+  inhibitor_stage<T, GRADS>(packs, tile, traffic);
   traffic.rest(packs);
-  const bool plane = GRADS && is_plane(p);
+  const bool plane = GRADS && p.plane;
   T row_sums[2];
-  const PlaneSums<T> sums{tile.g, tile.g + tile.stride, column_parts, column_parts + p.column_stride, row_sums};
+  const PlaneSums<T> sums = plane_sums(p, tile, column_parts, row_sums);
   double value = 0;
   for (int64_t b = 0; b < p.blocks; ++b) {
     const int64_t row = b * p.rows + i;
     const int64_t at = row * p.row_stride + j0 * p.inner, out = (row * p.columns + j0) * p.inner;
     const bool direct = p.inner == 1 && p.weight_type == weight_type(T()) && packs == n && !p.accumulate;
-    WeightTile<T> io{read_weights(p, at, out, n, tile), nullptr, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
-    if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // else tile.dw, sent off later
+    WeightTile<T> io = weight_tile(p, tile, read_weights(p, at, out, n, tile));
+    if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // else tile.dw, written later
     if (p.mask) {
       mask_coefficients(p, out, n, tile);
       io.f = tile.minus;
@@ -68,7 +70,7 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
     for (int64_t j = begin; j < begin + padded<T>(end - begin); ++j) column_parts[c * p.column_stride + j] = 0;
   }
   double value = 0;
-  T* sent = nullptr;
+  T* sent = nullptr;  // the gradient in tile.dw is written there while the next row is computed
   int64_t sent_count = 0;
   for (int64_t i = i0; i < i1; i += ROW_BLOCK) {
     const int64_t block_end = i + ROW_BLOCK < i1 ? i + ROW_BLOCK : i1;
@@ -98,7 +100,7 @@ inline void run(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
       }
     }
   }
-  Traffic<T>{nullptr, nullptr, 0, {}, {}, tile.dw, sent, sent_count}.rest(0);
+  Traffic<T>{.from = tile.dw, .to = sent, .count = sent_count}.rest(0);
   if (p.stream) stream_fence();
   p.value_parts[task] = value;
 }
@@ -111,13 +113,8 @@ inline void run_task(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
     p.need_points ? run<T, false, true>(p, task, scratch) : run<T, false, false>(p, task, scratch);
 }
 
-void run_task_f32(const PenaltyProblem<float>& p, int64_t task, float* scratch) { run_task(p, task, scratch); }
-void run_task_f64(const PenaltyProblem<double>& p, int64_t task, double* scratch) { run_task(p, task, scratch); }
-void proximal_task_f32(const PenaltyProblem<float>& p, int64_t task, float* scratch) { proximal(p, task, scratch); }
-void proximal_task_f64(const PenaltyProblem<double>& p, int64_t task, double* scratch) { proximal(p, task, scratch); }
-
-// In place, through the compute type, in pieces that stay in the first-level cache.
-void scale(void* data, WeightType type, int64_t count, double factor) {
+// The function multiplies in place, in double, in pieces that stay in the first-level cache.
+inline void scale(void* data, WeightType type, int64_t count, double factor) {
   double piece[256];
   for (int64_t at = 0; at < count; at += 256) {
     const int64_t n = count - at < 256 ? count - at : 256;
@@ -126,5 +123,15 @@ void scale(void* data, WeightType type, int64_t count, double factor) {
     store(data, type, at, n, piece);
   }
 }
+
+template <typename T>
+constexpr PenaltyLoops<T> PENALTY_LOOPS = {.penalty = run_task<T>, .proximal = proximal<T>, .scale = scale};
+
+template <typename T>
+const PenaltyLoops<T>& penalty_loops() {
+  return PENALTY_LOOPS<T>;
+}
+template const PenaltyLoops<float>& penalty_loops<float>();
+template const PenaltyLoops<double>& penalty_loops<double>();
 
 }  // namespace moduli::MODULI_NAMESPACE

@@ -1,32 +1,37 @@
-// A task where rows and columns share their points: a band of rows against the columns from the diagonal on. The
-// distance of (i, j) is that of (j, i), so s and f are worked out once for both entries of a pair. The entries below
-// the diagonal come and go through squares transposed in registers, a few a row, so that memory and arithmetic overlap:
-// while a group of SQUARE rows is worked on, the mirrored weights of the group after it are turned, after they were
-// asked for some rows ahead, and the mirrored gradients of the group before are sent off.
+// A task of a mirrored problem, where rows and columns share their points: a band of rows against the columns from the
+// diagonal on. The distance of (i, j) is that of (j, i), therefore s and f are computed once for both entries of a
+// pair. The entries below the diagonal come and go through squares that are transposed in registers, a few a row, so
+// that memory and arithmetic overlap: while one group of SQUARE rows is computed, the mirrored weights of the group
+// after it are transposed, which were asked for some rows ahead, and the mirrored gradients of the group before it are
+// written.
 #pragma once
 
-#include "penalty_tile.h"
-#include "transpose.h"
+#include "cpu/common/chunks.h"
+#include "cpu/common/transpose.h"
+#include "cpu/penalty/tile_memory.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// First row of a mirrored task: bands of equal numbers of entries from the diagonal on, whole squares.
+// A mirrored square is asked for this many rows before it is transposed.
+constexpr int64_t ASK_AHEAD = 2;
+
+// The first row of a band. Bands have equal numbers of entries from the diagonal on, and whole squares.
 inline int64_t band_begin(int64_t band, int64_t bands, int64_t size) {
   const double rows = double(size) * (1 - std::sqrt(1 - double(band) / double(bands)));
   const int64_t begin = band == bands ? size : static_cast<int64_t>(rows / SQUARE + 0.5) * SQUARE;
   return begin < size ? begin : size;
 }
 
-// Rows i .. i + SQUARE, as far as there are so many, against columns j .. j + columns; no columns: none. Where j is i
-// the first square lies on the diagonal, and there every entry stands for itself.
+// Rows i .. i + SQUARE, or up to the last row, against columns j .. j + columns. A group without columns is empty. If j
+// is i, the first square is on the diagonal, and there every entry counts for itself alone.
 struct Group {
   int64_t i, j, columns;
 
   int64_t squares() const { return (columns + SQUARE - 1) / SQUARE; }
 };
 
-// The groups of rows begin .. end, down the rows of a tile of columns, then the next tile. Tiles are of equal width,
-// whole squares, and begin at the diagonal.
+// The groups of rows begin .. end in their order: down the rows of one tile of columns, then those of the next tile.
+// Tiles have equal widths, whole squares, and begin at the diagonal.
 struct GroupWalk {
   int64_t begin, end, size, width;
   int64_t tile = 0, i = begin;
@@ -37,18 +42,19 @@ struct GroupWalk {
   Group next() {
     if (begin >= end || tile == tiles()) return {};
     const int64_t columns_end = tile_begin(tile + 1);
-    const Group group{i, i > tile_begin(tile) ? i : tile_begin(tile), 0};
+    const int64_t row = i, column = i > tile_begin(tile) ? i : tile_begin(tile);
     i += SQUARE;
     if (i >= end || i >= columns_end) {
       ++tile;
       i = begin;
     }
-    return {group.i, group.j, columns_end - group.j};
+    return {.i = row, .j = column, .columns = columns_end - column};
   }
 };
 
-// Squares between memory and `turned`, (SQUARE, stride): turned[i][j] = W[group.j + j][group.i + i], and back for dW. On
-// the diagonal the mirrored weights are 0 and no gradient goes back.
+// Squares on their way between memory and a buffer `turned` (SQUARE, stride), where turned[i][j] = W[group.j +
+// j][group.i + i], and the same for dW on the way back. On the diagonal the mirrored weights are 0 and no gradient is
+// written.
 template <typename T>
 struct Mirror {
   const PenaltyProblem<T>& p;
@@ -85,7 +91,7 @@ struct Mirror {
       write_gradient(p, (j + l) * p.columns + i, count(i), piece + l * SQUARE);
   }
 
-  // A square's worth of `matrix` a line a row, from `line` on in `first` or, past its end, in `second`.
+  // A square's worth of lines of `matrix`, a line a row, from `line` on in group `first` or, past its end, in `second`.
   Lines lines(const void* matrix, int64_t row_stride, const Group& first, const Group& second, int64_t line) const {
     const bool in_first = line < first.columns;
     const Group& g = in_first ? first : second;
@@ -94,23 +100,24 @@ struct Mirror {
   }
 };
 
-// Value (without scale), dW and the sums for the points of row i against columns j .. j + n and back. `turned`: the
-// mirrored weights in, their gradients out.
+// Value (without scale), dW and the sums for the points, for row i against columns j .. j + n and their mirrored
+// entries. `turned` holds the mirrored weights, which are replaced by their gradients.
 template <typename T, bool DW, bool GRADS>
 inline double mirrored_row(const PenaltyProblem<T>& p, int64_t i, int64_t j, int64_t n, Tile<T>& tile, T* turned,
                            const Traffic<T>& traffic, T* parts) {
   const int64_t packs = padded<T>(n);
   distance_stage<T, GRADS>(p, i, p.column_points + j, p.column_stride, packs, tile);
-  inhibitor_stage<T, GRADS>(p, packs, tile, traffic);
+  inhibitor_stage<T, GRADS>(packs, tile, traffic);
   traffic.rest(packs);
-  const bool plane = GRADS && is_plane(p);
+  const bool plane = GRADS && p.plane;
   T* column_parts = parts + j;
   T row_sums[2];
-  const PlaneSums<T> sums{tile.g, tile.g + tile.stride, column_parts, column_parts + p.column_stride, row_sums};
+  const PlaneSums<T> sums = plane_sums(p, tile, column_parts, row_sums);
   const int64_t at = i * p.row_stride + j, out = i * p.columns + j;
   const bool direct = p.weight_type == weight_type(T()) && packs == n && !p.accumulate;
-  WeightTile<T> io{read_weights(p, at, out, n, tile), turned, tile.f, tile.slope, tile.dw, tile.t, T(p.power), T(p.scale)};
-  if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // else tile.dw, sent off later
+  WeightTile<T> io = weight_tile(p, tile, read_weights(p, at, out, n, tile));
+  io.mirrored = turned;
+  if (DW && direct && !p.stream) io.dw = static_cast<T*>(p.dweight) + out;  // otherwise tile.dw, which is written later
   const double value = weight_stage<T, DW, GRADS, true>(io, packs, plane, false, sums);
   if (DW && !direct) write_gradient(p, out, n, tile.dw);
   if (plane) {
@@ -129,11 +136,11 @@ inline void run_mirrored(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
   Tile<T> tile(scratch, p);
   const Mirror<T> mirror{p, tile.stride};
   T* turned = scratch + tile_size(p.coordinates, p.tile);
-  T* turning = turned + SQUARE * tile.stride;  // gradients of the group before out, weights of the group after in
+  T* turning = turned + SQUARE * tile.stride;  // gradients of the group before, replaced by weights of the group after
   T* parts = GRADS ? p.column_parts + task * p.coordinates * p.column_stride : nullptr;
   for (int64_t at = 0; GRADS && at < p.coordinates * p.column_stride; ++at) parts[at] = 0;
   double value = 0;
-  T* sent_row = nullptr;  // the gradient in tile.dw goes there with the next row
+  T* sent_row = nullptr;  // the gradient in tile.dw is written there while the next row is computed
   int64_t sent_count = 0;
   Group before{}, now = walk.next(), after = walk.next();
   for (int64_t q = 0; q < now.squares(); ++q) mirror.fetch(now, q, turned);
@@ -149,7 +156,8 @@ inline void run_mirrored(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
         traffic.from = tile.dw;
         traffic.to = sent_row;
         traffic.count = sent_count;
-        value += mirrored_row<T, DW, GRADS>(p, now.i + r, now.j, now.columns, tile, turned + r * tile.stride, traffic, parts);
+        value +=
+            mirrored_row<T, DW, GRADS>(p, now.i + r, now.j, now.columns, tile, turned + r * tile.stride, traffic, parts);
         if (p.stream) {
           sent_row = static_cast<T*>(p.dweight) + (now.i + r) * p.columns + now.j;
           sent_count = now.columns;
@@ -168,7 +176,7 @@ inline void run_mirrored(const PenaltyProblem<T>& p, int64_t task, T* scratch) {
     after = then;
   }
   for (int64_t q = 0; DW && q < before.squares(); ++q) mirror.send(before, q, turning);
-  Traffic<T>{nullptr, nullptr, 0, {}, {}, tile.dw, sent_row, sent_count}.rest(0);
+  Traffic<T>{.from = tile.dw, .to = sent_row, .count = sent_count}.rest(0);
   if (p.stream) stream_fence();
   p.value_parts[task] = value;
 }

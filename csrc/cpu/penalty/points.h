@@ -1,71 +1,91 @@
-// The points of one side of the penalty on the CPU: made ready for the loops, and their gradient put together.
+// The points of one side of the penalty. They are prepared for the loops, and their gradient is put together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <utility>
 #include <vector>
 
-#include "../distance.h"
-#include "penalty.h"
+#include "cpu/common/tensors.h"
+#include "cpu/penalty/problem.h"
+#include "manifolds.h"
 
 namespace moduli {
 namespace {
 
-using torch::stable::Tensor;
+// A manifold as an op gets it: the code and the columns of each factor, and the parameters of all factors in turn.
+struct Factors {
+  std::vector<Factor> factors;
+  std::unique_ptr<bool[]> opposite;  // (coordinates), see PenaltyProblem
+  int64_t coordinates = 0;
+  bool flat = true;  // no factor is curved, and all coordinates are opposite
 
-// Points of one side, ready for the loops: one array a coordinate.
+  Factors(const std::vector<int64_t>& codes_and_columns, const std::vector<double>& parameters) {
+    const size_t numbers = codes_and_columns.size();
+    size_t used = 0;
+    for (size_t q = 0; q + 1 < numbers; q += 2) {
+      factors.push_back({.code = codes_and_columns[q],
+                         .first = coordinates,
+                         .columns = codes_and_columns[q + 1],
+                         .parameters = parameters.data() + used});
+      coordinates += factors.back().columns;
+      used += parameter_count(factors.back());
+      STD_TORCH_CHECK(used <= parameters.size(), "factor_parameters must have ", used, " numbers or more, got ",
+                      parameters.size(), "; take factors and factor_parameters from one manifold.");
+    }
+    opposite.reset(new bool[std::max<int64_t>(1, coordinates)]);
+    for (const Factor& factor : factors)
+      portable::with_manifold<float>(factor.code, [&](auto type) {
+        using Manifold = typename decltype(type)::Member;
+        flat = flat && !Manifold::CURVED;
+        for (int64_t c = 0; c < factor.columns; ++c) {
+          opposite[factor.first + c] = Manifold::opposite(c);
+          flat = flat && Manifold::opposite(c);
+        }
+      });
+  }
+
+ private:
+  static size_t parameter_count(const Factor& factor) {
+    int64_t count = 0;
+    const bool known = portable::with_manifold<float>(factor.code, [&](auto type) {
+      using Manifold = typename decltype(type)::Member;
+      STD_TORCH_CHECK(Manifold::COLUMNS == 0 || Manifold::COLUMNS == factor.columns, "a factor of code ", factor.code,
+                      " must have ", Manifold::COLUMNS, " columns, got ", factor.columns, ".");
+      count = Manifold::parameter_count(factor.columns);
+    });
+    STD_TORCH_CHECK(known, "factors must hold codes of manifolds that the kernels know, got ", factor.code, ".");
+    return static_cast<size_t>(count);
+  }
+};
+
 template <typename T>
 struct Points {
+  const std::vector<Factor>& factors;
   const T* raw;  // (count, coordinates)
   int64_t count, coordinates, stride;
-  std::unique_ptr<T[]> ready;  // ready[c * stride + i], padded with 0 to whole packs
-  std::vector<std::pair<int64_t, int64_t>> spheres;  // (first coordinate, columns)
+  std::unique_ptr<T[]> ready;  // ready[c * stride + i], see PenaltyProblem
 
-  Points(const Tensor& points, const std::vector<int64_t>& factors, const std::vector<double>& parameters)
-      : raw(static_cast<const T*>(points.const_data_ptr())), count(points.size(0)), coordinates(points.size(1)),
+  Points(const Tensor& points, const Factors& of)
+      : factors(of.factors), raw(data<T>(points)), count(points.size(0)), coordinates(points.size(1)),
         stride((count + MAX_LANES - 1) / MAX_LANES * MAX_LANES),
         ready(new T[std::max<int64_t>(1, stride * coordinates)]()) {
-    int64_t first = 0;
-    const double* parameter = parameters.data();
-    for (size_t q = 0; q + 1 < factors.size(); q += 2) {
-      const int64_t kind = factors[q], k = factors[q + 1];
-      if (kind == SPHERE) spheres.emplace_back(first, k);
-      for (int64_t c = 0; c < k; ++c) {
-        const double period = kind == FLAT ? parameter[c] : kind == KLEIN ? (c ? parameter[1] : 2 * parameter[0]) : 0;
-        const portable::FlatAxis<T> axis{T(period)};
-        for (int64_t i = 0; i < count; ++i) {
-          const T x = raw[i * coordinates + first + c];
-          ready[(first + c) * stride + i] = kind == SPHERE ? x / norm(i, first, k) : axis.reduce(x);
-        }
-      }
-      parameter += kind == SPHERE ? 1 : kind == KLEIN ? 2 : k;
-      first += k;
-    }
-    poison();
+    STD_TORCH_CHECK(coordinates == of.coordinates, "points must have ", of.coordinates,
+                    " columns, those of all factors together, got ", coordinates, ".");
+    for (const Factor& factor : factors)
+      portable::with_manifold<T>(factor.code, [&](auto type) {
+        const typename decltype(type)::Member manifold(factor.parameters);
+        for (int64_t c = 0; c < factor.columns; ++c)
+          for (int64_t i = 0; i < count; ++i)
+            ready[(factor.first + c) * stride + i] = manifold.prepared(point(i, factor), factor.columns, c);
+      });
+    spread_non_finite();
   }
 
-  T norm(int64_t i, int64_t first, int64_t k) const {
-    T squares = 0;
-    for (int64_t c = first; c < first + k; ++c) squares += raw[i * coordinates + c] * raw[i * coordinates + c];
-    return std::sqrt(squares);
-  }
-
-  void poison() {
-    for (int64_t i = 0; i < count; ++i) {
-      bool finite = true;
-      for (int64_t c = 0; c < coordinates; ++c) finite = finite && std::isfinite(raw[i * coordinates + c]);
-      if (!finite)
-        for (int64_t c = 0; c < coordinates; ++c) ready[c * stride + i] = std::numeric_limits<T>::quiet_NaN();
-    }
-  }
-
-  // 0, and NaN for points that are not finite.
+  // 0, and NaN for points that aren't finite, to (count, coordinates)
   void zero_gradient(T* to) const {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < coordinates; ++c) {
@@ -74,10 +94,10 @@ struct Points {
       }
   }
 
-  // to (count, coordinates) (+)= 2 scale * the sum of `chunks` parts (chunk, coordinate, part_stride), on each sphere
-  // projected on the tangent space and divided by |x|.
+  // The method writes the gradient, or adds it, to `to` (count, coordinates). The gradient is 2 scale times the sum of
+  // `chunks` parts (chunk, coordinate, part_stride), which each curved factor finishes.
   void add_gradient(const T* parts, int64_t chunks, int64_t part_stride, double scale, bool add, T* to) const {
-    const int64_t additions = std::max<int64_t>(1, chunks * coordinates);  // a point; threads wake for many only
+    const int64_t additions = std::max<int64_t>(1, chunks * coordinates);  // of a point; few aren't worth more threads
     torch::stable::parallel_for(0, count, std::max<int64_t>(256, (1 << 16) / additions), [&](int64_t begin, int64_t end) {
       std::vector<double> g(coordinates);
       for (int64_t i = begin; i < end; ++i) {
@@ -86,18 +106,35 @@ struct Points {
           for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[(chunk * coordinates + c) * part_stride + i];
           g[c] = 2 * scale * sum;
         }
-        for (const auto& [first, k] : spheres) {
-          double radial = 0;
-          for (int64_t c = first; c < first + k; ++c) radial += g[c] * ready[c * stride + i];
-          const double length = norm(i, first, k);
-          for (int64_t c = first; c < first + k; ++c) g[c] = (g[c] - radial * ready[c * stride + i]) / length;
-        }
+        for (const Factor& factor : factors) finish(i, factor, g.data() + factor.first);
         for (int64_t c = 0; c < coordinates; ++c) {
           T& out = to[i * coordinates + c];
           out = T(add ? out + g[c] : g[c]);
         }
       }
     });
+  }
+
+ private:
+  const T* point(int64_t i, const Factor& factor) const { return raw + i * coordinates + factor.first; }
+
+  void finish(int64_t i, const Factor& factor, double* g) const {
+    portable::with_manifold<T>(factor.code, [&](auto type) {
+      using Manifold = typename decltype(type)::Member;
+      if constexpr (Manifold::CURVED)
+        Manifold(factor.parameters)
+            .finish(point(i, factor), ready.get() + factor.first * stride + i, stride, factor.columns, g);
+    });
+  }
+
+  // A point with one coordinate that isn't finite becomes NaN in all of them.
+  void spread_non_finite() {
+    for (int64_t i = 0; i < count; ++i) {
+      bool finite = true;
+      for (int64_t c = 0; c < coordinates; ++c) finite = finite && std::isfinite(raw[i * coordinates + c]);
+      if (!finite)
+        for (int64_t c = 0; c < coordinates; ++c) ready[c * stride + i] = std::numeric_limits<T>::quiet_NaN();
+    }
   }
 };
 

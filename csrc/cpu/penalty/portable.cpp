@@ -1,3 +1,2 @@
-// The loops of the penalty, compiled for any processor; penalty.cpp picks at run time.
-#define MODULI_NAMESPACE portable
-#include "penalty_loops.h"
+// The loops of the penalty, compiled for any processor. cpu/common/dispatch.h picks them at run time.
+#include "cpu/penalty/loops.h"

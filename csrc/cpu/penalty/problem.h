@@ -1,66 +1,81 @@
-// The fused CPU penalty: what the registration (penalty.cpp) hands to the loops (penalty_loops.h), which are compiled
-// once per instruction set. Plain pointers only: no std container may be instantiated in an ISA's translation unit.
+// What the registration of the penalty (registration.cpp) hands to its loops (loops.h). The loops are compiled once per
+// instruction set, therefore these structs hold plain pointers: a std container that is instantiated in such a file
+// could be the copy that the linker keeps for all of them.
 #pragma once
 
 #include <cstdint>
 
-#include "kept_bits.h"
+#include "cpu/common/kept_bits.h"
+#include "cpu/common/transpose.h"
+#include "inhibitors.h"
 
 namespace moduli {
 
 enum class WeightType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-// The work is a grid of tasks, row chunks x column chunks; its size depends on the shape alone, so that the order of
-// every addition does too: results are bitwise equal for any number of threads.
+// The most lanes that a pack has on any instruction set. Buffers have room for whole packs of this size.
+constexpr int64_t MAX_LANES = 16;
+
+// The work is a grid of tasks, row chunks x column chunks. Its size depends on the shape alone, and so does the order
+// of every addition: results are bitwise equal for any number of threads.
 struct TaskGrid {
   int64_t row_chunks, column_chunks;
 };
 
+// A factor of the manifold: columns first .. first + columns of each point.
+struct Factor {
+  int64_t code, first, columns;
+  const double* parameters;
+};
+
 template <typename T>
 struct PenaltyProblem {
-  // Weight (blocks*rows, columns, inner), strides row_stride, inner, 1 (in elements); mask like it but contiguous,
-  // or null: 1 = kept.
-  // Compressed rows instead: weight holds the stored entries, crow (blocks*rows + 1) and col as in torch.sparse_csr.
+  // Weight (blocks * rows, columns, inner), with strides row_stride, inner and 1 in elements. If crow isn't null,
+  // weight holds stored entries instead, crow (blocks * rows + 1) and col are those of torch.sparse_csr, and inner is
+  // 1.
   const void* weight;
-  const int64_t *crow, *col;
   WeightType weight_type;
-  const uint8_t* mask;
-  int64_t rows, columns, blocks, inner, row_stride, weight_size;  // weight_size: bytes an element
+  int64_t weight_size;  // bytes of an element
+  const int64_t *crow, *col;
+  const uint8_t* mask;  // of the weight's shape, contiguous, not 0 where an entry is kept; or null
+  int64_t rows, columns, blocks, inner, row_stride;
 
-  // Points, one array a coordinate: row_points[c * row_point_stride + i], column_points[c * column_stride + j], padded with 0 so
-  // that whole packs can be read. Flat coordinates reduced into their period, sphere points normalized, non-finite
-  // points all NaN.
-  const T* row_points;
-  const T* column_points;
+  // Points, prepared (manifolds.h), one array a coordinate: coordinate c of row point i is
+  // row_points[c * row_point_stride + i], and of column point j column_points[c * column_stride + j]. Arrays are padded
+  // with 0 so that whole packs can be read. Points that aren't finite are NaN in all coordinates.
+  const T *row_points, *column_points;
   int64_t coordinates, row_point_stride, column_stride;
-  const int64_t* factors;  // kind and coordinates of each factor
-  int64_t factor_count;
-  const double* factor_parameters;
 
-  int64_t inhibitor;
-  const double* inhibitor_parameters;
-  const T* table;
-  int64_t table_samples;
+  // Manifold
+  const Factor* factors;
+  int64_t factor_count;
+  const bool* opposite;  // for each coordinate, true if g of the column point is minus g of the row point
+  bool plane;  // two coordinates, both opposite, without curvature, and one gate block: their sums need no loop
+
+  // Inhibitor
+  int64_t inhibitor;  // its code
+  InhibitorArguments<T> inhibitor_arguments;
+  bool constant_inhibitor;  // f doesn't depend on the distance
 
   double power, scale;
 
-  // Outputs. dweight like weight, contiguous, or null; added to what it holds where accumulate. Sums over entries without scale, for value, and, where
-  // need_points, sum of f'(s) |w|^l (1/2) ds/dx:
-  void* dweight;
-  bool accumulate, need_points;
-  bool mirrored;             // rows and columns share their points: see penalty_mirrored.h
-  bool stream;               // dweight goes past the caches: float32, blocks 1, no kernel, whole aligned packs
-  double* value_parts;       // one a task
-  T* row_parts;              // [column chunk][coordinate][row]; mirrored: unused
-  T* column_parts;           // [row chunk][coordinate][column_stride]; mirrored: the rows' part too
+  // Outputs. The sums over entries, of f |w|^l for the value and of f'(s) |w|^l g for the points, don't contain scale.
+  void* dweight;  // like weight, contiguous, or null if no gradient is wanted
+  bool accumulate;  // dweight is added to what it holds
+  bool stream;  // dweight is written past the caches; float32, one block, inner 1, whole aligned packs
+  bool need_points;  // the sums for the points are wanted
+  double* value_parts;  // (tasks)
+  T* row_parts;  // (column chunks, coordinates, rows); unused in a mirrored problem
+  T* column_parts;  // (row chunks, coordinates, column_stride); in a mirrored problem the sums of both sides
+
+  // How the work is cut
+  bool mirrored;  // rows and columns share their points, and a coefficient is computed once a pair: mirrored_task.h
   TaskGrid grid;
   int64_t tile;  // columns of the widest tile
 };
 
-constexpr int64_t MAX_LANES = 16;
-
-// Columns a tile, whole packs: few and of equal width, for each has a start-up cost a row, yet narrow enough for its
-// buffers to stay in the first-level cache.
+// The number of columns of a tile, whole packs. Tiles are few and of equal width, since each costs a start-up a row,
+// yet narrow enough for their buffers to stay in the first-level cache.
 constexpr int64_t tile_width(int64_t columns) {
   constexpr int64_t WIDEST_ALONE = 768, WIDE = 512;
   const int64_t tiles = columns <= WIDEST_ALONE ? 1 : (columns + WIDE - 1) / WIDE;
@@ -68,53 +83,35 @@ constexpr int64_t tile_width(int64_t columns) {
   return packs > 0 ? packs * MAX_LANES : MAX_LANES;
 }
 
-// Mirrored tasks: side of the squares that are transposed at a time, also the rows worked on as one; how many rows ahead
-// of its turn a square is asked for; columns a tile, fewer where the matrix does not fit in the caches, for what is
-// asked for at distances of a row would push itself out.
-constexpr int64_t SQUARE = 16, ASK_AHEAD = 2;
+// The same for a mirrored problem. Tiles are narrower if the matrix doesn't fit in the caches, since lines that are
+// asked for a row apart would then push each other out.
 constexpr int64_t mirrored_tile_width(int64_t size, bool stream) {
   const int64_t most = stream ? 256 : 512, whole = (size + SQUARE - 1) / SQUARE * SQUARE;
   return whole < most ? whole : most;
 }
 
-// Between buffers of a tile: a pack more than its width, so that they do not all fall on the same lines of the cache.
+// The distance between two buffers of a tile: a pack more than its width, so that the buffers don't all fall on the
+// same lines of the cache.
 constexpr int64_t buffer_stride(int64_t width) { return width + MAX_LANES; }
 
-constexpr int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t size, int64_t multiple) {
-  const int64_t units = (size + multiple - 1) / multiple;
-  const int64_t begin = units * chunk / chunks * multiple;
-  return begin < size ? begin : size;
-}
-
-// One task; `scratch` holds scratch_size() elements and is the thread's own.
-template <typename T>
-using RunTask = void (*)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
-
+// The number of elements of all buffers of a tile (tile.h): eight, and g and g_column of each coordinate.
 constexpr int64_t tile_size(int64_t coordinates, int64_t width) { return (2 * coordinates + 8) * buffer_stride(width); }
-// Elements of scratch: a tile; and two groups of mirrored weights, or the points and columns (8 bytes) of kept entries.
+
+// The number of elements of scratch that a task needs: a tile, then two groups of mirrored weights, or the points and
+// the columns (8 bytes each) of kept entries.
 template <typename T>
 int64_t scratch_size(const PenaltyProblem<T>& p) {
   const int64_t stride = buffer_stride(p.tile);
-  return tile_size(p.coordinates, p.tile) + (p.mirrored           ? 2 * SQUARE * stride
-                                                 : p.mask || p.crow ? (p.coordinates + 2) * stride
-                                                                    : 0);
+  const int64_t behind = p.mirrored ? 2 * SQUARE * stride : p.mask || p.crow ? (p.coordinates + 2) * stride : 0;
+  return tile_size(p.coordinates, p.tile) + behind;
 }
 
-// grads *= factor
-using Scale = void (*)(void* data, WeightType type, int64_t count, double factor);
-
-#define MODULI_DECLARE_ISA(isa)                                                        \
-  namespace isa {                                                                      \
-  void run_task_f32(const PenaltyProblem<float>& problem, int64_t task, float* scratch);    \
-  void run_task_f64(const PenaltyProblem<double>& problem, int64_t task, double* scratch);  \
-  void proximal_task_f32(const PenaltyProblem<float>& problem, int64_t task, float* scratch);    \
-  void proximal_task_f64(const PenaltyProblem<double>& problem, int64_t task, double* scratch);  \
-  void scale(void* data, WeightType type, int64_t count, double factor);               \
-  }
-MODULI_DECLARE_ISA(portable)
-#if MODULI_KERNELS_X86
-MODULI_DECLARE_ISA(avx2)
-MODULI_DECLARE_ISA(avx512)
-#endif
+// The loops of one instruction set. `scratch` holds scratch_size() elements and belongs to the calling thread.
+template <typename T>
+struct PenaltyLoops {
+  void (*penalty)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
+  void (*proximal)(const PenaltyProblem<T>& problem, int64_t task, T* scratch);
+  void (*scale)(void* data, WeightType type, int64_t count, double factor);  // data *= factor
+};
 
 }  // namespace moduli

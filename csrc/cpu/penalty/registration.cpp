@@ -1,60 +1,27 @@
-// Registration of the CPU penalty: unpacks tensors, prepares points, runs the tasks on torch's threads and adds their
-// parts in fixed order. Schemas and contracts: moduli_kernels/_library.py.
+// Registration of the CPU penalty. The ops unpack tensors, prepare points, run the tasks on torch's threads and add
+// their parts in fixed order. Schemas and contracts stand in moduli_kernels/ops/penalty.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../inhibitor.h"
-#include "aligned.h"
-#include "isa.h"
-#include "points.h"
-#include "tasks.h"
+#include "cpu/common/aligned.h"
+#include "cpu/common/dispatch.h"
+#include "cpu/common/tasks.h"
+#include "cpu/common/tensors.h"
+#include "cpu/penalty/points.h"
 
 namespace moduli {
 namespace {
 
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
-
-// A gradient of this size would only push others out of the caches on its way.
+// From this size on, a gradient would only push other data out of the caches on its way.
 constexpr int64_t STREAM_BYTES = int64_t{1} << 24;
-
-struct Loops {
-  RunTask<float> run_f32;
-  RunTask<double> run_f64;
-  RunTask<float> proximal_f32;
-  RunTask<double> proximal_f64;
-  Scale scale;
-};
-
-#define MODULI_LOOPS(isa) {isa::run_task_f32, isa::run_task_f64, isa::proximal_task_f32, isa::proximal_task_f64, isa::scale}
-
-Loops pick_loops() {
-  switch (pick_isa()) {
-#if MODULI_KERNELS_X86
-    case Isa::AVX512: return MODULI_LOOPS(avx512);
-    case Isa::AVX2: return MODULI_LOOPS(avx2);
-#endif
-    default: return MODULI_LOOPS(portable);
-  }
-}
-
-const Loops& loops() {
-  static const Loops picked = pick_loops();
-  return picked;
-}
-
-RunTask<float> run_of(float) { return loops().run_f32; }
-RunTask<double> run_of(double) { return loops().run_f64; }
-RunTask<float> proximal_of(float) { return loops().proximal_f32; }
-RunTask<double> proximal_of(double) { return loops().proximal_f64; }
 
 WeightType weight_type(const Tensor& weight) {
   switch (weight.scalar_type()) {
@@ -72,8 +39,8 @@ int64_t floor_power_of_two(int64_t n) {
   return p;
 }
 
-// Row chunks of at least 144 rows keep all that is allocated under 1 % x coordinates of the weight; a multiple of 4
-// shares out evenly. Where rows are few, column chunks give the threads something to do.
+// Row chunks of at least 144 rows keep all parts of the points under 1 % x coordinates of the weight, and a multiple of
+// 4 chunks can be shared out evenly. If rows are few, column chunks give the threads something to do.
 TaskGrid task_grid(int64_t rows, int64_t columns) {
   const int64_t most = std::min<int64_t>(rows / 144, 128);
   const int64_t row_chunks = most >= 4 ? most / 4 * 4 : floor_power_of_two(most);
@@ -82,24 +49,24 @@ TaskGrid task_grid(int64_t rows, int64_t columns) {
   return {row_chunks, column_chunks};
 }
 
-// Bands of a mirrored matrix: of 192 rows on average, for the memory of their parts of the points, a multiple of 4
-// where they are many; at least what the threads of a small matrix can share.
+// The bands of a mirrored matrix have 192 rows on average, to limit the memory for their parts of the points. Their
+// number is a multiple of 4 in a large matrix; in a small one there are enough for the threads to share.
 TaskGrid band_grid(int64_t size) {
   const int64_t least = size < 128 ? 1 : size < 384 ? 2 : 4;
   return {std::max(least, std::min<int64_t>(size / 192 / 4 * 4, 128)), 1};
 }
 
-// Of a square matrix over one set of points. Mirrored entries come and go a line at a time, which would only slow down
-// what memory limits anyway: a gradient too large for the caches that is added to, or that is all there is to do but for
-// few flat coordinates.
+// Whether a square matrix over one set of points is computed as a mirrored problem. Mirrored entries come and go a line
+// at a time. That slows down a problem which memory limits anyway, that is a gradient too large for the caches which is
+// added to, or which comes with few flat coordinates and no gradient of the points.
 template <typename T>
-bool worth_mirroring(const PenaltyProblem<T>& p, bool past_caches) {
-  const bool cheap = p.factor_count == 1 && p.factors[0] == FLAT && p.coordinates <= 2;
+bool worth_mirroring(const PenaltyProblem<T>& p, const Factors& factors, bool past_caches) {
+  const bool cheap = p.factor_count == 1 && factors.flat && p.coordinates <= 2;
   const bool memory_bound = past_caches && p.dweight && (p.accumulate || (cheap && !p.need_points));
-  return p.blocks == 1 && p.inner == 1 && !p.mask && !p.crow && p.inhibitor != CONSTANT && !memory_bound;
+  return p.blocks == 1 && p.inner == 1 && !p.mask && !p.crow && !p.constant_inhibitor && !memory_bound;
 }
 
-// What every op takes; contracts: moduli_kernels/_library.py.
+// The arguments that all ops share; moduli_kernels/ops/penalty.py describes them.
 struct Arguments {
   const Tensor& weight;
   const Tensor& rows;
@@ -113,21 +80,22 @@ struct Arguments {
   double scale;
 };
 
-// The points of both sides, which are the same where cols is not given, and the problem over them.
+// The points of both sides, which are the same if cols isn't given, and the problem over them.
 template <typename T>
 struct Prepared {
+  Factors factors;
   Points<T> row_points;
   std::optional<Points<T>> own_columns;
   PenaltyProblem<T> p{};
 
-  explicit Prepared(const Arguments& a) : row_points(a.rows, a.factors, a.factor_parameters) {
-    if (a.cols) own_columns.emplace(*a.cols, a.factors, a.factor_parameters);
+  explicit Prepared(const Arguments& a) : factors(a.factors, a.factor_parameters), row_points(a.rows, factors) {
+    if (a.cols) own_columns.emplace(*a.cols, factors);
     p.weight = a.weight.const_data_ptr();
     p.weight_type = weight_type(a.weight);
     p.weight_size = static_cast<int64_t>(a.weight.element_size());
-    p.mask = a.mask ? static_cast<const uint8_t*>(a.mask->const_data_ptr()) : nullptr;
-    p.crow = a.crow ? static_cast<const int64_t*>(a.crow->const_data_ptr()) : nullptr;
-    p.col = a.col ? static_cast<const int64_t*>(a.col->const_data_ptr()) : nullptr;
+    p.mask = data_or_null<uint8_t>(a.mask);
+    p.crow = data_or_null<int64_t>(a.crow);
+    p.col = data_or_null<int64_t>(a.col);
     p.rows = row_points.count;
     p.columns = columns().count;
     p.blocks = a.blocks;
@@ -139,24 +107,40 @@ struct Prepared {
     p.coordinates = row_points.coordinates;
     p.row_point_stride = row_points.stride;
     p.column_stride = columns().stride;
-    p.factors = a.factors.data();
-    p.factor_count = static_cast<int64_t>(a.factors.size() / 2);
-    p.factor_parameters = a.factor_parameters.data();
-    p.inhibitor = a.inhibitor;
-    p.inhibitor_parameters = a.inhibitor_parameters.data();
-    p.table = a.table ? static_cast<const T*>(a.table->const_data_ptr()) : nullptr;
-    p.table_samples = a.table ? a.table->size(0) : 0;
+    p.factors = factors.factors.data();
+    p.factor_count = static_cast<int64_t>(factors.factors.size());
+    p.opposite = factors.opposite.get();
+    p.plane = p.blocks == 1 && p.factor_count == 1 && factors.flat && p.coordinates == 2;
+    set_inhibitor(a);
     p.power = a.power;
     p.scale = a.scale;
     p.grid = p.crow ? TaskGrid{task_grid(p.rows, p.columns).row_chunks, 1} : task_grid(p.rows, p.columns);
-    p.tile = std::max<int64_t>(tile_width(p.columns), p.mask ? MASK_STEP : 0);  // a masked tile takes a whole step
+    p.tile = std::max<int64_t>(tile_width(p.columns), p.mask ? MASK_STEP : 0);  // room for the entries of a whole step
   }
   const Points<T>& columns() const { return own_columns ? *own_columns : row_points; }
+
+ private:
+  void set_inhibitor(const Arguments& a) {
+    p.inhibitor = a.inhibitor;
+    p.inhibitor_arguments = {.parameters = a.inhibitor_parameters.data(),
+                             .table = data_or_null<T>(a.table),
+                             .samples = a.table ? a.table->size(0) : 0};
+    const auto has_code = [&](auto type) { return decltype(type)::Member::CODE == a.inhibitor; };
+    const bool known = portable::with_first(portable::Inhibitors<T>(), has_code, [&](auto type) {
+      using Inhibitor = typename decltype(type)::Member;
+      const size_t count = std::size(Inhibitor::PARAMETERS), got = a.inhibitor_parameters.size();
+      STD_TORCH_CHECK(got == count, "an inhibitor of code ", a.inhibitor, " must have ", count, " parameters, got ", got,
+                      ".");
+      STD_TORCH_CHECK(!Inhibitor::TABULATED || a.table, "an inhibitor of code ", a.inhibitor, " needs its table.");
+      p.constant_inhibitor = Inhibitor::CONSTANT;
+    });
+    STD_TORCH_CHECK(known, "inhibitor must be a code that the kernels know, got ", a.inhibitor, ".");
+  }
 };
 
-// All tasks on torch's threads, each with scratch of its own.
-template <typename T>
-void run_tasks(const PenaltyProblem<T>& p, RunTask<T> run) {
+// The function runs all tasks on torch's threads, each of which has its own scratch.
+template <typename T, typename Run>
+void run_tasks(const PenaltyProblem<T>& p, Run run) {
   const int64_t tasks = p.grid.row_chunks * p.grid.column_chunks;
   each_task(tasks, WORTH_SHARING, [&] { return Aligned<T>(scratch_size(p)); },
             [&](int64_t task, const Aligned<T>& scratch) { run(p, task, scratch.data()); });
@@ -166,7 +150,8 @@ struct Result {
   Tensor value, dweight, drows, dcols;
 };
 
-// accumulate_into: memory like the weight, contiguous, to which dW is added; else dW is new, if needed.
+// dW is added to accumulate_into, which is contiguous and has the weight's shape. If that isn't given, dW is a new
+// tensor, or empty if it isn't needed.
 template <typename T>
 Result compute(const Arguments& a, bool need_weight, bool need_points, const OptionalTensor& accumulate_into) {
   const auto type = a.rows.scalar_type();
@@ -185,14 +170,16 @@ Result compute(const Arguments& a, bool need_weight, bool need_points, const Opt
   };
   result.drows = points_like(a.rows, need_points);
   result.dcols = points_like(a.cols ? *a.cols : a.rows, need_points && a.cols);
-  p.dweight = accumulate_into ? accumulate_into->mutable_data_ptr() : need_weight ? result.dweight.mutable_data_ptr() : nullptr;
+  p.dweight = accumulate_into ? accumulate_into->mutable_data_ptr()
+              : need_weight   ? result.dweight.mutable_data_ptr()
+                              : nullptr;
   p.accumulate = accumulate_into.has_value();
-  p.need_points = need_points && p.inhibitor != CONSTANT;  // its slope is 0 everywhere
+  p.need_points = need_points && !p.constant_inhibitor;  // its slope is 0 everywhere
   const bool past_caches = a.weight.numel() * p.weight_size >= STREAM_BYTES;
   p.stream = past_caches && need_weight && !p.accumulate && !p.mask && !p.crow && p.weight_type == WeightType::FLOAT32 &&
              p.blocks == 1 && p.inner == 1 && p.columns % MAX_LANES == 0 &&
              reinterpret_cast<uintptr_t>(p.dweight) % (MAX_LANES * sizeof(float)) == 0;
-  p.mirrored = !a.cols && worth_mirroring(p, past_caches);
+  p.mirrored = !a.cols && worth_mirroring(p, prepared.factors, past_caches);
   if (p.mirrored) {
     p.grid = band_grid(p.rows);
     p.tile = mirrored_tile_width(p.rows, p.stream);
@@ -207,19 +194,19 @@ Result compute(const Arguments& a, bool need_weight, bool need_points, const Opt
   }
   p.row_parts = row_parts.get();
   p.column_parts = column_parts.get();
-  run_tasks(p, run_of(T()));
+  run_tasks(p, loops<T>().penalty.penalty);
 
   double value = 0;
   for (const double part : value_parts) value += part;
-  *static_cast<T*>(result.value.mutable_data_ptr()) = T(value * p.scale);
+  *mutable_data<T>(result.value) = T(value * p.scale);
   if (p.need_points) {
-    auto drows = static_cast<T*>(result.drows.mutable_data_ptr());
+    T* const drows = mutable_data<T>(result.drows);
     if (!p.mirrored) row_points.add_gradient(p.row_parts, p.grid.column_chunks, p.rows, p.scale, false, drows);
-    auto dcols = a.cols ? static_cast<T*>(result.dcols.mutable_data_ptr()) : drows;
+    T* const dcols = a.cols ? mutable_data<T>(result.dcols) : drows;
     column_points.add_gradient(p.column_parts, p.grid.row_chunks, p.column_stride, p.scale, !a.cols && !p.mirrored, dcols);
   } else if (need_points) {
-    row_points.zero_gradient(static_cast<T*>(result.drows.mutable_data_ptr()));
-    if (a.cols) column_points.zero_gradient(static_cast<T*>(result.dcols.mutable_data_ptr()));
+    row_points.zero_gradient(mutable_data<T>(result.drows));
+    if (a.cols) column_points.zero_gradient(mutable_data<T>(result.dcols));
   }
   return result;
 }
@@ -234,22 +221,23 @@ void proximal(const Arguments& a, Tensor& weight) {
   Prepared<T> prepared(a);
   prepared.p.dweight = weight.mutable_data_ptr();
   prepared.p.grid.column_chunks = 1;
-  run_tasks(prepared.p, proximal_of(T()));
+  run_tasks(prepared.p, loops<T>().penalty.proximal);
 }
 
 double read_scalar(const Tensor& scalar) {
-  const void* data = scalar.const_data_ptr();
-  return scalar.scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
-                                                    : double(*static_cast<const float*>(data));
+  return scalar.scalar_type() == ScalarType::Double ? *data<double>(scalar) : double(*data<float>(scalar));
 }
 
+// The boxing of an op reads its schema from the C++ signature, so that each op must list all arguments.
 #define MODULI_PENALTY_ARGUMENTS                                                                                     \
   Tensor weight, Tensor rows, OptionalTensor cols, OptionalTensor mask, OptionalTensor crow, OptionalTensor col,     \
       OptionalTensor table, std::vector<int64_t> factors, std::vector<double> factor_parameters, int64_t inhibitor,  \
       std::vector<double> inhibitor_parameters, double power, int64_t blocks, double scale
-#define MODULI_ARGUMENTS(factor)                                                                          \
-  Arguments{weight, rows, cols, mask, crow, col, table, factors, factor_parameters, inhibitor, inhibitor_parameters, \
-            power, blocks, scale * (factor)}
+#define MODULI_ARGUMENTS(factor)                                                                                    \
+  Arguments {                                                                                                       \
+    weight, rows, cols, mask, crow, col, table, factors, factor_parameters, inhibitor, inhibitor_parameters, power, \
+        blocks, scale*(factor)                                                                                      \
+  }
 
 Tensor penalty(MODULI_PENALTY_ARGUMENTS) { return dispatch(MODULI_ARGUMENTS(1), false, false).value; }
 
@@ -280,10 +268,10 @@ void scale_grads_(std::vector<Tensor> grads, Tensor grad) {
   if (factor == 1) return;
   for (const Tensor& tensor : grads) {
     const auto type = weight_type(tensor);
-    auto data = static_cast<char*>(tensor.mutable_data_ptr());
+    char* const first = mutable_data<char>(tensor);
     const int64_t size = static_cast<int64_t>(tensor.element_size());
     torch::stable::parallel_for(0, tensor.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      loops().scale(data + begin * size, type, end - begin, factor);
+      loops<double>().penalty.scale(first + begin * size, type, end - begin, factor);
     });
   }
 }

@@ -1,24 +1,17 @@
-// A tile between memory and its stages: weights in, gradients out, sums of the points. Shared by the
-// tasks: rectangular (penalty_loops.h), mirrored (penalty_mirrored.h), of few kept entries (penalty_kept.h).
+// How a tile meets memory: weights are read, gradients are written, and the sums of the points are added up. All tasks
+// use this: loops.h, mirrored_task.h, kept_entries.h and proximal_task.h.
 #pragma once
 
-#include "convert.h"
-#include "stage_distance.h"
-#include "stage_inhibitor.h"
-#include "stage_weight.h"
+#include "cpu/penalty/distance_stage.h"
+#include "cpu/penalty/inhibitor_stage.h"
+#include "cpu/penalty/weight_stage.h"
+#include "cpu/penalty/weight_types.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-template <typename T>
-constexpr int64_t padded(int64_t n) {
-  return (n + Pack<T>::LANES - 1) / Pack<T>::LANES * Pack<T>::LANES;
-}
-
-constexpr WeightType weight_type(float) { return WeightType::FLOAT32; }
-constexpr WeightType weight_type(double) { return WeightType::FLOAT64; }
-
-// The weights of (block b, row i, columns j0 .. j0+n) as they are, or gathered into tile.w: converted, masked entries
-// 0, kernels reduced to their norm, padded with 0 to whole packs.
+// The function returns n weights of a row. `at` is the first one in the weight, `mask_at` in the mask. They are those
+// in memory if these can be used in place. Otherwise they are copied to tile.w: converted, 0 where masked, the norms of
+// kernels in the place of kernels, padded with 0 to whole packs.
 template <typename T>
 inline const T* read_weights(const PenaltyProblem<T>& p, int64_t at, int64_t mask_at, int64_t n, Tile<T>& tile) {
   const int64_t q = p.inner;
@@ -43,8 +36,8 @@ inline const T* read_weights(const PenaltyProblem<T>& p, int64_t at, int64_t mas
   return tile.w;
 }
 
-// f with 0 where every entry of a kernel is masked (in tile.minus), so that a masked entry costs nothing, also where
-// its points are not finite.
+// The function copies f to tile.minus and the slope to tile.plus, and puts 0 where every entry of a kernel is masked,
+// so that a masked entry costs nothing, even if its points aren't finite.
 template <typename T>
 inline void mask_coefficients(const PenaltyProblem<T>& p, int64_t mask_at, int64_t n, Tile<T>& tile) {
   for (int64_t j = 0; j < n; ++j) {
@@ -56,6 +49,7 @@ inline void mask_coefficients(const PenaltyProblem<T>& p, int64_t mask_at, int64
   for (int64_t j = n; j < padded<T>(n); ++j) tile.minus[j] = tile.plus[j] = 0;
 }
 
+// The function writes, or adds, n gradients to the weight's gradient from element `out` on.
 template <typename T>
 inline void write_gradient(const PenaltyProblem<T>& p, int64_t out, int64_t n, const T* from) {
   if (!p.accumulate) return store(p.dweight, p.weight_type, out, n, from);
@@ -65,7 +59,7 @@ inline void write_gradient(const PenaltyProblem<T>& p, int64_t out, int64_t n, c
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
-// dW of the kernels from that of their norms: dw * w / |w|, 0 where masked.
+// The function writes dW of kernels, which is that of their norms (tile.dw) times w / |w|, and 0 where masked.
 template <typename T>
 inline void write_kernels(const PenaltyProblem<T>& p, int64_t at, int64_t out, int64_t n, const Tile<T>& tile) {
   for (int64_t j = 0; j < n; ++j) {
@@ -79,46 +73,20 @@ inline void write_kernels(const PenaltyProblem<T>& p, int64_t at, int64_t out, i
   }
 }
 
+// The sums of the points of row i, over n columns, are added to parts: coordinate c of the row to
+// row_parts[c * row_part_stride + i], that of column j of the tile to column_parts[c * p.column_stride + j].
 template <typename T>
 inline void points_row(const PenaltyProblem<T>& p, int64_t i, int64_t n, const Tile<T>& tile, T* row_parts,
                        int64_t row_part_stride, T* column_parts) {
-  int64_t c = 0;
-  for (int64_t q = 0; q < p.factor_count; ++q) {
-    const int64_t kind = p.factors[2 * q], end = c + p.factors[2 * q + 1];
-    const int64_t unmirrored = kind == KLEIN ? c + 1 : -1;
-    for (; c < end; ++c) {
-      const T *g = tile.g + c * tile.stride, *g_column = tile.g_column + c * tile.stride;
-      T* sums = column_parts + c * p.column_stride;
-      row_parts[c * row_part_stride + i] += c == unmirrored ? points_loop<T, false>(tile.t, g, g_column, sums, n)
-                                                   : points_loop<T, true>(tile.t, g, g_column, sums, n);
-    }
+  for (int64_t c = 0; c < p.coordinates; ++c) {
+    const T *g = tile.g + c * tile.stride, *g_column = tile.g_column + c * tile.stride;
+    T* sums = column_parts + c * p.column_stride;
+    row_parts[c * row_part_stride + i] += p.opposite[c] ? points_loop<T, true>(tile.t, g, g_column, sums, n)
+                                                        : points_loop<T, false>(tile.t, g, g_column, sums, n);
   }
 }
 
-// Two flat coordinates and no gate blocks: the sums of the points need no loop of their own.
-template <typename T>
-inline bool is_plane(const PenaltyProblem<T>& p) {
-  return p.blocks == 1 && p.factor_count == 1 && p.factors[0] == FLAT && p.factors[1] == 2;
-}
-
-template <typename T, int POWER, bool DW, bool GRADS, bool MIRRORED>
-inline T weight_stage(const WeightTile<T>& io, int64_t n, bool plane, bool add, const PlaneSums<T>& sums) {
-  if constexpr (GRADS) {
-    if (plane) return weight_loop<T, POWER, DW, true, true, false, MIRRORED>(io, n, sums);
-    if constexpr (!MIRRORED)
-      if (add) return weight_loop<T, POWER, DW, true, false, true, false>(io, n, sums);
-  }
-  return weight_loop<T, POWER, DW, GRADS, false, false, MIRRORED>(io, n, sums);
-}
-
-template <typename T, bool DW, bool GRADS, bool MIRRORED>
-inline T weight_stage(const WeightTile<T>& io, int64_t n, bool plane, bool add, const PlaneSums<T>& sums) {
-  return io.power == 1   ? weight_stage<T, 1, DW, GRADS, MIRRORED>(io, n, plane, add, sums)
-         : io.power == 2 ? weight_stage<T, 2, DW, GRADS, MIRRORED>(io, n, plane, add, sums)
-                         : weight_stage<T, 0, DW, GRADS, MIRRORED>(io, n, plane, add, sums);
-}
-
-// What tile (i, j0) wants asked for in advance.
+// The lines that the tile of row i and columns from j0 on will read and fill.
 template <typename T>
 inline Traffic<T> traffic_before(const PenaltyProblem<T>& p, int64_t i, int64_t j0) {
   Traffic<T> traffic{};

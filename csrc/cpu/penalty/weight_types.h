@@ -1,8 +1,8 @@
-// Weights of every type to and from the compute type, `count` at a time.
+// Conversion of weights of every type to and from the compute type T, `count` elements from `offset` on.
 #pragma once
 
-#include "../elementary.h"
-#include "penalty.h"
+#include "cpu/penalty/problem.h"
+#include "math/simd.h"
 
 #ifndef __F16C__
 #include <torch/headeronly/util/Half.h>
@@ -10,9 +10,12 @@
 
 namespace moduli::MODULI_NAMESPACE {
 
+constexpr WeightType weight_type(float) { return WeightType::FLOAT32; }
+constexpr WeightType weight_type(double) { return WeightType::FLOAT64; }
+
 inline float from_bfloat16(uint16_t w) { return bits_as<float>(static_cast<uint32_t>(w) << 16); }
 
-// round to nearest even; NaN stays NaN
+// The function rounds to nearest even, and NaN stays NaN.
 inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

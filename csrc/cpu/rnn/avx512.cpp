@@ -1,3 +1,3 @@
-// The loops of the masked RNN, compiled for avx512; rnn.cpp picks at run time.
+// The loops of the masked RNN, compiled for AVX-512. cpu/common/dispatch.h picks them at run time.
 #define MODULI_NAMESPACE avx512
-#include "rnn_loops.h"
+#include "cpu/rnn/loops.h"

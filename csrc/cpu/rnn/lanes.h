@@ -1,12 +1,13 @@
-// Runs of lanes: WIDTH numbers of a strip as a few of the processor's vectors, which stay in its registers.
+// WIDTH numbers of a strip as a few of the processor's vectors, which stay in registers.
 #pragma once
 
 #include <cstdint>
 
-#include "../simd.h"
+#include "math/simd.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
+// A vector of LANES numbers, which is the number itself if there is one lane.
 template <typename T, int LANES>
 struct VectorOf {
   typedef T V __attribute__((vector_size(LANES * sizeof(T))));
@@ -16,7 +17,7 @@ struct VectorOf<T, 1> {
   using V = T;
 };
 
-// WIDTH lanes are N vectors of LANES each.
+// WIDTH lanes as N vectors V of LANES each, the widest that the processor has and that leave nothing over.
 template <typename T, int WIDTH_>
 struct Lanes {
 #if defined(__AVX512F__)
@@ -52,7 +53,7 @@ inline T sum_of_lanes(V v) {
   return sum;
 }
 
-// The sums of eight vectors, added to sums[0 .. 8].
+// The function adds the sum over the lanes of each of eight vectors to sums[0 .. 8].
 template <typename T, typename V>
 inline void add_sums_of_eight(const V (&v)[8], T* sums) {
 #if defined(__AVX2__)

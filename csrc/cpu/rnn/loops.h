@@ -1,34 +1,38 @@
-// The loops of the masked RNN, for whatever instruction set this is compiled for: contracts in rnn.h.
+// The loops of the masked RNN. At the end of the file stands their table; avx512.cpp, avx2.cpp and portable.cpp each
+// include this file for their instruction set. Contracts stand in steps.h.
 #pragma once
 
-#include "kept_bits.h"
-#include "lanes.h"
-#include "nonlinearity.h"
-#include "one_lane.h"
-#include "panels.h"
-#include "rnn.h"
-#include "slab.h"
+#include "cpu/common/kept_bits.h"
+#include "cpu/rnn/lanes.h"
+#include "cpu/rnn/nonlinearity.h"
+#include "cpu/rnn/one_lane.h"
+#include "cpu/rnn/panels.h"
+#include "cpu/rnn/slab_layout.h"
+#include "cpu/rnn/steps.h"
 
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// Vectors that are accumulated in registers at a time: of one row; of panels; and rows of a dense weight's gradient, each
-// with a group of GROUP columns.
-constexpr int AT_ONCE = 8, GROUP = 8;
+// How much is accumulated in registers at a time.
+constexpr int ROW_VECTORS = 8;  // vectors of one row of kept entries
+constexpr int GROUP = 8;  // columns of a weight's gradient
 #if defined(__AVX512F__)
-constexpr int AT_ONCE_OF_PANELS = 16, ROWS_OF_GRADIENT = 3;
+constexpr int PANEL_VECTORS = 16;  // vectors of panels
+constexpr int GRADIENT_ROWS = 3;  // rows of a dense weight's gradient, each with GROUP columns
 #else
-constexpr int AT_ONCE_OF_PANELS = 8, ROWS_OF_GRADIENT = 1;
+constexpr int PANEL_VECTORS = 8;
+constexpr int GRADIENT_ROWS = 1;
 #endif
 
-// The most that can be taken at a time so that nothing of n is left over.
+// The largest divisor of n that is at most `most`
 constexpr int divisor(int n, int most) { return n <= most ? n : n % most == 0 ? most : divisor(n, most - 1); }
 
-// sum += entries begin .. end times a slab; few vectors take several sums side by side, for one alone would wait for itself.
+// sum (S::WIDTH) += entries begin .. end times a slab. If there are few vectors, several sums are computed side by
+// side, since the additions of a single sum would wait for each other.
 template <typename S, typename T>
 inline void add_entries(const uint16_t* column, const T* value, int64_t begin, int64_t end, const T* slab, T* sum) {
   using V = typename S::V;
-  constexpr int VECTORS = divisor(S::N, AT_ONCE), SIDE_BY_SIDE = VECTORS == 1 ? 4 : VECTORS <= 3 ? 2 : 1;
+  constexpr int VECTORS = divisor(S::N, ROW_VECTORS), SIDE_BY_SIDE = VECTORS == 1 ? 4 : VECTORS <= 3 ? 2 : 1;
   for (int first = 0; first < S::N; first += VECTORS) {
     const T* from = slab + first * S::LANES;
     T* to = sum + first * S::LANES;
@@ -56,7 +60,8 @@ inline void add_entries(const uint16_t* column, const T* value, int64_t begin, i
   }
 }
 
-// The same of PANELS panels of a dense matrix; sum: as many rows of a slab. A vector of lanes is loaded once for all rows.
+// The same for PANELS panels of a dense matrix, where sum holds all their rows. A vector of lanes is loaded once for
+// all rows.
 template <typename S, int PANELS, int VECTORS, typename T>
 inline void add_panels(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
   using V = typename S::V;
@@ -77,17 +82,17 @@ inline void add_panels(const Matrix<T>& m, int64_t row, const T* slab, T* sum) {
   }
 }
 
-// Rows begin .. end of a dense matrix; few vectors take several panels side by side.
+// Rows begin .. end of a dense matrix. If there are few vectors, several panels are computed side by side.
 template <typename S, typename T>
 inline void add_dense(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
-  constexpr int VECTORS = divisor(S::N, AT_ONCE_OF_PANELS / PANEL), PANELS = AT_ONCE_OF_PANELS / (PANEL * VECTORS);
+  constexpr int VECTORS = divisor(S::N, PANEL_VECTORS / PANEL), PANELS = PANEL_VECTORS / (PANEL * VECTORS);
   int64_t row = begin;
   for (; row + PANELS * PANEL <= end; row += PANELS * PANEL)
     add_panels<S, PANELS, VECTORS>(m, row, slab, sum + row * S::WIDTH);
   for (; row < end; row += PANEL) add_panels<S, 1, VECTORS>(m, row, slab, sum + row * S::WIDTH);
 }
 
-// sum += the matrix times slab, rows begin .. end of slab `sum`.
+// Rows begin .. end of slab sum += the matrix times a slab
 template <typename S, typename T>
 inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T* slab, T* sum) {
   if (m.layout == Layout::ROWS || m.layout == Layout::COLUMNS)
@@ -103,8 +108,8 @@ inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T*
     }
 }
 
-// Rows that go through all parts of a step together: few, so that their sums stay at hand, but where each block of columns
-// or each column is to serve all rows.
+// The number of rows that go through all parts of a step together. It is small, so that their sums stay in the
+// first-level cache, unless each block of columns, or each column, should be read once for all rows.
 template <typename T>
 inline int64_t rows_together(const Matrix<T>& m, int64_t rows) {
   return m.blocks > 1 || m.layout == Layout::COLUMNS ? rows : 8 * PANEL;
@@ -115,7 +120,8 @@ void forward_rows(const ForwardStep<T>& p, int64_t all_begin, int64_t all_end) {
   const int64_t rows = all_end - all_begin, a = rows_together(p.input, rows), b = rows_together(p.hidden, rows);
   const int64_t together = a > b ? a : b;
   for (int64_t begin = all_begin; begin < all_end; begin += together) {
-    const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH, to = end * S::WIDTH;
+    const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH,
+                  to = end * S::WIDTH;
     for (int64_t row = begin; row < end; ++row)
       for (int l = 0; l < S::WIDTH; ++l) p.next[row * S::WIDTH + l] = p.bias ? p.bias[row] : T(0);
     add_product<S>(p.input, begin, end, p.x, p.next);
@@ -133,7 +139,8 @@ template <typename S, typename T>
 void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end) {
   const int64_t together = rows_together(p.hidden_transposed, all_end - all_begin);
   for (int64_t begin = all_begin; begin < all_end; begin += together) {
-    const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH, to = end * S::WIDTH;
+    const int64_t end = begin + together < all_end ? begin + together : all_end, from = begin * S::WIDTH,
+                  to = end * S::WIDTH;
     if (p.grad_output)
       for (int64_t i = from; i < to; ++i) p.stays[i] += p.grad_output[i];
     if (p.da_after) add_product<S>(p.hidden_transposed, begin, end, p.da_after, p.stays);
@@ -151,8 +158,9 @@ void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end)
   }
 }
 
-// grad[r][e] += the entry of each of `count` columns, of ROWS rows of da; column null: 0, 1, ... GROUP at a time, for their
-// sums over lanes are made together; the last ones are filled up with the last.
+// ROWS rows of a weight's gradient: grad[r][e] += the sum over steps and lanes of row r of da times column[e] of
+// `other`, for `count` columns, which are 0, 1, ... if column is null. GROUP columns are computed at a time, since
+// their sums over lanes are made together; the last group is filled up with the last column.
 template <typename S, int ROWS, typename T>
 inline void sampled_row(const SampledProduct<T>& p, const T* da, const T* other, const uint16_t* column, int64_t count,
                         T* grad) {
@@ -201,7 +209,7 @@ void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
   if (m.layout != Layout::ENTRIES && S::WIDTH == 1)
     sampled_dense_of_one_lane(p, begin, end);
   else if (m.layout != Layout::ENTRIES)
-    sampled_dense<S, 1>(p, sampled_dense<S, ROWS_OF_GRADIENT>(p, begin, end), end);
+    sampled_dense<S, 1>(p, sampled_dense<S, GRADIENT_ROWS>(p, begin, end), end);
   else
     for (int64_t b = 0; b < m.blocks; ++b)
       for (int64_t row = begin; row < end; ++row) {
@@ -211,7 +219,7 @@ void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
       }
 }
 
-// What `run` does with the type of the strip's width.
+// The function calls run(Lanes<T, width>()) for the width of a strip.
 template <typename T, typename Run>
 inline void with_width(int64_t width, Run run) {
   switch (width) {
@@ -237,33 +245,33 @@ inline int64_t count_bits(const uint64_t* bits, int64_t words) {
 }
 
 template <typename T>
-constexpr RnnLoops<T> LOOPS = {
-    [](const ForwardStep<T>& p, int64_t begin, int64_t end) {
-      with_width<T>(p.width, [&](auto s) { forward_rows<decltype(s)>(p, begin, end); });
-    },
-    [](const BackwardStep<T>& p, int64_t begin, int64_t end) {
-      with_width<T>(p.width, [&](auto s) { backward_rows<decltype(s)>(p, begin, end); });
-    },
-    [](const Product<T>& p, int64_t begin, int64_t end) {
-      with_width<T>(p.width, [&](auto s) { add_product<decltype(s)>(p.matrix, begin, end, p.from, p.to); });
-    },
-    [](const SampledProduct<T>& p, int64_t begin, int64_t end) {
-      with_width<T>(p.width, [&](auto s) { sampled_rows<decltype(s)>(p, begin, end); });
-    },
-    to_slab<T>,
-    from_slab<T>,
-    fill_panels<T>,
-    transpose_panels<T>,
-    fill_rows<T>,
-    find_kept,
-    count_bits,
+constexpr RnnLoops<T> RNN_LOOPS = {
+    .forward = [](const ForwardStep<T>& p, int64_t begin,
+                  int64_t end) { with_width<T>(p.width, [&](auto s) { forward_rows<decltype(s)>(p, begin, end); }); },
+    .backward = [](const BackwardStep<T>& p, int64_t begin,
+                   int64_t end) { with_width<T>(p.width, [&](auto s) { backward_rows<decltype(s)>(p, begin, end); }); },
+    .product =
+        [](const Product<T>& p, int64_t begin, int64_t end) {
+          with_width<T>(p.width, [&](auto s) { add_product<decltype(s)>(p.matrix, begin, end, p.from, p.to); });
+        },
+    .sampled = [](const SampledProduct<T>& p, int64_t begin,
+                  int64_t end) { with_width<T>(p.width, [&](auto s) { sampled_rows<decltype(s)>(p, begin, end); }); },
+    .to_slab = to_slab<T>,
+    .from_slab = from_slab<T>,
+    .fill_panels = fill_panels<T>,
+    .transpose_panels = transpose_panels<T>,
+    .fill_rows = fill_rows<T>,
+    .find_kept = find_kept,
+    .count_bits = count_bits,
 };
 
 }  // namespace
 
-extern const RnnLoops<float> rnn_f32;
-extern const RnnLoops<double> rnn_f64;
-const RnnLoops<float> rnn_f32 = LOOPS<float>;
-const RnnLoops<double> rnn_f64 = LOOPS<double>;
+template <typename T>
+const RnnLoops<T>& rnn_loops() {
+  return RNN_LOOPS<T>;
+}
+template const RnnLoops<float>& rnn_loops<float>();
+template const RnnLoops<double>& rnn_loops<double>();
 
 }  // namespace moduli::MODULI_NAMESPACE

@@ -1,64 +1,32 @@
-// The RNN's weights as the products read them: compressed rows of what is kept, or panels of a dense matrix.
+// The RNN's weights in the layouts that the products read (steps.h: Layout).
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <optional>
 #include <vector>
 
-#include "isa.h"
-#include "kept_bits.h"
-#include "rnn.h"
-#include "tasks.h"
+#include "cpu/common/dispatch.h"
+#include "cpu/common/kept_bits.h"
+#include "cpu/common/tasks.h"
+#include "cpu/common/tensors.h"
+#include "cpu/rnn/steps.h"
 
 namespace moduli {
 namespace {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <typename T>
-const RnnLoops<T>& rnn_loops() {
-  static const RnnLoops<T>& picked = [&]() -> const RnnLoops<T>& {
-    constexpr bool FLOAT = sizeof(T) == 4;
-    const auto of = [](const RnnLoops<float>& f32, const RnnLoops<double>& f64) -> const RnnLoops<T>& {
-      if constexpr (FLOAT)
-        return f32;
-      else
-        return f64;
-    };
-    switch (pick_isa()) {
-#if MODULI_KERNELS_X86
-      case Isa::AVX512: return of(avx512::rnn_f32, avx512::rnn_f64);
-      case Isa::AVX2: return of(avx2::rnn_f32, avx2::rnn_f64);
-#endif
-      default: return of(portable::rnn_f32, portable::rnn_f64);
-    }
-  }();
-  return picked;
-}
-
-// As an op gets it: see _library_rnn.py.
+// A weight as an op gets it: (rows, columns) with a mask of its shape, if given; or stored entries with crow (rows + 1)
+// and col, those of torch.sparse_csr.
 struct Weight {
   const Tensor& weight;
   const OptionalTensor &mask, &crow, &col;
 };
 
-// Rows that a task goes through: enough of them to be worth handing out.
+// The number of rows of a task, enough to be worth handing out
 constexpr int64_t ROWS_A_TASK = 64;
 inline int64_t row_tasks(int64_t rows) { return (rows + ROWS_A_TASK - 1) / ROWS_A_TASK; }
+
+// The function calls run(row) for all rows, on torch's threads.
 template <typename Run>
 void each_row(int64_t rows, int64_t columns, Run run) {
   each_task(row_tasks(rows), rows * columns, [&](int64_t task) {
@@ -67,29 +35,38 @@ void each_row(int64_t rows, int64_t columns, Run run) {
   });
 }
 
-// A matrix and the memory it lies in.
+// A matrix and the memory of its values.
 template <typename T>
 class OwnedMatrix {
  public:
   Matrix<T> matrix{};
 
  protected:
-  // Blocks of columns such that a slab's share, `width` lanes, stays in the first-level cache, but rows have some entries
-  // in each; multiples of MASK_STEP columns.
+  // The method begins a matrix of kept entries and chooses its blocks of columns. A block is so narrow that its share
+  // of a slab, `width` lanes, stays in the first-level cache, but so wide that rows have some entries in each. It is a
+  // multiple of MASK_STEP columns.
   void set_blocks(int64_t rows, int64_t columns, int64_t entries, int64_t width) {
     constexpr int64_t CACHED_BYTES = 32 << 10, LEAST_ENTRIES = 8, MOST_COLUMNS = int64_t{1} << 16;
     const int64_t wanted = columns * width * static_cast<int64_t>(sizeof(T)) / CACHED_BYTES;
     const int64_t worth = entries / std::max<int64_t>(1, rows * LEAST_ENTRIES);
     const int64_t least = (columns + MOST_COLUMNS - 1) / MOST_COLUMNS;
     const int64_t blocks = std::max({int64_t{1}, least, std::min(wanted, worth)});
-    const int64_t steps = (columns + blocks * MASK_STEP - 1) / (blocks * MASK_STEP), wide = std::max<int64_t>(1, steps) * MASK_STEP;
+    const int64_t steps = (columns + blocks * MASK_STEP - 1) / (blocks * MASK_STEP),
+                  wide = std::max<int64_t>(1, steps) * MASK_STEP;
     const int64_t needed = std::max<int64_t>(1, (columns + wide - 1) / wide);
-    matrix = {Layout::ENTRIES, rows, columns, needed, wide, nullptr, nullptr, nullptr};
+    matrix = {.layout = Layout::ENTRIES,
+              .rows = rows,
+              .columns = columns,
+              .blocks = needed,
+              .block_columns = wide,
+              .begin = nullptr,
+              .column = nullptr,
+              .value = nullptr};
     begin_.reset(new int64_t[matrix.blocks * rows + 1]());
   }
+  // The number of entries of a block and row, to be set before allocate()
   int64_t& count(int64_t block, int64_t row) { return begin_[block * matrix.rows + row + 1]; }
 
-  // Once count holds the entries of each block and row.
   void allocate() {
     const int64_t size = matrix.blocks * matrix.rows;
     for (int64_t i = 0; i < size; ++i) begin_[i + 1] += begin_[i];
@@ -105,9 +82,17 @@ class OwnedMatrix {
   }
 
   void set_dense(Layout layout, int64_t rows, int64_t columns, const T* value) {
-    matrix = {layout, rows, columns, 1, columns, nullptr, nullptr, value};
+    matrix = {.layout = layout,
+              .rows = rows,
+              .columns = columns,
+              .blocks = 1,
+              .block_columns = columns,
+              .begin = nullptr,
+              .column = nullptr,
+              .value = value};
   }
-  // fill(to, first, end) of a dense matrix's panels or, of ROWS, rows
+  // The method makes a dense matrix by calls of fill(to, first, end) for its panels or, if the layout is ROWS, its
+  // rows.
   template <typename Fill>
   void make_dense(Layout layout, int64_t rows, int64_t columns, Fill fill) {
     const int64_t height = layout == Layout::PANELS ? PANEL : 1, a_task = ROWS_A_TASK / height;
@@ -124,15 +109,16 @@ class OwnedMatrix {
   std::unique_ptr<T[]> value_;
 };
 
-// Kept share of a masked weight above which all of it is multiplied: measured, see benchmarks/NOTES.md. Up to a vector of
-// lanes, an entry by itself takes as long for one as for all of them; one lane goes over the whole as it lies in memory,
-// the transposed matrix too, of which entries have to be sorted anew.
+// The share of kept entries above which the whole masked weight is multiplied. It was measured, see
+// benchmarks/NOTES.md. A single entry takes as long for one lane as for a vector of lanes. One lane goes over the whole
+// weight without a copy, and over the transposed matrix too, whose entries would have to be sorted anew.
 inline double dense_from(int64_t width, bool transposed) {
   if (width == 1) return transposed ? 0.1 : 0.25;
   return width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7;
 }
 
-// width: lanes of the widest strip. transposed: that matrix is wanted too. The weight must outlive it.
+// The matrix of an op's weight, which must outlive it. `width` is the number of lanes of the widest strip. `transposed`
+// says that the transposed matrix will be needed too.
 template <typename T>
 class StoredMatrix : public OwnedMatrix<T> {
  public:
@@ -150,13 +136,14 @@ class StoredMatrix : public OwnedMatrix<T> {
   void dense(const T* weight, const uint8_t* mask, int64_t rows, int64_t columns, int64_t width) {
     if (width == 1 && !mask) return this->set_dense(Layout::ROWS, rows, columns, weight);
     const Layout layout = width == 1 ? Layout::ROWS : Layout::PANELS;
-    const auto fill = width == 1 ? rnn_loops<T>().fill_rows : rnn_loops<T>().fill_panels;
+    const auto fill = width == 1 ? loops<T>().rnn.fill_rows : loops<T>().rnn.fill_panels;
     this->make_dense(layout, rows, columns, [&](T* to, int64_t begin, int64_t end) {
-      fill({weight, mask, rows, columns, to}, begin, end);
+      fill({.weight = weight, .mask = mask, .rows = rows, .columns = columns, .to = to}, begin, end);
     });
   }
 
-  void from_compressed(const int64_t* crow, const int64_t* col, const T* value, int64_t rows, int64_t columns, int64_t width) {
+  void from_compressed(const int64_t* crow, const int64_t* col, const T* value, int64_t rows, int64_t columns,
+                       int64_t width) {
     this->set_blocks(rows, columns, crow[rows], width);
     const int64_t wide = this->matrix.block_columns;
     each_row(rows, columns, [&](int64_t i) {
@@ -175,10 +162,10 @@ class StoredMatrix : public OwnedMatrix<T> {
     const int64_t words = (columns + MASK_STEP - 1) / MASK_STEP;
     std::unique_ptr<uint64_t[]> bits(new uint64_t[std::max<int64_t>(1, rows * words)]);
     std::atomic<int64_t> entries{0};
-    const RnnLoops<T>& loops = rnn_loops<T>();
+    const RnnLoops<T>& rnn = loops<T>().rnn;
     each_row(rows, columns, [&](int64_t i) {
-      loops.find_kept(mask + i * columns, columns, &bits[i * words]);
-      entries += loops.count_bits(&bits[i * words], words);
+      rnn.find_kept(mask + i * columns, columns, &bits[i * words]);
+      entries += rnn.count_bits(&bits[i * words], words);
     });
     if (static_cast<double>(entries) > most * static_cast<double>(rows * columns)) {
       dense(weight, mask, rows, columns, width);
@@ -188,7 +175,8 @@ class StoredMatrix : public OwnedMatrix<T> {
     const int64_t wide = this->matrix.block_columns / MASK_STEP;
     const auto words_of = [&](int64_t b) { return std::min(wide, words - b * wide); };
     each_row(rows, columns, [&](int64_t i) {
-      for (int64_t b = 0; b < this->matrix.blocks; ++b) this->count(b, i) = loops.count_bits(&bits[i * words + b * wide], words_of(b));
+      for (int64_t b = 0; b < this->matrix.blocks; ++b)
+        this->count(b, i) = rnn.count_bits(&bits[i * words + b * wide], words_of(b));
     });
     this->allocate();
     each_row(rows, columns, [&](int64_t i) {
@@ -205,16 +193,16 @@ class StoredMatrix : public OwnedMatrix<T> {
   }
 };
 
+// The transposed matrix of m, which must outlive it.
 template <typename T>
-class TransposedMatrix : public OwnedMatrix<T> {  // m must outlive it
+class TransposedMatrix : public OwnedMatrix<T> {
  public:
   TransposedMatrix(const Matrix<T>& m, int64_t width) {
     if (m.layout == Layout::ROWS)
       this->set_dense(Layout::COLUMNS, m.columns, m.rows, m.value);
     else if (m.layout == Layout::PANELS)
-      this->make_dense(Layout::PANELS, m.columns, m.rows, [&](T* to, int64_t begin, int64_t end) {
-        rnn_loops<T>().transpose_panels(m, to, begin, end);
-      });
+      this->make_dense(Layout::PANELS, m.columns, m.rows,
+                       [&](T* to, int64_t begin, int64_t end) { loops<T>().rnn.transpose_panels(m, to, begin, end); });
     else
       transpose_entries(m, width);
   }
@@ -224,7 +212,7 @@ class TransposedMatrix : public OwnedMatrix<T> {  // m must outlive it
     const int64_t entries = m.begin[m.blocks * m.rows];
     this->set_blocks(m.columns, m.rows, entries, width);
     const int64_t wide = this->matrix.block_columns;
-    // Each task has columns of its own, which become rows.
+    // Each task has its own columns, which become rows.
     const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), row_tasks(m.block_columns));
     const auto each_entry = [&](auto use) {
       each_task(tasks, 4 * entries, [&](int64_t task) {

@@ -1,22 +1,22 @@
-// tanh, ReLU and their slopes over rows of a slab.
+// tanh, ReLU and their slopes.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "../elementary.h"
-#include "rnn.h"
+#include "cpu/rnn/steps.h"
+#include "math/elementary.h"
 
 namespace moduli::MODULI_NAMESPACE {
 
-// Relative error 2e-7. Near 0 the odd polynomial of the expansion, elsewhere (1 - e^-2|x|) / (1 + e^-2|x|).
+// tanh with a relative error of 2e-7: an odd polynomial near 0, and (1 - e^-2|x|) / (1 + e^-2|x|) elsewhere.
 template <typename V>
 inline V hyperbolic_tangent(V x) {
   const V a = absolute(x);
   const V e = exp2_of_nonpositive(a * -2.8853900817779268f);
   const V far = (1.0f - e) / (1.0f + e);
   const V u = x * x;
-  V p = u * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes
+  V p = u * -5.70498872745e-3f + 2.06390887954e-2f;  // coefficients of the Cephes library
   p = p * u - 5.37397155531e-2f;
   p = p * u + 1.33314422036e-1f;
   p = p * u - 3.33332819422e-1f;
@@ -26,13 +26,13 @@ inline V hyperbolic_tangent(V x) {
 }
 inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 
-// NaN stays NaN.
+// max(x, 0), where NaN stays NaN
 template <typename V>
 inline V rectified(V x) {
   return x < 0 ? V{} : x;
 }
 
-// s(a) in place.
+// The function replaces `count` numbers a by s(a).
 template <typename T>
 inline void activate(T* a, int64_t count, Nonlinearity nonlinearity) {
   using V = typename Pack<T>::V;
@@ -47,7 +47,7 @@ inline void activate(T* a, int64_t count, Nonlinearity nonlinearity) {
   __builtin_memcpy(a + i, last, (count - i) * sizeof(T));
 }
 
-// The slope of s where it has the value `s`.
+// The slope of the nonlinearity at the point where its value is s
 template <typename V>
 inline V slope_at(V s, Nonlinearity nonlinearity) {
   if (nonlinearity == Nonlinearity::TANH) return 1 - s * s;

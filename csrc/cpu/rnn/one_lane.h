@@ -1,16 +1,16 @@
-// A dense matrix and one lane alone, a batch of 1: there is nothing in a slab to make vectors of, so those are made along
-// the columns of the weight as it lies in memory. Contracts in rnn.h.
+// Dense matrices with one lane, which is a batch of 1. A slab of one lane holds no vectors, so these loops read vectors
+// along the rows or columns of the weight, in the tensor's own layout. Contracts stand in steps.h.
 #pragma once
 
-#include "lanes.h"
-#include "rnn.h"
+#include "cpu/rnn/lanes.h"
+#include "cpu/rnn/steps.h"
 
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// Without branches: where about half of the entries are kept, each would be a guess.
+// The loop has no branches, which the processor could only guess if about half of the entries are kept.
 template <typename T>
-void fill_rows(const DenseOf<T>& p, int64_t begin, int64_t end) {
+void fill_rows(const DenseCopy<T>& p, int64_t begin, int64_t end) {
   const T* weight = p.weight;
   const uint8_t* mask = p.mask;
   T* to = p.to;
@@ -20,8 +20,8 @@ void fill_rows(const DenseOf<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// sum[r] += the product of row r with `from`. The columns that fill no vector are taken with those before them, which count
-// as 0; where there are none before them, one by one.
+// sum[r] += the product of row r of ROWS rows with `from` (columns). The last columns, which fill no vector, are read
+// together with some before them that count as 0. If there are none before them, they are multiplied one by one.
 template <int ROWS, typename T>
 inline void add_rows(const T* w, int64_t columns, const T* from, T* sum) {
   using S = Lanes<T, 64>;
@@ -49,7 +49,7 @@ inline void add_rows(const T* w, int64_t columns, const T* from, T* sum) {
     for (int r = 0; r < ROWS; ++r) sum[r] += sum_of_lanes<T>(acc[r]);
 }
 
-// sum[begin .. end] += the products of COLUMNS columns with their numbers of `from`.
+// sum[begin .. end] += the products of COLUMNS columns with their COLUMNS numbers of `from`.
 template <int COLUMNS, typename T>
 inline void add_columns(const T* w, int64_t stride, int64_t begin, int64_t end, const T* from, T* sum) {
   using S = Lanes<T, 64>;
@@ -64,7 +64,7 @@ inline void add_columns(const T* w, int64_t stride, int64_t begin, int64_t end, 
     for (int c = 0; c < COLUMNS; ++c) sum[row] += from[c] * w[c * stride + row];
 }
 
-// sum += m times `from`, one number a column, rows begin .. end.
+// Rows begin .. end of sum += m times `from` (columns)
 template <typename T>
 void add_dense_of_one_lane(const Matrix<T>& m, int64_t begin, int64_t end, const T* from, T* sum) {
   constexpr int AT_ONCE = 8;
@@ -74,12 +74,13 @@ void add_dense_of_one_lane(const Matrix<T>& m, int64_t begin, int64_t end, const
     for (; row < end; ++row) add_rows<1>(m.value + row * m.columns, m.columns, from, sum + row);
   } else {
     int64_t c = 0;
-    for (; c + AT_ONCE <= m.columns; c += AT_ONCE) add_columns<AT_ONCE>(m.value + c * m.rows, m.rows, begin, end, from + c, sum);
+    for (; c + AT_ONCE <= m.columns; c += AT_ONCE)
+      add_columns<AT_ONCE>(m.value + c * m.rows, m.rows, begin, end, from + c, sum);
     for (; c < m.columns; ++c) add_columns<1>(m.value + c * m.rows, m.rows, begin, end, from + c, sum);
   }
 }
 
-// grad += the products of ROWS rows of da with VECTORS vectors of columns, summed over steps.
+// grad += the products of ROWS rows of da with VECTORS vectors of columns of `other`, summed over steps
 template <int ROWS, int VECTORS, typename S, typename T>
 inline void add_outer(const SampledProduct<T>& p, int64_t row, int64_t column) {
   using V = typename S::V;
@@ -112,7 +113,7 @@ inline int64_t add_outer_rows(const SampledProduct<T>& p, int64_t row, int64_t e
   return row;
 }
 
-// The gradient of a dense weight from one lane.
+// Rows begin .. end of the gradient of a dense weight
 template <typename T>
 void sampled_dense_of_one_lane(const SampledProduct<T>& p, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)

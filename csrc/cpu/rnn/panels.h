@@ -1,17 +1,17 @@
-// Dense matrices as panels (rnn.h: Layout), their making. Contracts in rnn.h.
+// Copies of dense matrices to Layout::PANELS. Contracts stand in steps.h.
 #pragma once
 
-#include "rnn.h"
+#include "cpu/rnn/steps.h"
 
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// Columns that go through a buffer at a time.
+// The number of columns that go through a buffer at a time
 constexpr int64_t COLUMNS_AT_ONCE = 64;
 
-// Without branches: where about half of the entries are kept, each would be a guess.
+// The loop has no branches, which the processor could only guess if about half of the entries are kept.
 template <typename T>
-void fill_panels(const DenseOf<T>& p, int64_t begin, int64_t end) {
+void fill_panels(const DenseCopy<T>& p, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
     T* to = p.to + panel * p.columns * PANEL;
     for (int64_t j = 0; j < p.columns; j += COLUMNS_AT_ONCE, to += COLUMNS_AT_ONCE * PANEL) {
@@ -29,7 +29,8 @@ void fill_panels(const DenseOf<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Panel `q` of the transposed matrix is made of rows 4 q ... of it, which are columns of m: squares of PANEL x PANEL.
+// Panel q of the transposed matrix holds its rows PANEL q, PANEL q + 1, ..., which are columns of m. It is made of
+// squares of PANEL x PANEL.
 template <typename T>
 void transpose_panels(const Matrix<T>& m, T* to, int64_t begin, int64_t end) {
   for (int64_t q = begin; q < end; ++q)

@@ -1,3 +1,2 @@
-// The loops of the masked RNN, compiled for any processor; rnn.cpp picks at run time.
-#define MODULI_NAMESPACE portable
-#include "rnn_loops.h"
+// The loops of the masked RNN, compiled for any processor. cpu/common/dispatch.h picks them at run time.
+#include "cpu/rnn/loops.h"

@@ -1,22 +1,25 @@
-// Registration of the CPU's masked RNN: makes compressed rows of the masked weights, runs the steps on torch's threads.
-// Schemas and contracts: moduli_kernels/_library_rnn.py.
+// Registration of the CPU's masked RNN. The ops bring weights into the layouts of matrix.h and run the steps on torch's
+// threads. Schemas and contracts stand in moduli_kernels/ops/masked_rnn.py.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 #include <tuple>
 
-#include "rnn_sequence.h"
+#include "cpu/rnn/sequence.h"
 
 namespace moduli {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 Direction direction(const Tensor& x, const Tensor& h, const std::string& nonlinearity, double leak, bool reverse) {
   STD_TORCH_CHECK(nonlinearity == "tanh" || nonlinearity == "relu", "nonlinearity must be 'tanh' or 'relu', got '",
                   nonlinearity, "'");
-  return {x.size(0), x.size(1), x.size(2), h.size(1),
-          nonlinearity == "tanh" ? Nonlinearity::TANH : Nonlinearity::RELU, leak, reverse};
+  return {.steps = x.size(0),
+          .batch = x.size(1),
+          .input = x.size(2),
+          .hidden = h.size(1),
+          .nonlinearity = nonlinearity == "tanh" ? Nonlinearity::TANH : Nonlinearity::RELU,
+          .leak = leak,
+          .reverse = reverse};
 }
 
 void check_type(const Tensor& x) {
@@ -26,8 +29,8 @@ void check_type(const Tensor& x) {
 
 template <typename T>
 void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight& w_ih, const Weight& w_hh,
-             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, Tensor& output, Tensor& h_n,
-             Tensor* activations) {
+             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, Tensor& output,
+             Tensor& h_n, Tensor* activations) {
   const Sequence<T> sequence(d, lengths);
   const int64_t width = sequence.width();
   const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, false), hidden(w_hh, d.hidden, d.hidden, width, false);
@@ -49,11 +52,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_rnn(
   check_type(x);
   const Direction d = direction(x, h, nonlinearity, leak, reverse);
   const auto type = x.scalar_type();
-  Tensor output = torch::stable::empty({d.steps, d.batch, d.hidden}, type), h_n = torch::stable::empty({d.batch, d.hidden}, type);
+  Tensor output = torch::stable::empty({d.steps, d.batch, d.hidden}, type),
+         h_n = torch::stable::empty({d.batch, d.hidden}, type);
   const bool need_activations = keep && leak != 1;
-  Tensor activations = need_activations ? torch::stable::empty({d.steps, d.batch, d.hidden}, type) : torch::stable::empty({0}, type);
+  Tensor activations =
+      need_activations ? torch::stable::empty({d.steps, d.batch, d.hidden}, type) : torch::stable::empty({0}, type);
   const auto run = type == ScalarType::Double ? forward<double> : forward<float>;
-  run(d, x, h, {w_ih, mask_ih, crow_ih, col_ih}, {w_hh, mask_hh, crow_hh, col_hh}, b_ih, b_hh, lengths, output, h_n,
+  run(d, x, h, {.weight = w_ih, .mask = mask_ih, .crow = crow_ih, .col = col_ih},
+      {.weight = w_hh, .mask = mask_hh, .crow = crow_hh, .col = col_hh}, b_ih, b_hh, lengths, output, h_n,
       need_activations ? &activations : nullptr);
   return {output, h_n, activations};
 }
@@ -66,10 +72,15 @@ void backward(const Direction& d, const OptionalTensor& grad_output, const Tenso
   const int64_t width = sequence.width();
   const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, dx != nullptr), hidden(w_hh, d.hidden, d.hidden, width, true);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
-  sequence.backward(input.matrix, hidden.matrix, grad_output ? data<T>(*grad_output) : nullptr, data<T>(grad_h_n),
-                    data<T>(x), data<T>(h), data<T>(output), activations ? data<T>(*activations) : nullptr,
-                    {pointer(dx), pointer(dh), pointer(dw_ih), pointer(dw_hh), pointer(dbias),
-                     w_ih.mask ? data<uint8_t>(*w_ih.mask) : nullptr, w_hh.mask ? data<uint8_t>(*w_hh.mask) : nullptr});
+  sequence.backward(input.matrix, hidden.matrix, data_or_null<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
+                    data<T>(output), activations ? data<T>(*activations) : nullptr,
+                    {.x = pointer(dx),
+                     .h = pointer(dh),
+                     .w_ih = pointer(dw_ih),
+                     .w_hh = pointer(dw_hh),
+                     .bias = pointer(dbias),
+                     .mask_ih = data_or_null<uint8_t>(w_ih.mask),
+                     .mask_hh = data_or_null<uint8_t>(w_hh.mask)});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
@@ -86,9 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
   Tensor dw_ih = make(need_w_ih, {d.hidden, d.input}), dw_hh = make(need_w_hh, {d.hidden, d.hidden});
   Tensor dbias = make(need_bias, {d.hidden});
   const auto run = type == ScalarType::Double ? backward<double> : backward<float>;
-  run(d, grad_output, grad_h_n, x, h, {w_ih, mask_ih, {}, {}}, {w_hh, mask_hh, {}, {}}, lengths, output,
-      leak == 1 ? nullptr : &activations, need_x ? &dx : nullptr, need_h ? &dh : nullptr, need_w_ih ? &dw_ih : nullptr,
-      need_w_hh ? &dw_hh : nullptr, need_bias ? &dbias : nullptr);
+  const OptionalTensor none;
+  run(d, grad_output, grad_h_n, x, h, {.weight = w_ih, .mask = mask_ih, .crow = none, .col = none},
+      {.weight = w_hh, .mask = mask_hh, .crow = none, .col = none}, lengths, output, leak == 1 ? nullptr : &activations,
+      need_x ? &dx : nullptr, need_h ? &dh : nullptr, need_w_ih ? &dw_ih : nullptr, need_w_hh ? &dw_hh : nullptr,
+      need_bias ? &dbias : nullptr);
   return {dx, dh, dw_ih, dw_hh, dbias};
 }
 

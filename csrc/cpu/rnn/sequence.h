@@ -1,7 +1,7 @@
-// A sequence through one layer in one direction: what is done with the strips of the batch, and the order of the steps.
+// A sequence through one layer in one direction: the order of the steps, and what is done with each strip of the batch.
 #pragma once
 
-#include "rnn_slabs.h"
+#include "cpu/rnn/slabs.h"
 
 namespace moduli {
 namespace {
@@ -13,11 +13,13 @@ struct Direction {
   bool reverse;
 };
 
+// Tensors are (steps, batch, input), (steps, batch, hidden) and (batch, hidden). lengths (batch), if given, are the
+// steps of each sample.
 template <typename T>
 class Sequence {
  public:
   Sequence(const Direction& d, const OptionalTensor& lengths)
-      : d_(d), strips_(strips_of(d.batch, d.hidden)), loops_(rnn_loops<T>()) {
+      : d_(d), strips_(strips_of(d.batch, d.hidden)), loops_(loops<T>().rnn) {
     if (!lengths) return;
     const auto length = data<int64_t>(*lengths);
     active_ = make_slabs(d.steps, 1);
@@ -28,7 +30,7 @@ class Sequence {
     });
   }
 
-  // Lanes of the widest strip.
+  // The number of lanes of the widest strip
   int64_t width() const {
     int64_t widest = 1;
     for (const Strip& strip : strips_) widest = std::max(widest, strip.width);
@@ -46,31 +48,42 @@ class Sequence {
       read_inputs(x, first, steps, *inputs);
       run_steps(hidden, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
         const int64_t k = first + step, width = strips_[s].width;
-        T *next = state->at(s, (k + 1) % 2), *s_of_a = kept ? kept->at(s, 0) : nullptr;
-        loops_.forward({input, hidden, inputs->at(s, step), state->at(s, k % 2), bias, next, s_of_a, active(s, k), width,
-                        d_.nonlinearity, T(d_.leak)},
+        T *next = state->at(s, (k + 1) % 2), *activation = kept ? kept->at(s, 0) : nullptr;
+        loops_.forward({.input = input,
+                        .hidden = hidden,
+                        .x = inputs->at(s, step),
+                        .h = state->at(s, k % 2),
+                        .bias = bias,
+                        .next = next,
+                        .activation = activation,
+                        .active = active(s, k),
+                        .width = width,
+                        .nonlinearity = d_.nonlinearity,
+                        .leak = T(d_.leak)},
                        begin, end);
         write(next, s, step_of(output, k), d_.hidden, begin, end);
-        if (activations) write(s_of_a, s, step_of(activations, k), d_.hidden, begin, end);
+        if (activations) write(activation, s, step_of(activations, k), d_.hidden, begin, end);
       });
     }
     for_strips([&](int64_t s) { write(state->at(s, d_.steps % 2), s, h_n, d_.hidden, 0, d_.hidden); });
   }
 
+  // The gradients to compute, null if not needed, and the weights' masks, null if there are none
   struct Grads {
-    T *x, *h, *w_ih, *w_hh, *bias;  // null: not needed
-    const uint8_t *mask_ih, *mask_hh;  // null: none
+    T *x, *h, *w_ih, *w_hh, *bias;
+    const uint8_t *mask_ih, *mask_hh;
   };
 
-  // activations null: they are the output; grad_output null: 0. Goes back over chunks of steps, whose slabs are used for
-  // all gradients before the next ones take their place.
+  // The method goes back over chunks of steps, whose slabs are used for all gradients before the next ones take their
+  // place. grad_output is null if it is 0. activations is null if they are the output.
   void backward(const Matrix<T>& input, const Matrix<T>& hidden, const T* grad_output, const T* grad_h_n, const T* x,
                 const T* h, const T* output, const T* activations, const Grads& grads) const {
     const TransposedMatrix<T> hidden_transposed(hidden, width());
     std::optional<TransposedMatrix<T>> input_transposed;
     if (grads.x) input_transposed.emplace(input, width());
     std::optional<WeightGrad> dw_ih, dw_hh;
-    // strips only go on by themselves where W_hh keeps little; a W_ih that keeps much is not worth a copy for each
+    // strips run independently only if W_hh keeps few entries, and a copy of W_ih's gradient for each strip is worth
+    // its memory only if W_ih keeps few
     const auto parts = [&](const Matrix<T>& m) {
       return worth_sharing(hidden_transposed.matrix) || worth_sharing(m) ? 1 : std::max<int64_t>(1, strips());
     };
@@ -90,18 +103,25 @@ class Sequence {
     for (int64_t last = d_.steps; last > 0; last -= at_once) {
       const int64_t first = std::max<int64_t>(0, last - at_once), steps = last - first;
       read_states(h, output, first, steps, *states);
-      // da of the step after this chunk, its first one the last time, goes behind its own
+      // da of the step after this chunk was the first one of the last chunk; it goes behind this chunk's own
       if (last < d_.steps)
         for_strips([&](int64_t s) { std::copy_n(da->at(s, 0), da->stride(s), da->at(s, steps)); });
       run_steps(hidden_transposed.matrix, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
         const int64_t j = steps - 1 - step, k = first + j, width = strips_[s].width;
         if (grad_output) read(step_of(grad_output, k), d_.hidden, s, grad->at(s, 0), begin, end);
         if (activations) read(step_of(activations, k), d_.hidden, s, kept->at(s, 0), begin, end);
-        loops_.backward(
-            {hidden_transposed.matrix, k + 1 < d_.steps ? da->at(s, j + 1) : nullptr,
-             grad_output ? grad->at(s, 0) : nullptr, activations ? kept->at(s, 0) : states->at(s, j + 1), da->at(s, j),
-             stays->at(s, 0), sums ? sums->at(s, 0) : nullptr, active(s, k), width, d_.nonlinearity, T(d_.leak)},
-            begin, end);
+        loops_.backward({.hidden_transposed = hidden_transposed.matrix,
+                         .da_after = k + 1 < d_.steps ? da->at(s, j + 1) : nullptr,
+                         .grad_output = grad_output ? grad->at(s, 0) : nullptr,
+                         .activation = activations ? kept->at(s, 0) : states->at(s, j + 1),
+                         .da = da->at(s, j),
+                         .stays = stays->at(s, 0),
+                         .sum = sums ? sums->at(s, 0) : nullptr,
+                         .active = active(s, k),
+                         .width = width,
+                         .nonlinearity = d_.nonlinearity,
+                         .leak = T(d_.leak)},
+                        begin, end);
       });
       if (grads.x) input_grad(input_transposed->matrix, *da, first, steps, grads.x);
       if (dw_hh) add_weight_grad(*dw_hh, *da, *states, steps);
@@ -115,22 +135,26 @@ class Sequence {
     if (sums) sum_lanes(*sums, grads.bias);
     if (grads.h)
       for_strips([&](int64_t s) {
-        if (d_.steps) loops_.product({hidden_transposed.matrix, da->at(s, 0), stays->at(s, 0), strips_[s].width}, 0, d_.hidden);
+        if (d_.steps)
+          loops_.product(
+              {.matrix = hidden_transposed.matrix, .from = da->at(s, 0), .to = stays->at(s, 0), .width = strips_[s].width},
+              0, d_.hidden);
         write(stays->at(s, 0), s, grads.h, d_.hidden, 0, d_.hidden);
       });
   }
 
  private:
-  // Bytes of slabs that are gone through together: of all strips, which should stay in the last-level cache, and of one
-  // strip and block of columns, in the second-level cache.
+  // Bytes of slabs that are worked on together: those of all strips should stay in the last-level cache, and those of
+  // one strip and block of columns in the second-level cache.
   static constexpr int64_t CHUNK_BYTES = int64_t{1} << 21, CACHED_BYTES = int64_t{1} << 19;
   int64_t chunk_steps(int64_t rows) const {
     const int64_t step = std::max<int64_t>(1, lanes() * rows * static_cast<int64_t>(sizeof(T)));
     return std::max<int64_t>(1, std::min(d_.steps, std::max<int64_t>(4, CHUNK_BYTES / step)));
   }
 
-  // The gradient of a weight while it is summed up: (rows, columns), or of the matrix's entries alone, then in `parts` parts:
-  // one of all strips, or one of each, where a strip's slabs are in the cache of the thread that went on with it.
+  // The gradient of a weight while it is summed up. For a dense matrix that is `whole` itself (rows, columns). For kept
+  // entries it is (parts, entries), where one part serves all strips, or each strip has its own if its slabs are in the
+  // cache of the thread that computed it.
   struct WeightGrad {
     WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask, int64_t parts)
         : matrix(m), whole(whole), mask(mask), parts(m.begin ? parts : 1) {
@@ -158,30 +182,36 @@ class Sequence {
     }
     const Matrix<T>& matrix;
     T* whole;
-    const uint8_t* mask;  // (rows, columns): 0 where the gradient of a dense matrix is to be 0; null: nowhere
+    const uint8_t* mask;  // (rows, columns), 0 where the gradient of a dense matrix must be 0; or null
     int64_t parts;
     std::vector<T> entries;
   };
 
   void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
-    // strips are of unlike widths, chunks of the rows of all strips alike
+    // strips have different widths, but chunks of rows of all strips take equal time
     const int64_t chunks = chunks_a_group(m.rows, grad.parts, grad.parts > 1 ? 2 : 1), a_part = strips() / grad.parts;
     each_task(grad.parts * chunks, entries_of(m) * lanes() * steps, [&](int64_t task) {
       const int64_t part = task / chunks, c = task % chunks;
-      const int64_t begin = chunk_begin(m.rows, c, chunks), end = chunk_begin(m.rows, c + 1, chunks);
+      const RowRange rows = chunk_of_rows(c, chunks, m.rows);
       for (int64_t s = part * a_part; s < (part + 1) * a_part; ++s) {
         const int64_t width = strips_[s].width, share = m.block_columns * width * static_cast<int64_t>(sizeof(T));
         const int64_t at_once = std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, share));
         for (int64_t k = 0; k < steps; k += at_once)
-          loops_.sampled({m, da.at(s, k), other.at(s, k), da.stride(s), other.stride(s), std::min(at_once, steps - k),
-                          width, grad.of(part)},
-                         begin, end);
+          loops_.sampled({.matrix = m,
+                          .da = da.at(s, k),
+                          .other = other.at(s, k),
+                          .da_step = da.stride(s),
+                          .other_step = other.stride(s),
+                          .steps = std::min(at_once, steps - k),
+                          .width = width,
+                          .grad = grad.of(part)},
+                         rows.first, rows.end);
       }
     });
   }
 
-  // to[i]: the sum of row i over all lanes.
+  // to[i] becomes the sum of row i over all lanes.
   void sum_lanes(const Slabs<T>& slabs, T* to) const {
     constexpr int64_t SIDE_BY_SIDE = 4;  // widths but 1 are multiples of it
     each_row(d_.hidden, lanes(), [&](int64_t i) {
@@ -200,20 +230,21 @@ class Sequence {
   void input_grad(const Matrix<T>& input_transposed, const Slabs<T>& da, int64_t first, int64_t steps, T* dx) const {
     each_step_of_strips(steps, entries_of(input_transposed), [&](int64_t s, int64_t j) {
       const Slabs<T> slab({strips_[s]}, 1, d_.input);
+      const int64_t width = strips_[s].width;
       std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
-      loops_.product({input_transposed, da.at(s, j), slab.at(0, 0), strips_[s].width}, 0, d_.input);
+      loops_.product({.matrix = input_transposed, .from = da.at(s, j), .to = slab.at(0, 0), .width = width}, 0, d_.input);
       write(slab.at(0, 0), s, dx + time(first + j) * d_.batch * d_.input, d_.input, 0, d_.input);
     });
   }
 
-  // Slabs of x at `steps` steps from `first` on, in the order in which they are taken.
+  // The method fills slabs with x at `steps` steps from `first` on, in the order in which they are computed.
   void read_inputs(const T* x, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
     each_step_of_strips(steps, d_.input, [&](int64_t s, int64_t j) {
       read(x + time(first + j) * d_.batch * d_.input, d_.input, s, slabs.at(s, j));
     });
   }
 
-  // Slabs of the state before each of these steps, and after the last.
+  // The method fills slabs with the state before each of these steps, and after the last one.
   void read_states(const T* h, const T* output, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
     each_step_of_strips(steps + 1, d_.hidden, [&](int64_t s, int64_t j) {
       const int64_t k = first + j;
@@ -223,37 +254,46 @@ class Sequence {
 
   int64_t lanes() const { return lanes_of(strips_); }
   int64_t strips() const { return static_cast<int64_t>(strips_.size()); }
+  // Where step k, in the order of computation, is in tensors
   int64_t time(int64_t k) const { return d_.reverse ? d_.steps - 1 - k : k; }
   template <typename U>
   U* step_of(U* states, int64_t k) const { return states + time(k) * d_.batch * d_.hidden; }
   const T* active(int64_t s, int64_t k) const { return active_ ? active_->at(s, k) : nullptr; }
   SlabsPointer<T> make_slabs(int64_t steps, int64_t rows) const { return std::make_unique<Slabs<T>>(strips_, steps, rows); }
 
-  void read(const T* from, int64_t rows, int64_t s, T* slab, int64_t begin, int64_t end) const {
+  // Rows begin .. end of strip s between a tensor (batch, rows) and a slab
+  Transposition<T> transposition(T* tensor, int64_t rows, int64_t s, T* slab) const {
     const Strip& strip = strips_[s];
-    loops_.to_slab({const_cast<T*>(from) + strip.first * rows, rows, strip.lanes, slab, strip.width}, begin, end);
+    return {.lanes_first = tensor + strip.first * rows,
+            .stride = rows,
+            .lanes = strip.lanes,
+            .slab = slab,
+            .width = strip.width};
+  }
+  void read(const T* from, int64_t rows, int64_t s, T* slab, int64_t begin, int64_t end) const {
+    loops_.to_slab(transposition(const_cast<T*>(from), rows, s, slab), begin, end);
   }
   void read(const T* from, int64_t rows, int64_t s, T* slab) const { read(from, rows, s, slab, 0, rows); }
   void write(T* slab, int64_t s, T* to, int64_t rows, int64_t begin, int64_t end) const {
-    const Strip& strip = strips_[s];
-    loops_.from_slab({to + strip.first * rows, rows, strip.lanes, slab, strip.width}, begin, end);
+    loops_.from_slab(transposition(to, rows, s, slab), begin, end);
   }
 
   template <typename Run>
   void for_strips(Run run) const {
     for (int64_t s = 0; s < strips(); ++s) run(s);
   }
+  // The method calls run(strip, step) for all strips and steps 0 .. steps, on torch's threads.
   template <typename Run>
   void each_step_of_strips(int64_t steps, int64_t work_a_lane, Run run) const {
     each_task(strips() * steps, steps * work_a_lane * lanes(), [&](int64_t task) { run(task / steps, task % steps); });
   }
 
-  // step(strip, k, first row, end) for k = 0 .. steps. Either strips go on by themselves, or the rows of each step are
-  // shared out too.
+  // The method calls step(strip, k, first row, end) for k = 0 .. steps in order. Either each strip runs independently,
+  // or the rows of each step are shared out too.
   template <typename Step>
   void run_steps(const Matrix<T>& m, int64_t steps, Step step) const {
     const int64_t rows = m.rows, work = (entries_of(m) + rows) * lanes();  // of a step
-    const bool share_rows = torch::stable::get_num_threads() > 1 && rows >= 2 * SQUARE_ROWS && worth_sharing(m);
+    const bool share_rows = torch::stable::get_num_threads() > 1 && rows >= 2 * SQUARE && worth_sharing(m);
     if (!share_rows) {
       each_task(strips(), steps * work, [&](int64_t s) {
         for (int64_t k = 0; k < steps; ++k) step(s, k, 0, rows);
@@ -262,12 +302,13 @@ class Sequence {
     }
     const int64_t chunks = chunks_a_group(rows, strips(), 2);
     each_task_of_steps(steps, strips(), chunks, steps * work, [&](int64_t k, int64_t s, int64_t c) {
-      step(s, k, chunk_begin(rows, c, chunks), chunk_begin(rows, c + 1, chunks));
+      const RowRange range = chunk_of_rows(c, chunks, rows);
+      step(s, k, range.first, range.end);
     });
   }
 
-  // Whether a step has so much to multiply that its rows are worth waiting for each other, and worth sending each state
-  // to the other threads, whose caches may be far away: both measured, see benchmarks/NOTES.md.
+  // Whether the rows of a step are worth sharing out. A step must have enough to multiply for two costs: threads wait
+  // for each other, and each state goes to the caches of other threads. Both were measured, see benchmarks/NOTES.md.
   bool worth_sharing(const Matrix<T>& m) const {
     constexpr int64_t VECTOR = 16, WORTH_WAITING = int64_t{1} << 13, WORTH_SENDING = 64;
     const bool of_columns = m.layout == Layout::ROWS || m.layout == Layout::COLUMNS;

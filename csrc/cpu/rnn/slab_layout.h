@@ -1,15 +1,16 @@
-// Between a tensor, one lane of the batch after another, and a slab: contracts in rnn.h.
+// Copies between a tensor, which holds one lane of the batch after another, and a slab. Contracts stand in steps.h.
 #pragma once
 
 #include <type_traits>
 
-#include "rnn.h"
-#include "transpose.h"
+#include "cpu/common/transpose.h"
+#include "cpu/rnn/steps.h"
 
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// What is known of a size beforehand takes one move of each run.
+// The function calls run(size) with a size that is a constant for the compiler where possible, so that a copy of that
+// length is one move.
 template <int N>
 using Size = std::integral_constant<int64_t, N>;
 template <typename Run>
@@ -21,34 +22,38 @@ inline void with_size(int64_t size, Run run) {
     default: return run(size);
   }
 }
+
+// `count` runs of `length` elements
 template <typename T, typename Length>
 inline void copy_runs(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count, Length length) {
   for (int64_t i = 0; i < count; ++i) __builtin_memcpy(to + i * to_stride, from + i * from_stride, length * sizeof(T));
 }
 
-// A square of `lanes` x `rows` elements, at most SQUARE each way, through buffers: those that are missing count as 0, and
-// are not written but for lanes that are filled up.
+// A part of a square, transposed through buffers: `lines` lines of `length` elements are read, `to_lines` lines of
+// `to_length` elements are written. Elements that are not read count as 0.
 template <typename T>
-inline void small_square_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
+inline void transpose_part(const T* from, int64_t from_stride, int64_t lines, int64_t length, T* to, int64_t to_stride,
+                           int64_t to_lines, int64_t to_length) {
+  T read[SQUARE * SQUARE] = {}, transposed[SQUARE * SQUARE];
+  with_size(length, [&](auto size) { copy_runs(from, from_stride, read, SQUARE, lines, size); });
+  transpose_square<false>(read, SQUARE, transposed, SQUARE);
+  with_size(to_length, [&](auto size) { copy_runs(transposed, SQUARE, to, to_stride, to_lines, size); });
+}
+
+// The part of a square that a slab or a tensor has; lanes that only fill up the slab become 0 there.
+template <typename T>
+inline void part_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
   const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
   const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
-  const T* tensor = p.lanes_first + lane * p.stride + row;
-  with_size(rows, [&](auto length) { copy_runs(tensor, p.stride, from, SQUARE, lanes, length); });
-  transpose_square<false>(from, SQUARE, to, SQUARE);
-  T* slab = p.slab + row * p.width + lane;
-  with_size(filled, [&](auto length) { copy_runs(to, SQUARE, slab, p.width, rows, length); });
+  transpose_part(p.lanes_first + lane * p.stride + row, p.stride, lanes, rows, p.slab + row * p.width + lane, p.width, rows,
+                 filled);
 }
 template <typename T>
-inline void small_square_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
+inline void part_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
   const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
   const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-  T from[SQUARE * SQUARE] = {}, to[SQUARE * SQUARE];
-  const T* slab = p.slab + row * p.width + lane;
-  with_size(filled, [&](auto length) { copy_runs(slab, p.width, from, SQUARE, rows, length); });
-  transpose_square<false>(from, SQUARE, to, SQUARE);
-  T* tensor = p.lanes_first + lane * p.stride + row;
-  with_size(rows, [&](auto length) { copy_runs(to, SQUARE, tensor, p.stride, lanes, length); });
+  transpose_part(p.slab + row * p.width + lane, p.width, rows, filled, p.lanes_first + lane * p.stride + row, p.stride,
+                 lanes, rows);
 }
 
 template <typename T>
@@ -62,7 +67,7 @@ void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
       if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
         transpose_square<false>(p.lanes_first + lane * p.stride + row, p.stride, p.slab + row * p.width + lane, p.width);
       else
-        small_square_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
+        part_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 
 template <typename T>
@@ -76,7 +81,7 @@ void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
       if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
         transpose_square<false>(p.slab + row * p.width + lane, p.width, p.lanes_first + lane * p.stride + row, p.stride);
       else
-        small_square_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
+        part_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 
 }  // namespace
