@@ -37,7 +37,7 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-fno-exceptions
 AVX512_FLAGS = [
     *AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
 ]
-ISA_FLAGS = {"_avx2.cpp": AVX2_FLAGS, "_avx512.cpp": AVX512_FLAGS}  # by the end of a file's name, x86-64 only
+ISA_FLAGS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}  # by a file's name without its ending, x86-64 only
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def functors_obstacle() -> str | None:
 # ---- What is built ------------------------------------------------------------------------------------
 
 def isa_flags(source: Path) -> list[str]:
-    return next((flags for ending, flags in ISA_FLAGS.items() if source.name.endswith(ending)), [])
+    return ISA_FLAGS.get(source.stem, [])
 
 
 def ops_library() -> Product:
     """The CPU operators: no Python module, torch.ops.load_library opens it. LibTorch's stable ABI only."""
     folder = torch_folder()
     assert folder is not None  # obstacle() has looked
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    sources = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
     if not X86:
         sources = [source for source in sources if not isa_flags(source)]
     flags = [
@@ -198,7 +198,8 @@ def install(built: Path, target: Path) -> None:
 
 
 def object_name(product: Product, source: Path) -> str:
-    return f"{product.filename.split('.')[0]}.{source.stem}.o"
+    place = source.relative_to(ROOT / "csrc").with_suffix("")
+    return f"{product.filename.split('.')[0]}.{'_'.join(place.parts)}.o"
 
 
 def compile_command(cxx: list[str], product: Product, source: str, obj: str, isa: list[str]) -> list[str]:

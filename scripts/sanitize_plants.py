@@ -21,7 +21,7 @@ SOURCE = r"""
 typedef float Pack __attribute__((vector_size(32)));
 
 PLANT float address(const float *p, int64_t at) { return p[at]; }
-PLANT float pack(const float *p, int64_t at) {  // as load_pack of csrc/simd.h
+PLANT float pack(const float *p, int64_t at) {  // as load_pack of csrc/math/simd.h
   Pack x;
   std::memcpy(&x, p + at, sizeof(x));
   return x[0] + x[7];

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="its subject has no device: the CPU's suite runs it"))
 
 
-os.environ["MODULI_KERNELS_POISON"] = "1"  # csrc/cpu/aligned.h: scratch memory that is used again holds 0x7f bytes
+os.environ["MODULI_KERNELS_POISON"] = "1"  # csrc/cpu/common/aligned.h: reused scratch memory holds 0x7f bytes
 
 
 @pytest.fixture(autouse=True, scope="session")

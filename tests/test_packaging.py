@@ -160,7 +160,7 @@ def test_source_archive_holds_what_a_build_and_the_tests_need(tmp_path):
               if path.suffix in (".py", ".h", ".cpp", ".sh")}
     tables = {"moduli_kernels/rnn_crossovers.json", "examples/reference.json"}
     wanted |= {"LICENSE", "Makefile", "pyproject.toml", "moduli_kernels/py.typed", *tables}
-    assert "csrc/cpu/penalty.cpp" in wanted and wanted - held == set()
+    assert "csrc/cpu/penalty/registration.cpp" in wanted and wanted - held == set()
     assert not [name for name in held - tables if name.endswith((".so", ".pyc", ".json"))]
 
 

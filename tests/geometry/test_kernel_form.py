@@ -16,42 +16,30 @@ CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
 KERNEL_INHIBITORS = {name: f for name, f in {**INHIBITORS, **VARIANTS}.items() if isinstance(f, mk.Inhibitor)}
 
 
-def enum(file, name):
-    """The members of a C++ enum, by name."""
-    body = re.search(rf"enum {name} \{{(.*?)\}}", (CSRC / file).read_text(), re.S).group(1)
-    return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
+def functors(file):
+    """The functors of a C++ header that have a code: their names, codes and the names of their parameters."""
+    pattern = r'struct (\w+)[^{;]*\{\n  static constexpr int64_t CODE = (\d+).*?PARAMETERS\[\] = \{([^}]*)\}'
+    found = re.findall(pattern, (CSRC / file).read_text(), re.S)
+    return {name: (int(code), tuple(re.findall(r'"(\w+)"', names))) for name, code, names in found}
 
 
 # --- with the C++ headers --------------------------------------------------------------------------------
 
 def test_manifold_codes_are_those_of_the_header():
-    codes = {"FLAT": mk.FlatTorus, "SPHERE": mk.Sphere, "KLEIN": mk.KleinBottle}
-    assert enum("distance.h", "ManifoldKind") == {name: cls.kernel_form.code for name, cls in codes.items()}
-    assert {cls.kernel_form.code for cls in MANIFOLD_CLASSES} == set(enum("distance.h", "ManifoldKind").values())
-
-
-STRUCTS = {  # each class, with its member of InhibitorKind and its functor
-    mk.DifferenceOfGaussians: ("DIFFERENCE_OF_GAUSSIANS", "DifferenceOfGaussians"),
-    mk.Diffusion: ("DIFFUSION", "Diffusion"),
-    mk.Sinusoid: ("SINUSOID", "Sinusoid"),
-    mk.RickerWavelet: ("RICKER", "RickerWavelet"),
-    mk.Constant: ("CONSTANT", "Constant"),
-    mk.TabulatedInhibitor: ("TABULATED", "Tabulated"),
-}
+    codes = {"Flat": mk.FlatTorus, "Sphere": mk.Sphere, "KleinBottle": mk.KleinBottle}
+    found = {name: code for name, (code, _) in functors("manifolds.h").items()}
+    assert found == {name: cls.kernel_form.code for name, cls in codes.items()}
+    assert {cls.kernel_form.code for cls in MANIFOLD_CLASSES} == set(found.values())
 
 
 def test_inhibitor_codes_are_those_of_the_header():
-    codes = {STRUCTS[cls][0]: cls.kernel_form.code for cls in INHIBITOR_CLASSES}
-    assert enum("inhibitor.h", "InhibitorKind") == codes
+    codes = {cls.__name__: cls.kernel_form.code for cls in INHIBITOR_CLASSES}
+    assert {name: code for name, (code, _) in functors("inhibitors.h").items()} == codes
 
 
-@pytest.mark.parametrize("cls", STRUCTS)
+@pytest.mark.parametrize("cls", INHIBITOR_CLASSES)
 def test_parameters_stand_in_the_order_that_the_functor_reads(cls):
-    """Each functor's comment begins with its parameters."""
-    text = (CSRC / "inhibitor.h").read_text()
-    functor = rf"// ([^\n]*)\n(?://[^\n]*\n)*template <[^>]*>\nstruct {STRUCTS[cls][1]} "
-    comment = re.search(functor, text).group(1)
-    assert tuple(re.split("[;.]", comment)[0].split(", ")) == cls.kernel_form.parameters
+    assert functors("inhibitors.h")[cls.__name__][1] == cls.kernel_form.parameters
 
 
 # --- there and back --------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """A square matrix over one set of points takes each pair's coefficient once, for W[i, j] and W[j, i]
-(csrc/cpu/penalty_mirrored.h). Held against the same call with the points given twice, which takes it twice."""
+(csrc/cpu/penalty/mirrored_task.h). Held against the same call with the points given twice, which takes it twice."""
 from __future__ import annotations
 
 import pytest

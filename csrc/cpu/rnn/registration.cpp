@@ -1,0 +1,114 @@
+// Registration of the CPU's masked RNN. The ops bring weights into the layouts of matrix.h and run the steps on torch's
+// threads. Schemas and contracts stand in moduli_kernels/ops/masked_rnn.py.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "cpu/rnn/sequence.h"
+
+namespace moduli {
+namespace {
+
+Direction direction(const Tensor& x, const Tensor& h, const std::string& nonlinearity, double leak, bool reverse) {
+  STD_TORCH_CHECK(nonlinearity == "tanh" || nonlinearity == "relu", "nonlinearity must be 'tanh' or 'relu', got '",
+                  nonlinearity, "'");
+  return {.steps = x.size(0),
+          .batch = x.size(1),
+          .input = x.size(2),
+          .hidden = h.size(1),
+          .nonlinearity = nonlinearity == "tanh" ? Nonlinearity::TANH : Nonlinearity::RELU,
+          .leak = leak,
+          .reverse = reverse};
+}
+
+void check_type(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "the RNN's tensors must be float32 or float64 on the CPU; cast them");
+}
+
+template <typename T>
+void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight& w_ih, const Weight& w_hh,
+             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, Tensor& output,
+             Tensor& h_n, Tensor* activations) {
+  const Sequence<T> sequence(d, lengths);
+  const int64_t width = sequence.width();
+  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, false), hidden(w_hh, d.hidden, d.hidden, width, false);
+  std::unique_ptr<T[]> bias;
+  if (b_ih || b_hh) {
+    bias.reset(new T[d.hidden]());
+    for (const auto& each : {b_ih, b_hh})
+      if (each)
+        for (int64_t i = 0; i < d.hidden; ++i) bias[i] += data<T>(*each)[i];
+  }
+  sequence.forward(input.matrix, hidden.matrix, bias.get(), data<T>(x), data<T>(h), mutable_data<T>(output),
+                   mutable_data<T>(h_n), activations ? mutable_data<T>(*activations) : nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_rnn(
+    Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor mask_ih,
+    OptionalTensor mask_hh, OptionalTensor crow_ih, OptionalTensor col_ih, OptionalTensor crow_hh, OptionalTensor col_hh,
+    OptionalTensor lengths, std::string nonlinearity, double leak, bool reverse, bool keep) {
+  check_type(x);
+  const Direction d = direction(x, h, nonlinearity, leak, reverse);
+  const auto type = x.scalar_type();
+  Tensor output = torch::stable::empty({d.steps, d.batch, d.hidden}, type),
+         h_n = torch::stable::empty({d.batch, d.hidden}, type);
+  const bool need_activations = keep && leak != 1;
+  Tensor activations =
+      need_activations ? torch::stable::empty({d.steps, d.batch, d.hidden}, type) : torch::stable::empty({0}, type);
+  const auto run = type == ScalarType::Double ? forward<double> : forward<float>;
+  run(d, x, h, {.weight = w_ih, .mask = mask_ih, .crow = crow_ih, .col = col_ih},
+      {.weight = w_hh, .mask = mask_hh, .crow = crow_hh, .col = col_hh}, b_ih, b_hh, lengths, output, h_n,
+      need_activations ? &activations : nullptr);
+  return {output, h_n, activations};
+}
+
+template <typename T>
+void backward(const Direction& d, const OptionalTensor& grad_output, const Tensor& grad_h_n, const Tensor& x,
+              const Tensor& h, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths, const Tensor& output,
+              const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
+  const Sequence<T> sequence(d, lengths);
+  const int64_t width = sequence.width();
+  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, dx != nullptr), hidden(w_hh, d.hidden, d.hidden, width, true);
+  const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
+  sequence.backward(input.matrix, hidden.matrix, data_or_null<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
+                    data<T>(output), activations ? data<T>(*activations) : nullptr,
+                    {.x = pointer(dx),
+                     .h = pointer(dh),
+                     .w_ih = pointer(dw_ih),
+                     .w_hh = pointer(dw_hh),
+                     .bias = pointer(dbias),
+                     .mask_ih = data_or_null<uint8_t>(w_ih.mask),
+                     .mask_hh = data_or_null<uint8_t>(w_hh.mask)});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
+    OptionalTensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor mask_ih,
+    OptionalTensor mask_hh, OptionalTensor lengths, Tensor output, Tensor activations, std::string nonlinearity,
+    double leak, bool reverse, bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias) {
+  check_type(x);
+  const Direction d = direction(x, h, nonlinearity, leak, reverse);
+  const auto type = x.scalar_type();
+  const auto make = [&](bool need, std::vector<int64_t> sizes) {
+    return torch::stable::empty(need ? sizes : std::vector<int64_t>{0}, type);
+  };
+  Tensor dx = make(need_x, {d.steps, d.batch, d.input}), dh = make(need_h, {d.batch, d.hidden});
+  Tensor dw_ih = make(need_w_ih, {d.hidden, d.input}), dw_hh = make(need_w_hh, {d.hidden, d.hidden});
+  Tensor dbias = make(need_bias, {d.hidden});
+  const auto run = type == ScalarType::Double ? backward<double> : backward<float>;
+  const OptionalTensor none;
+  run(d, grad_output, grad_h_n, x, h, {.weight = w_ih, .mask = mask_ih, .crow = none, .col = none},
+      {.weight = w_hh, .mask = mask_hh, .crow = none, .col = none}, lengths, output, leak == 1 ? nullptr : &activations,
+      need_x ? &dx : nullptr, need_h ? &dh : nullptr, need_w_ih ? &dw_ih : nullptr, need_w_hh ? &dw_hh : nullptr,
+      need_bias ? &dbias : nullptr);
+  return {dx, dh, dw_ih, dw_hh, dbias};
+}
+
+}  // namespace
+}  // namespace moduli
+
+STABLE_TORCH_LIBRARY_IMPL(moduli_kernels, CPU, m) {
+  m.impl("masked_rnn", TORCH_BOX(&moduli::masked_rnn));
+  m.impl("masked_rnn_grads", TORCH_BOX(&moduli::masked_rnn_grads));
+}

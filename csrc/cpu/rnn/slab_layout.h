@@ -1,0 +1,88 @@
+// Copies between a tensor, which holds one lane of the batch after another, and a slab. Contracts stand in steps.h.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/common/transpose.h"
+#include "cpu/rnn/steps.h"
+
+namespace moduli::MODULI_NAMESPACE {
+namespace {
+
+// The function calls run(size) with a size that is a constant for the compiler where possible, so that a copy of that
+// length is one move.
+template <int N>
+using Size = std::integral_constant<int64_t, N>;
+template <typename Run>
+inline void with_size(int64_t size, Run run) {
+  switch (size) {
+    case SQUARE: return run(Size<SQUARE>());
+    case SQUARE / 2: return run(Size<SQUARE / 2>());
+    case SQUARE / 4: return run(Size<SQUARE / 4>());
+    default: return run(size);
+  }
+}
+
+// `count` runs of `length` elements
+template <typename T, typename Length>
+inline void copy_runs(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count, Length length) {
+  for (int64_t i = 0; i < count; ++i) __builtin_memcpy(to + i * to_stride, from + i * from_stride, length * sizeof(T));
+}
+
+// A part of a square, transposed through buffers: `lines` lines of `length` elements are read, `to_lines` lines of
+// `to_length` elements are written. Elements that are not read count as 0.
+template <typename T>
+inline void transpose_part(const T* from, int64_t from_stride, int64_t lines, int64_t length, T* to, int64_t to_stride,
+                           int64_t to_lines, int64_t to_length) {
+  T read[SQUARE * SQUARE] = {}, transposed[SQUARE * SQUARE];
+  with_size(length, [&](auto size) { copy_runs(from, from_stride, read, SQUARE, lines, size); });
+  transpose_square<false>(read, SQUARE, transposed, SQUARE);
+  with_size(to_length, [&](auto size) { copy_runs(transposed, SQUARE, to, to_stride, to_lines, size); });
+}
+
+// The part of a square that a slab or a tensor has; lanes that only fill up the slab become 0 there.
+template <typename T>
+inline void part_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
+  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+  transpose_part(p.lanes_first + lane * p.stride + row, p.stride, lanes, rows, p.slab + row * p.width + lane, p.width, rows,
+                 filled);
+}
+template <typename T>
+inline void part_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
+  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+  transpose_part(p.slab + row * p.width + lane, p.width, rows, filled, p.lanes_first + lane * p.stride + row, p.stride,
+                 lanes, rows);
+}
+
+template <typename T>
+void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
+  if (p.width == 1) {
+    __builtin_memcpy(p.slab + begin, p.lanes_first + begin, (end - begin) * sizeof(T));
+    return;
+  }
+  for (int64_t lane = 0; lane < p.width; lane += SQUARE)
+    for (int64_t row = begin; row < end; row += SQUARE)
+      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
+        transpose_square<false>(p.lanes_first + lane * p.stride + row, p.stride, p.slab + row * p.width + lane, p.width);
+      else
+        part_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
+}
+
+template <typename T>
+void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
+  if (p.width == 1) {
+    __builtin_memcpy(p.lanes_first + begin, p.slab + begin, (end - begin) * sizeof(T));
+    return;
+  }
+  for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
+    for (int64_t row = begin; row < end; row += SQUARE)
+      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
+        transpose_square<false>(p.slab + row * p.width + lane, p.width, p.lanes_first + lane * p.stride + row, p.stride);
+      else
+        part_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
+}
+
+}  // namespace
+}  // namespace moduli::MODULI_NAMESPACE
