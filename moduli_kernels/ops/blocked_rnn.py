@@ -109,4 +109,4 @@ torch.library.register_autograd("moduli_kernels::blocked_rnn", _backward, setup_
 
 # --- the Triton kernels ----------------------------------------------------------------------------------------
 
-register_triton(SCHEMAS, lambda name: "rnn.launch_blocked", globals())
+register_triton(SCHEMAS, lambda name: "rnn.blocked", globals())

@@ -116,4 +116,4 @@ torch.library.register_autograd("moduli_kernels::masked_rnn", _backward, setup_c
 
 # --- the Triton kernels ----------------------------------------------------------------------------------------
 
-register_triton(SCHEMAS, lambda name: "rnn.launch_masked", globals())
+register_triton(SCHEMAS, lambda name: "rnn.masked", globals())

@@ -207,8 +207,8 @@ torch.library.register_autograd("moduli_kernels::penalty", _backward, setup_cont
 
 
 def _module_of(name: str) -> str:
-    return ("penalty.launch_grouped" if "penalties" in name
-            else "penalty.launch_kept" if name == "proximal_step_" else "penalty.launch")
+    return ("penalty.grouped" if "penalties" in name
+            else "penalty.proximal" if name == "proximal_step_" else "penalty.dense")
 
 
 register_triton(SCHEMAS, _module_of, globals())
