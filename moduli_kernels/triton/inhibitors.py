@@ -12,7 +12,7 @@ file. csrc/inhibitors.h writes the same formulas for the CPU, moduli_kernels/geo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -45,10 +45,10 @@ class Inhibitor(NamedTuple):
     """
 
     code: int
-    form: Callable[[list[float], int], Form]
+    form: Callable[[Sequence[float], int], Form]
 
 
-def form_of(code: int, parameters: list[float], samples: int) -> Form:
+def form_of(code: int, parameters: Sequence[float], samples: int) -> Form:
     """The inhibitor that an op's arguments mean."""
     return INHIBITORS[code].form(parameters, samples)
 
@@ -75,7 +75,7 @@ def difference_of_gaussians(s, p, scale, table):
     return f, slope
 
 
-def difference_of_gaussians_form(parameters: list[float], samples: int) -> Form:
+def difference_of_gaussians_form(parameters: Sequence[float], samples: int) -> Form:
     c, sigma1, sigma2, offset = parameters
     return Form(difference_of_gaussians, [c, offset, -LOG2_E / sigma1, -LOG2_E / sigma2, c / sigma1,
                                           c / sigma2])
@@ -107,7 +107,7 @@ def diffusion(s, p, scale, table):
     return (scale * p[0]) * power, slope
 
 
-def diffusion_form(parameters: list[float], samples: int) -> Form:
+def diffusion_form(parameters: Sequence[float], samples: int) -> Form:
     """The exponents 2 and 1 do without powers."""
     c, exponent = parameters
     return Form({2.0: square, 1.0: root}.get(exponent, diffusion), [c, exponent / 2, c * exponent / 2])
@@ -124,7 +124,7 @@ def sinusoid(s, p, scale, table):
     return c + c * cosine, (scale * p[2]) * sinc
 
 
-def sinusoid_form(parameters: list[float], samples: int) -> Form:
+def sinusoid_form(parameters: Sequence[float], samples: int) -> Form:
     c, mu = parameters
     return Form(sinusoid, [c, mu, -c * mu * mu / 2])
 
@@ -140,7 +140,7 @@ def ricker(s, p, scale, table):
     return height - height * ((1 - u) * e), (scale * p[3]) * ((3 - u) * e)
 
 
-def ricker_form(parameters: list[float], samples: int) -> Form:
+def ricker_form(parameters: Sequence[float], samples: int) -> Form:
     sigma, c = parameters
     height = c * 2 / math.sqrt(3 * sigma * math.sqrt(math.pi))
     return Form(ricker, [height, 1 / sigma**2, -LOG2_E / 2, height / (2 * sigma**2)])
@@ -154,8 +154,8 @@ def constant(s, p, scale, table):
     return tl.where(s == s, scale * p[0], s), tl.where(s == s, 0.0, s)
 
 
-def constant_form(parameters: list[float], samples: int) -> Form:
-    return Form(constant, parameters, constant=True)
+def constant_form(parameters: Sequence[float], samples: int) -> Form:
+    return Form(constant, list(parameters), constant=True)
 
 
 # --- tabulated -------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def tabulated(s, p, scale, table):
     return scale * f, tl.where(s == 0, 0.0, (0.5 * scale * steps) * change * reciprocal)
 
 
-def tabulated_form(parameters: list[float], samples: int) -> Form:
+def tabulated_form(parameters: Sequence[float], samples: int) -> Form:
     return Form(tabulated, [(samples - 1) / parameters[0], samples - 1.0])
 
 

@@ -15,7 +15,7 @@ the same formulas for the CPU, moduli_kernels/geometry for PyTorch.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -70,6 +70,10 @@ class Factor(NamedTuple):
     parameters: int
     source: int
 
+    def __hash__(self) -> int:
+        """Triton hashes a kernel's constants at every launch, which is slow for functions. `source` stands for them."""
+        return hash((self.first, self.columns, self.parameter, self.parameters, self.source))
+
 
 # Triton 3.6 reads a tuple in a tuple by place and not by name.
 PREPARE, DISTANCE, FINISH, FIRST, COLUMNS, PARAMETER, PARAMETERS = (
@@ -90,14 +94,14 @@ class Factors(NamedTuple):
     curved: bool
 
 
-def factors_of(codes: list[int], parameters: list[float]) -> Factors:
+def factors_of(codes: Sequence[int], parameters: Sequence[float]) -> Factors:
     """The manifold that an op's arguments `factors` (code and columns of each factor) and `factor_parameters` mean."""
     factors: list[Factor] = []
     sent: list[float] = []
     curved, column, read = False, 0, 0
     for code, columns in zip(codes[::2], codes[1::2]):
         manifold = MANIFOLDS[code]
-        own = parameters[read:read + manifold.parameters(columns)]
+        own = list(parameters[read:read + manifold.parameters(columns)])
         read += len(own)
         for run, width, values in [(manifold, columns, own)] if manifold.runs is None else manifold.runs(own):
             factors.append(Factor(run.prepare, run.distance, run.finish, column, width, len(sent), len(values),

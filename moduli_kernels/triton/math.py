@@ -6,6 +6,8 @@ csrc/math/elementary.h holds the same functions for the CPU.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ SIGN_BIT = tl.constexpr(-2147483648)
 
 # --- numbers as arguments of a kernel ------------------------------------------------------------------------
 
-def kernel_numbers(values: list[float], dtype: torch.dtype) -> tuple[float, ...]:
+def kernel_numbers(values: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
     """The values as arguments of a kernel that computes in dtype; `number` reads them there.
 
     Triton hands floats over in single precision, so for float64 each value is sent as three that sum to it exactly.

@@ -1,6 +1,7 @@
 """f(d) |w|^power as the kernels take it, from the arguments of an op: what all launchers begin with."""
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +41,20 @@ class Formula(NamedTuple):
 
 def formula_of(a: Any, points: Tensor) -> Formula:
     """The formula that the arguments `a` of an op mean; points: some of its points (n, coordinates)."""
-    dtype = points.dtype
-    manifold = factors_of(a.factors, a.factor_parameters)
-    form = form_of(a.inhibitor, a.inhibitor_parameters, 0 if a.table is None else a.table.shape[0])
+    return _formula(tuple(a.factors), tuple(a.factor_parameters), a.inhibitor, tuple(a.inhibitor_parameters),
+                    0 if a.table is None else a.table.shape[0], a.power, points.dtype, points.shape[1])
+
+
+# for the sake of small weights, whose launches take as long as all the rest
+@functools.lru_cache(maxsize=256)
+def _formula(codes: tuple[int, ...], factor_parameters: tuple[float, ...], inhibitor: int,
+             inhibitor_parameters: tuple[float, ...], samples: int, power: float, dtype: torch.dtype,
+             coordinates: int) -> Formula:
+    manifold = factors_of(codes, factor_parameters)
+    form = form_of(inhibitor, inhibitor_parameters, samples)
     constants = {
-        "FACTORS": FIRST_COORDINATE if form.constant else manifold.factors, "COORDINATES": points.shape[1],
+        "FACTORS": FIRST_COORDINATE if form.constant else manifold.factors, "COORDINATES": coordinates,
         "INHIBITOR": form.function, "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32}
     return Formula(dtype, form.constant, manifold.curved and not form.constant, manifold.factors, constants,
                    kernel_numbers(manifold.parameters, dtype), kernel_numbers(form.constants, dtype),
-                   int(a.power) if a.power in (1, 2) else 0)
+                   int(power) if power in (1, 2) else 0)
