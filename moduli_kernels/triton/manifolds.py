@@ -8,7 +8,8 @@ each other, and p is the tuple of its parameters.
     distance(x, y, p, GRADS)  for a pair: s, g and h. s is the squared geodesic distance, g = (1/2) ds/dx and
                               h = -(1/2) ds/dy, HALF the derivatives, each a tuple with a tile for each coordinate.
                               Without GRADS only s has to be right.
-    finish(g, x)              once a point: its gradient, from the sum g over all pairs; x as it came, not prepared
+    finish(g, x)              once a point: its gradient, from g, which is what the gradient would be if the
+                              coordinates of x, which is not prepared, were free
 
 To add a manifold, write them, make a `Manifold` of them, and list it at the end of this file. csrc/manifolds.h writes
 the same formulas for the CPU, moduli_kernels/geometry for PyTorch.
@@ -171,7 +172,7 @@ def distance(x, y, parameters, FACTORS: tl.constexpr, GRADS: tl.constexpr):
 
 @triton.jit
 def finish_gradient(g, points, FACTORS: tl.constexpr):
-    """The gradient of the points, from the sum of g over all pairs."""
+    """The gradient of the points, from what it would be if their coordinates were free."""
     finished = ()
     for q in tl.static_range(len(FACTORS)):
         finished = finished + FACTORS[q][FINISH](columns_of(g, FACTORS[q][FIRST], FACTORS[q][COLUMNS]),

@@ -32,7 +32,7 @@ def launched(monkeypatch):
 def test_as_nn_rnn(launched, settings, packed):
     net = net_of(4, 37, densities=(0.5, None), **settings)
     order = torch.randperm(37)
-    for name in net._hidden_names():  # a full block and few beside it, in this order
+    for name in net._hidden_names():  # a full block and few entries outside it, in this order
         mask = draw_mask(37, 37, density=0.05)
         mask[:20, :20] = True
         net.set_mask(name, mask[order.argsort()][:, order.argsort()])

@@ -262,10 +262,10 @@ def penalty_kernel(
     # tensors
     weight,         # (BLOCKS * n_rows, n_columns, INNER); rows a stride apart
     rows, cols,     # points, (n_rows, COORDINATES) and (n_columns, COORDINATES)
-    mask,           # bytes, of the weight's shape and contiguous, or None
-    table,          # of a tabulated inhibitor, or None
+    mask,           # bytes in the weight's shape, contiguous; or None
+    table,          # a tabulated inhibitor's, or None
     grad,           # 0-d, multiplies the gradients; None unless HAS_GRAD
-    dweight,        # of the weight's shape, contiguous; None unless NEED_WEIGHT
+    dweight,        # has the weight's shape, contiguous; None unless NEED_WEIGHT
     value_parts,    # (strips, groups)
     row_parts,      # (groups, COORDINATES, n_rows); None unless NEED_POINTS
     column_parts,   # (strips, COORDINATES, n_columns); None unless NEED_POINTS

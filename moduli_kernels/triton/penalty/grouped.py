@@ -25,7 +25,7 @@ from .formula import formula_of
 from .results import Arguments, Results
 from .scale import scale_each_
 
-LAYERS = 8  # of a launch, at most: each layer takes a handful of the kernel's arguments
+LAYERS = 8  # a launch takes no more, since each takes a handful of the kernel's arguments
 LARGEST = 1 << 22  # entries of a weight that shares a launch: larger ones keep a GPU busy longer than a launch takes
 
 # The names that the schema gives them.
@@ -57,11 +57,11 @@ def penalties_kernel(
     # tensors: a tuple has one for each layer
     weights,        # tuple of (n_rows, n_columns), each with its stride
     rows, cols,     # tuples of points
-    table,          # of a tabulated inhibitor, or None
+    table,          # a tabulated inhibitor's, or None
     grad,           # a factor of the gradients for each layer; None unless HAS_GRAD
     dweights,       # tuple like weights, contiguous; None unless NEED_WEIGHT
-    value_parts,    # one a program, of all layers
-    row_parts, column_parts,    # of all layers, as in penalty_kernel for each; None unless NEED_POINTS
+    value_parts,    # one for each program
+    row_parts, column_parts,    # each layer's as in penalty_kernel, one after the other; None unless NEED_POINTS
     # programs: the first of each layer, and how many groups of columns each layer has; groups vary first
     firsts, groups,
     # sizes and strides of the layers: columns and strides in units of VECTOR elements

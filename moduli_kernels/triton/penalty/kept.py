@@ -38,11 +38,11 @@ def kept_kernel(
     # tensors
     values,         # the entries, in the order of rows
     starts,         # (BLOCKS * n_own + 1), where the segments begin
-    partners,       # of each entry, the number of its other point
-    places,         # of each entry, where it stands in `values`; None if they are in order
+    partners,       # the number of each entry's other point
+    places,         # where each entry stands in `values`; None if they are in order
     own,            # points of the segments, (n_own, COORDINATES): rows or, if TRANSPOSED, columns
     others,         # the other points
-    table,          # of a tabulated inhibitor, or None
+    table,          # a tabulated inhibitor's, or None
     grad,           # 0-d, multiplies the gradients; None unless HAS_GRAD
     dweight,        # like values; None unless NEED_WEIGHT
     value_parts,    # one a program; None unless NEED_VALUE

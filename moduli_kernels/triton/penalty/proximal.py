@@ -53,8 +53,8 @@ def proximal_kernel(
     # tensors
     weight,         # (BLOCKS * n_rows, n_columns, INNER); rows a stride apart
     rows, cols,     # points, (n_rows, COORDINATES) and (n_columns, COORDINATES)
-    mask,           # bytes, of the weight's shape and contiguous, or None
-    table,          # of a tabulated inhibitor, or None
+    mask,           # bytes in the weight's shape, contiguous; or None
+    table,          # a tabulated inhibitor's, or None
     # sizes and stride: columns and stride in units of VECTOR elements, so that the compiler knows what is aligned
     n_rows, column_vectors, stride_vectors,
     # numbers, as `kernel_numbers` sends them
@@ -113,9 +113,9 @@ def proximal_kept_kernel(
     # tensors
     values,         # the entries of compressed rows
     starts,         # (BLOCKS * n_rows + 1), where the rows begin
-    columns,        # of each entry
+    columns,        # the column of each entry
     rows, cols,     # points
-    table,          # of a tabulated inhibitor, or None
+    table,          # a tabulated inhibitor's, or None
     # size
     n_rows,
     # numbers, as `kernel_numbers` sends them

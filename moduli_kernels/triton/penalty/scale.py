@@ -8,7 +8,7 @@ from torch import Tensor
 from ..device import on_device
 
 BLOCK, PROGRAMS = 4096, 1024
-TENSORS = 24  # of a launch, at most
+TENSORS = 24  # a launch takes no more
 
 
 @triton.jit

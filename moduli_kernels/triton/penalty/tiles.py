@@ -58,7 +58,7 @@ OVERRIDES: dict[str, Tile] = {}
 
 PARTS = 0.008  # at most so many numbers in the parts of the points' gradients, for each entry of W and coordinate; ...
 SMALL = 1 << 24  # ... where W has fewer entries than this, as many as for one of this size
-FEWEST_ROWS = 64  # of a strip
+FEWEST_ROWS = 64  # that a strip has, in a tall weight
 
 
 def kind_of_work(coordinates: int, curved: bool, need_points: bool) -> str:

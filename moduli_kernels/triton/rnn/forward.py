@@ -58,7 +58,7 @@ def forward_kernel(
     counters,       # one a part, 0 at the start; None without BARRIER
     # sizes: batch and size in units of VECTOR, so that the compiler knows what is aligned
     n, batch,
-    tiles,          # of BATCH elements, in a part of the batch
+    tiles,          # how many tiles of BATCH elements a part of the batch has
     size,           # numbers in a step
     # strides; stride_row in units of VECTOR
     stride_row, stride_batch,

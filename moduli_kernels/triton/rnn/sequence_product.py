@@ -69,7 +69,7 @@ def product_kernel(
     out_mask,       # bytes like out, or None
     # sizes
     rows, columns, depth,
-    more_depth,     # of the second pair
+    more_depth,     # the second pair's
     batch,          # elements of the batch: along the folded axis a is 0 from there on
     out_batch,      # elements of the batch that out has
     pitch,          # numbers that a step takes along the folded axis, in units of VECTOR

@@ -12,14 +12,14 @@ from ..device import Device
 
 SMALLEST_BATCH = 8  # elements of a tile, as many as the tensor cores' own tiles have
 ALONE = 128  # rows that one program keeps, at most; half as many if the number is not aligned, or it would spill
-HELD_ROWS = 16  # of a strip
+HELD_ROWS = 16  # rows of a strip
 # Limits for products that are as exact as float32: they split each factor in two, which takes registers.
 EXACT_ALONE, EXACT_HELD = 64, 512
 WARPS, MANY_WARPS = 8, 16
 ALIGNED = 16  # Triton takes note of numbers that are multiples of this
-STATES = 16  # of a tile that a thread loads at a time, at most, or it would spill; more where rows are aligned
-SLACK_BYTES = 2048  # of shared memory, besides W and a tile of states
-REGISTERS = 65536  # of a multiprocessor
+STATES = 16  # a thread loads so many of a tile at a time, at most, or it would spill; more where rows are aligned
+SLACK_BYTES = 2048  # shared memory for what is neither W nor a tile of states
+REGISTERS = 65536  # a multiprocessor has
 STREAMED_BATCH = 128
 # for kept entries: numbers of a tile, elements of its batch at least, entries of a row at a time at most, buffers
 KEPT_TILE, KEPT_BATCH, KEPT_ENTRIES, KEPT_BUFFERS = 8192, 16, 16, 3
