@@ -30,7 +30,7 @@ from .masked_rnn import (
 )
 from .registry import Derivative, Op, declare
 
-LAUNCHER = "rnn.launch_blocked"
+LAUNCHER = "rnn.blocked"
 PITCH = 8  # elements of the batch; rows of states hold a whole multiple of them
 
 

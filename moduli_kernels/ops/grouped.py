@@ -19,7 +19,7 @@ from torch import Tensor
 from .penalty import PenaltyArguments, fake_gradients, fake_nothing
 from .registry import Op, declare
 
-LAUNCHER = "penalty.launch_grouped"
+LAUNCHER = "penalty.grouped"
 
 NEEDS = ("bool[] need_weight", "bool[] need_points")
 GRADIENTS = "(Tensor[], Tensor[], Tensor[])"  # of weights, rows and cols

@@ -21,7 +21,7 @@ from ..reference import rnn as reference_rnn
 from ..reference.rnn import Step
 from .registry import Derivative, Op, declare
 
-LAUNCHER = "rnn.launch_masked"
+LAUNCHER = "rnn.masked"
 
 LEAVES = ("x", "h", "w_ih", "w_hh", "b_ih", "b_hh")  # the arguments that have gradients
 GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"  # of x, h, w_ih, w_hh and the biases

@@ -22,8 +22,8 @@ from .. import reference
 from ..geometry import encoding
 from .registry import Derivative, Op, declare
 
-LAUNCHER = "penalty.launch"
-PROXIMAL_LAUNCHER = "penalty.launch_kept"
+LAUNCHER = "penalty.dense"
+PROXIMAL_LAUNCHER = "penalty.proximal"
 
 NEEDS = ("bool need_weight", "bool need_points")
 GRADIENTS = "(Tensor, Tensor, Tensor)"  # of weight, rows and cols

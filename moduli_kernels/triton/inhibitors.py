@@ -1,115 +1,176 @@
-"""Inhibitors as functions of the squared distance s: f and its slope df/ds, as in csrc/inhibitor.h, both times
-`scale`. Formulas: moduli_kernels/inhibitors.py. What depends on the parameters alone is worked out by `constants`.
+"""Inhibitors as functions of tiles. All that the Triton kernels know of an inhibitor stands in this file.
+
+An inhibitor is one function, handed to the kernels as a constant:
+
+    function(s, p, scale, table)    f and its slope df/ds, both times `scale`, from the squared distance s. p is the
+                                    tuple of its constants; table is None, or a tabulated inhibitor's pointer.
+
+The launcher works out the constants from the op's parameters, so that the kernel doesn't: see `Inhibitor`. NaN in s
+comes out as NaN. To add an inhibitor, write its function, make an `Inhibitor` of it, and list it at the end of this
+file. csrc/inhibitors.h writes the same formulas for the CPU, moduli_kernels/geometry/inhibitors.py for PyTorch.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .math import cos_sinc, parameter, power_positive, root_and_reciprocal
+from ..runtime import triton_interpreted
+from .math import cos_sinc, numbers, power_positive, root_and_reciprocal
 
-DIFFERENCE_OF_GAUSSIANS = tl.constexpr(0)
-DIFFUSION = tl.constexpr(1)
-SINUSOID = tl.constexpr(2)
-RICKER = tl.constexpr(3)
-CONSTANT = tl.constexpr(4)
-TABULATED = tl.constexpr(5)
-# Diffusion with the exponents 2 and 1: c s and c sqrt(s), without powers
-SQUARE = tl.constexpr(6)
-ROOT = tl.constexpr(7)
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which knows no machine instructions
+LOG2_E = math.log2(math.e)
 
 
-def constants(kind: int, p: list[float], samples: int) -> tuple[int, list[float]]:
-    """The code of the function below, and its parameters, from code and parameters of moduli_kernels/_encoding.py
-    and the number of samples of a table."""
-    if kind == DIFFERENCE_OF_GAUSSIANS.value:
-        c, sigma1, sigma2, offset = p
-        return kind, [c, offset, -math.log2(math.e) / sigma1, -math.log2(math.e) / sigma2, c / sigma1, c / sigma2]
-    if kind == DIFFUSION.value:
-        c, exponent = p
-        code = {2.0: SQUARE.value, 1.0: ROOT.value}.get(exponent, kind)
-        return code, [c, exponent / 2, c * exponent / 2]
-    if kind == SINUSOID.value:
-        c, mu = p
-        return kind, [c, mu, -c * mu * mu / 2]
-    if kind == RICKER.value:
-        sigma, c = p
-        height = c * 2 / math.sqrt(3 * sigma * math.sqrt(math.pi))
-        return kind, [height, 1 / sigma**2, -math.log2(math.e) / 2, height / (2 * sigma**2)]
-    if kind == TABULATED.value:
-        return kind, [(samples - 1) / p[0], samples - 1.0]
-    return kind, p
+class Form(NamedTuple):
+    """An inhibitor as a launcher hands it over.
+
+    function: the kernel's constant INHIBITOR
+    constants: its p
+    constant: whether f is the same at all distances, so that nothing pulls at the points
+    """
+
+    function: Any
+    constants: list[float]
+    constant: bool = False
+
+
+class Inhibitor(NamedTuple):
+    """An inhibitor for the launchers.
+
+    code: its number, the op's argument `inhibitor`
+    form: from the op's `inhibitor_parameters` and the number of samples of its table (0: none) to what a kernel needs
+    """
+
+    code: int
+    form: Callable[[Sequence[float], int], Form]
+
+
+def form_of(code: int, parameters: Sequence[float], samples: int) -> Form:
+    """The inhibitor that an op's arguments mean."""
+    return INHIBITORS[code].form(parameters, samples)
 
 
 @triton.jit
-def difference_of_gaussians(s, p, scale):
-    """c, offset, -log2(e)/sigma1, -log2(e)/sigma2, c/sigma1, c/sigma2"""
-    narrow = tl.exp2(s * parameter(p, 2, s.dtype))
-    wide = tl.exp2(s * parameter(p, 3, s.dtype))
-    f = (scale * parameter(p, 1, s.dtype)) + (scale * parameter(p, 0, s.dtype)) * (narrow - wide)
-    slope = (scale * parameter(p, 5, s.dtype)) * wide - (scale * parameter(p, 4, s.dtype)) * narrow
+def inhibitor(s, constants, scale, table, INHIBITOR: tl.constexpr):
+    """f and df/ds, times scale. constants: those of the Form, as `kernel_numbers` sent them."""
+    if s.dtype == tl.float64:  # three numbers for each
+        p = numbers(constants, 0, len(constants) // 3, s.dtype)
+    else:
+        p = numbers(constants, 0, len(constants), s.dtype)
+    return INHIBITOR(s, p, scale, table)
+
+
+# --- difference of Gaussians -----------------------------------------------------------------------------------
+
+@triton.jit
+def difference_of_gaussians(s, p, scale, table):
+    """p: c, offset, -log2(e)/sigma1, -log2(e)/sigma2, c/sigma1, c/sigma2."""
+    narrow = tl.exp2(s * p[2])
+    wide = tl.exp2(s * p[3])
+    f = (scale * p[1]) + (scale * p[0]) * (narrow - wide)
+    slope = (scale * p[5]) * wide - (scale * p[4]) * narrow
     return f, slope
 
 
+def difference_of_gaussians_form(parameters: Sequence[float], samples: int) -> Form:
+    c, sigma1, sigma2, offset = parameters
+    return Form(difference_of_gaussians, [c, offset, -LOG2_E / sigma1, -LOG2_E / sigma2, c / sigma1,
+                                          c / sigma2])
+
+
+# --- diffusion: powers of the distance -------------------------------------------------------------------------
+
 @triton.jit
-def square(s, p, scale):
-    """c"""
-    c = scale * parameter(p, 0, s.dtype)
+def square(s, p, scale, table):
+    """f = c s, which is `diffusion` with exponent 2. p: c."""
+    c = scale * p[0]
     return c * s, tl.where(s == s, c, s)
 
 
 @triton.jit
-def root(s, p, scale):
-    """c"""
-    c = scale * parameter(p, 0, s.dtype)
+def root(s, p, scale, table):
+    """f = c sqrt(s), which is `diffusion` with exponent 1. p: c."""
+    c = scale * p[0]
     d, reciprocal = root_and_reciprocal(s)
     return c * d, tl.where(s == 0, 0.0, tl.where(s == s, (0.5 * c) * reciprocal, s))
 
 
 @triton.jit
-def diffusion(s, p, scale):
-    """c, exponent/2, c exponent/2. The slope diverges at 0 for exponents below 2: 0 is taken there, the limit of the
-    others."""
-    half = parameter(p, 1, s.dtype)
-    power = power_positive(s, half)
-    slope = (scale * parameter(p, 2, s.dtype)) * power / tl.where(s == 0, 1.0, s)
-    return (scale * parameter(p, 0, s.dtype)) * power, slope
+def diffusion(s, p, scale, table):
+    """f = c s^(exponent/2). At s = 0 the slope diverges for exponents below 2; it is taken as 0, the limit for the
+    others. p: c, exponent/2, c exponent/2."""
+    power = power_positive(s, p[1])
+    slope = (scale * p[2]) * power / tl.where(s == 0, 1.0, s)
+    return (scale * p[0]) * power, slope
 
+
+def diffusion_form(parameters: Sequence[float], samples: int) -> Form:
+    """The exponents 2 and 1 do without powers."""
+    c, exponent = parameters
+    return Form({2.0: square, 1.0: root}.get(exponent, diffusion), [c, exponent / 2, c * exponent / 2])
+
+
+# --- sinusoid --------------------------------------------------------------------------------------------------
 
 @triton.jit
-def sinusoid(s, p, scale):
-    """c, mu, -c mu^2/2"""
-    c = scale * parameter(p, 0, s.dtype)
+def sinusoid(s, p, scale, table):
+    """p: c, mu, -c mu^2/2."""
+    c = scale * p[0]
     d, _ = root_and_reciprocal(s)
-    cosine, sinc = cos_sinc(parameter(p, 1, s.dtype) * d)
-    return c + c * cosine, (scale * parameter(p, 2, s.dtype)) * sinc
+    cosine, sinc = cos_sinc(p[1] * d)
+    return c + c * cosine, (scale * p[2]) * sinc
 
 
-@triton.jit
-def ricker(s, p, scale):
-    """height, 1/sigma^2, -log2(e)/2, height/(2 sigma^2)"""
-    height = scale * parameter(p, 0, s.dtype)
-    u = s * parameter(p, 1, s.dtype)
-    e = tl.exp2(u * parameter(p, 2, s.dtype))
-    return height - height * ((1 - u) * e), (scale * parameter(p, 3, s.dtype)) * ((3 - u) * e)
+def sinusoid_form(parameters: Sequence[float], samples: int) -> Form:
+    c, mu = parameters
+    return Form(sinusoid, [c, mu, -c * mu * mu / 2])
 
+
+# --- Ricker wavelet --------------------------------------------------------------------------------------------
 
 @triton.jit
-def constant(s, p, scale):
-    """c"""
-    return tl.where(s == s, scale * parameter(p, 0, s.dtype), s), tl.where(s == s, 0.0, s)
+def ricker(s, p, scale, table):
+    """p: height, 1/sigma^2, -log2(e)/2, height/(2 sigma^2)."""
+    height = scale * p[0]
+    u = s * p[1]
+    e = tl.exp2(u * p[2])
+    return height - height * ((1 - u) * e), (scale * p[3]) * ((3 - u) * e)
+
+
+def ricker_form(parameters: Sequence[float], samples: int) -> Form:
+    sigma, c = parameters
+    height = c * 2 / math.sqrt(3 * sigma * math.sqrt(math.pi))
+    return Form(ricker, [height, 1 / sigma**2, -LOG2_E / 2, height / (2 * sigma**2)])
+
+
+# --- constant --------------------------------------------------------------------------------------------------
+
+@triton.jit
+def constant(s, p, scale, table):
+    """f = c, and NaN where s is. p: c."""
+    return tl.where(s == s, scale * p[0], s), tl.where(s == s, 0.0, s)
+
+
+def constant_form(parameters: Sequence[float], samples: int) -> Form:
+    return Form(constant, list(parameters), constant=True)
+
+
+# --- tabulated -------------------------------------------------------------------------------------------------
+
+INTERPRETED = tl.constexpr(triton_interpreted)  # the interpreter knows no machine instructions
 
 
 @triton.jit
 def cubic(pointer):
-    """The four numbers there."""
+    """The four numbers at `pointer`."""
     if INTERPRETED or pointer.dtype.element_ty == tl.float64:
         return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
     else:
-        # one load of 16 bytes where the entry is: for its own loads the compiler would move entries to other threads
+        # One load of 16 bytes by the thread that has the entry. Before loads of its own, the compiler would move the
+        # entries to other threads.
         return tl.inline_asm_elementwise(
             "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [pointer.to(tl.int64)],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
@@ -117,10 +178,9 @@ def cubic(pointer):
 
 @triton.jit
 def tabulated(s, p, scale, table):
-    """table steps a distance, last sample; table (samples, 4): the cubic v + t (m + t (c2 + t c3)) from each
-    equidistant node on, t in steps."""
-    steps = parameter(p, 0, s.dtype)
-    last = parameter(p, 1, s.dtype)
+    """table (samples, 4): v, m, c2, c3 at equidistant nodes. From each on, f = v + t (m + t (c2 + t c3)), t in steps of
+    the table; beyond the last f is constant. p: steps a unit of distance, the number of the last node."""
+    steps, last = p[0], p[1]
     d, reciprocal = root_and_reciprocal(s)
     x = d * steps
     inside = x < last  # not so for NaN
@@ -132,22 +192,12 @@ def tabulated(s, p, scale, table):
     return scale * f, tl.where(s == 0, 0.0, (0.5 * scale * steps) * change * reciprocal)
 
 
-@triton.jit
-def inhibitor(s, parameters, scale, table, KIND: tl.constexpr):
-    """f and df/ds, times scale."""
-    if KIND == DIFFERENCE_OF_GAUSSIANS:
-        return difference_of_gaussians(s, parameters, scale)
-    elif KIND == DIFFUSION:
-        return diffusion(s, parameters, scale)
-    elif KIND == SQUARE:
-        return square(s, parameters, scale)
-    elif KIND == ROOT:
-        return root(s, parameters, scale)
-    elif KIND == SINUSOID:
-        return sinusoid(s, parameters, scale)
-    elif KIND == RICKER:
-        return ricker(s, parameters, scale)
-    elif KIND == CONSTANT:
-        return constant(s, parameters, scale)
-    else:
-        return tabulated(s, parameters, scale, table)
+def tabulated_form(parameters: Sequence[float], samples: int) -> Form:
+    return Form(tabulated, [(samples - 1) / parameters[0], samples - 1.0])
+
+
+# --- all of them -----------------------------------------------------------------------------------------------
+
+INHIBITORS: dict[int, Inhibitor] = {entry.code: entry for entry in (
+    Inhibitor(0, difference_of_gaussians_form), Inhibitor(1, diffusion_form), Inhibitor(2, sinusoid_form),
+    Inhibitor(3, ricker_form), Inhibitor(4, constant_form), Inhibitor(5, tabulated_form))}

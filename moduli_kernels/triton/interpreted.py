@@ -1,5 +1,6 @@
-"""Triton's interpreter, mended: its scalars are arrays of one number, which NumPy from 2.4 on does not take for an
-integer, so a loop could not run to an argument. Imported where TRITON_INTERPRET=1 only."""
+"""Repairs Triton's interpreter. Its scalars are arrays of one number, and from version 2.4 on NumPy refuses to use such
+an array as an integer, so that no loop could run up to an argument. device.py imports this file where
+TRITON_INTERPRET=1 is set."""
 from __future__ import annotations
 
 from triton.runtime import interpreter

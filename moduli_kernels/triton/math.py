@@ -1,22 +1,43 @@
-"""Elementary functions of tiles, as in csrc/elementary.h: polynomials and the hardware's approximations.
+"""Elementary functions of tiles, by polynomials and by the approximations that the hardware offers.
 
 float32 runs on ex2, lg2 and rsqrt (relative error below 2^-22) and on minimax polynomials; NaN comes out as NaN.
-float64 is correct first. Nothing here needs libdevice in float32, so everything runs in Triton's interpreter too.
+float64 aims at full precision and not at speed. float32 needs nothing from libdevice, which Triton's interpreter lacks.
+csrc/math/elementary.h holds the same functions for the CPU.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
-# To be added to a product below a reciprocal square root: above every subnormal number, below all that counts.
+# Added to a product below a reciprocal square root: larger than every subnormal number, smaller than all that counts.
 TINY = tl.constexpr(1e-36)
 SIGN_BIT = tl.constexpr(-2147483648)
 
 
+# --- numbers as arguments of a kernel ------------------------------------------------------------------------
+
+def kernel_numbers(values: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
+    """The values as arguments of a kernel that computes in dtype; `number` reads them there.
+
+    Triton hands floats over in single precision, so for float64 each value is sent as three that sum to it exactly.
+    """
+    if dtype != torch.float64:
+        return tuple(values)
+    sent = []
+    for value in values:
+        for _ in range(3):
+            part = torch.tensor(value, dtype=torch.float32).item()
+            sent.append(part)
+            value -= part
+    return tuple(sent)
+
+
 @triton.jit
-def parameter(values, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    """Number INDEX of a tuple made by launch.parameters, as a scalar of the compute type: floats travel to a kernel
-    in single precision, so a double comes as three that sum to it exactly."""
+def number(values, INDEX: tl.constexpr, DTYPE: tl.constexpr):
+    """Number INDEX of those that `kernel_numbers` sent, as a scalar of the type that the kernel computes in."""
     if DTYPE == tl.float64:
         return (tl.full([], values[3 * INDEX], DTYPE) + tl.full([], values[3 * INDEX + 1], DTYPE)
                 + tl.full([], values[3 * INDEX + 2], DTYPE))
@@ -25,8 +46,19 @@ def parameter(values, INDEX: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def numbers(values, FIRST: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """The tuple of COUNT such numbers from number FIRST on."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (number(values, FIRST + i, DTYPE),)
+    return found
+
+
+# --- functions -------------------------------------------------------------------------------------------------
+
+@triton.jit
 def signed_by(y, x):
-    """y with the sign of x where x is not 0 (nor NaN), else 0."""
+    """Returns y times the sign of x, and 0 where x is 0 or NaN."""
     if x.dtype == tl.float32:
         bits = y.to(tl.int32, bitcast=True) ^ (x.to(tl.int32, bitcast=True) & SIGN_BIT)
         return tl.where(tl.abs(x) > 0, bits.to(tl.float32, bitcast=True), 0.0)
@@ -36,13 +68,13 @@ def signed_by(y, x):
 
 @triton.jit
 def power_positive(a, exponent):
-    """a^exponent for a >= 0 and exponent > 0, by 2^(exponent log2 a)."""
+    """Returns a^exponent for a >= 0 and exponent > 0, computed as 2^(exponent log2 a)."""
     return tl.exp2(exponent * tl.log2(a))
 
 
 @triton.jit
 def root_and_reciprocal(s):
-    """sqrt(s) and 1/sqrt(s) of s >= 0; the reciprocal is finite at 0."""
+    """Returns sqrt(s) and 1/sqrt(s) for s >= 0; the reciprocal stays finite at 0."""
     if s.dtype == tl.float64:
         root = tl.sqrt(s)
         return root, 1.0 / tl.maximum(root, 1e-150)
@@ -53,15 +85,15 @@ def root_and_reciprocal(s):
 
 @triton.jit
 def cos_sinc(x):
-    """cos(x) and sin(x)/x for 0 <= x < 2.5e4; absolute error 4.9e-9 beside rounding in float32."""
+    """Returns cos(x) and sin(x)/x for 0 <= x < 2.5e4. In float32 the absolute error is 4.9e-9, plus rounding."""
     if x.dtype == tl.float64:
         sine = tl.sin(x)
         return tl.cos(x), tl.where(x == 0, 1.0, sine / tl.where(x == 0, 1.0, x))
     else:
-        # x + 1.5 * 2^23 rounds to an integer and keeps its parity in the lowest bit
+        # adding 1.5 * 2^23 rounds to an integer and leaves its parity in the lowest bit
         shifted = x * 0.318309886 + 12582912.0
         n = shifted - 12582912.0
-        # pi in three parts: n times the first two is exact for n < 2^13
+        # n pi is subtracted in three parts, of which the first two are exact for n < 2^13
         r = x - n * 3.140625
         r = r - n * 9.67502593994140625e-4
         r = r - n * 1.509957990978376432e-7
@@ -83,7 +115,8 @@ def cos_sinc(x):
 
 @triton.jit
 def atan_of_ratio(q):
-    """atan(q) for 0 <= q <= 1; absolute error 2.3e-9 beside rounding, in float64 refined to full precision."""
+    """Returns atan(q) for 0 <= q <= 1. In float32 the absolute error is 2.3e-9, plus rounding; float64 is
+    refined to full precision."""
     u = q * q
     p = u * -1.8271847e-3 + 1.1064315e-2
     p = p * u - 3.1455469e-2
@@ -95,7 +128,7 @@ def atan_of_ratio(q):
     p = p * u - 3.3333302e-1
     angle = p * u * q + q
     if q.dtype == tl.float64:
-        # one step: the tangent of what is missing, 1e-8, is that itself to 1e-24
+        # one step of refinement: what is missing is about 1e-8, and equals its own tangent to 1e-24
         sine, cosine = tl.sin(angle), tl.cos(angle)
         return angle + (q * cosine - sine) / (cosine + q * sine)
     else:

@@ -1,6 +1,6 @@
-"""What only a GPU has: CUDA graphs, streams, several devices, synchronization, the caching allocator, races.
+"""What only a GPU can show: CUDA graphs, streams, several devices, synchronization, the caching allocator, races.
 
-    MODULI_KERNELS_TEST_DEVICE=cuda pytest tests/test_cuda_only.py
+    MODULI_KERNELS_TEST_DEVICE=cuda pytest tests/cuda/test_cuda_only.py
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.penalty_cases import (
 pytestmark = [on_device, pytest.mark.cuda, pytest.mark.skipif(
     DEVICE != "cuda", reason="needs a CUDA GPU, and MODULI_KERNELS_TEST_DEVICE=cuda")]
 
-# what a training step may call for; by name, so that each is warmed up (compiled) and checked alike
+# what a training step may ask for; each is compiled first and then checked in the same way
 SETTINGS: dict[str, dict] = {
     "trained": {},
     "frozen": {"trained": False},
@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict] = {
 
 
 class Step:
-    """A loss that holds the penalty, and its gradients."""
+    """A penalty and its backward, which returns value and gradients."""
 
     def __init__(self, n: int = 130, dtype: torch.dtype = torch.float32, trained: bool = True, masked: bool = False,
                  manifold: str = "torus", blocks: int = 1, grad: float = 1.0, **settings):
@@ -61,7 +61,7 @@ class Step:
 
 
 def capture(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """The graph of a call, and the tensors that a replay fills."""
+    """Captures a call; returns its graph and the tensors that a replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -87,7 +87,7 @@ def test_triton_serves_the_gpu():
 @pytest.mark.parametrize("grad", [1.0, -2.5])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_graph_of_forward_and_backward(settings, grad):
-    """Replayed on other weights and points it gives what eager gives, bit by bit."""
+    """Replayed on other weights and points, it gives what eager mode gives, bit by bit."""
     step = Step(grad=grad, **settings)
     graph, results = capture(step)
     for seed in (1, 2):
@@ -138,7 +138,7 @@ def test_graph_of_the_gradient_in_place():
 # --- streams, devices, synchronization --------------------------------------------------------------------
 
 def test_runs_on_the_current_stream():
-    """On a stream that is kept busy before the weight is written: work on any other would read what was there."""
+    """The stream is kept busy before the weight is written: work on another stream would read the old weight."""
     step = Step()
     fresh = draw_weight(*step.weight.shape, seed=7)
     want = expected(fresh, step.rows, manifold="torus")
@@ -175,12 +175,12 @@ def test_the_second_device_as_the_first(settings):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_host_never_waits(settings, grad):
     step = Step(grad=grad, **settings)
-    step()  # compiled, and tables copied to the device
+    step()  # compiles the kernels, and copies tables to the device
 
     def again() -> None:
         value = mk.moduli_penalty(step.weight, step.rows, **step.settings)
         value.backward(step.grad, retain_graph=True)
-        value.backward(step.grad)  # made again
+        value.backward(step.grad)  # makes the gradients again
         with torch.no_grad():
             mk.moduli_penalty(step.weight, step.rows, **step.settings)
 
@@ -207,11 +207,11 @@ def test_under_autocast_with_a_loss_scale(dtype):
     assert relative_error(step.rows.grad, want.rows) <= 1e-5
 
 
-# torch's own, on the way
+# torch warns on the way
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_in_one_graph(mode):
-    """Also where inductor captures CUDA graphs of it."""
+    """It is one graph in both modes; in the second inductor captures CUDA graphs of it."""
     step = Step()
     compiled = torch.compile(lambda w, e: mk.moduli_penalty(w * 2, e, manifold="torus"), fullgraph=True, mode=mode)
     want = expected(2 * step.weight, step.rows, manifold="torus")
@@ -227,7 +227,7 @@ def test_compiled_in_one_graph(mode):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_in_a_graph(reentrant):
-    """The forward is run again in backward; without random numbers to save, for their state waits for the device."""
+    """The forward runs again in backward. No random state is saved, since that would wait for the device."""
     step = Step()
 
     def call() -> tuple[Tensor, ...]:
@@ -246,7 +246,7 @@ def test_checkpoint_in_a_graph(reentrant):
 # --- races, memory, size ----------------------------------------------------------------------------------
 
 def test_ten_thousand_runs_are_alike():
-    """Value, dW and dE bit by bit: what one run leaves to chance, one of many shows."""
+    """Value, dW and dE are equal bit by bit: if something is left to chance, one of many runs shows it."""
     weight, rows = draw_weight(200, 200).requires_grad_(), draw_points("mixed", 200).requires_grad_()
 
     def run() -> list[Tensor]:
@@ -255,7 +255,7 @@ def test_ten_thousand_runs_are_alike():
 
     first = [t.view(torch.int32) for t in run()]
     differ = torch.zeros((), dtype=torch.int64)
-    for _ in range(10_000):  # counted on the device: nothing waits between two runs
+    for _ in range(10_000):  # differences are counted on the device, so that nothing waits between two runs
         for t, bits in zip(run(), first):
             differ += (t.view(torch.int32) != bits).sum()
     assert int(differ) == 0
@@ -267,7 +267,7 @@ MEMORY += [(manifold, True) for manifold in ("torus", "circle", "sphere", "klein
 
 @pytest.mark.parametrize("manifold,trained", MEMORY)
 def test_memory_beyond_the_weight_and_its_gradient(manifold, trained):
-    """Under 1 % x columns of a point, of the weight."""
+    """It stays under 1 % of the weight for each column of a point."""
     step = Step(4096, manifold=manifold, trained=trained)
     step()
     step.weight.grad = step.rows.grad = None
@@ -281,7 +281,7 @@ def test_memory_beyond_the_weight_and_its_gradient(manifold, trained):
 
 
 def test_more_entries_than_32_bits_count():
-    """Two halves of the rows, each below 2^31 entries, give what the whole gives."""
+    """Two halves of the rows, each with fewer than 2^31 entries, give what the whole gives."""
     n = 46_400
     assert n * n > 2**31 > n * n // 2
     needed = 4 * 2 * n * n  # bytes: the weight, its gradient, that of a half, and room to compare

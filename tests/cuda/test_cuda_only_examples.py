@@ -1,4 +1,4 @@
-"""The examples' trainer on a CUDA GPU: every net learns there, and a CUDA graph of a step does what the step does."""
+"""The examples' trainer on a CUDA GPU: every net learns there, and the CUDA graph of a step does what the step does."""
 from dataclasses import replace
 
 import pytest
@@ -25,7 +25,7 @@ NAVIGATION = Config(
 
 @pytest.fixture(autouse=True)
 def not_deterministic(restored):
-    """cuBLAS under a graph cannot take the suite's deterministic mode."""
+    """In a CUDA graph cuBLAS refuses the deterministic mode that the suite sets."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield
@@ -54,5 +54,5 @@ def test_a_graph_of_a_step_does_what_the_step_does(config, net, tmp_path):
     graphed = trained(replace(config, net=net, graph=True), tmp_path / "graphed")
     for a, b in zip(plain.history, graphed.history, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-2) and b["density"] == pytest.approx(a["density"], abs=0.02)
-    # the first epoch has no cut to fall on one side or the other
+    # the first epoch prunes nothing, so no weight can fall on either side of the threshold
     assert graphed.history[0]["loss"] == pytest.approx(plain.history[0]["loss"], rel=1e-3)

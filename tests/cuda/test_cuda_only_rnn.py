@@ -1,7 +1,7 @@
-"""The masked RNN's kernels where only a GPU can tell: programs that wait for each other, CUDA graphs, streams, devices,
-synchronization, races; and agreement with the reference at the sizes that take each way.
+"""What only a GPU can show of the masked RNN's kernels: programs that wait for each other, CUDA graphs, streams,
+devices, synchronization and races; and agreement with the reference at the sizes that take each way.
 
-    MODULI_KERNELS_TEST_DEVICE=cuda pytest tests/test_cuda_only_rnn.py
+    MODULI_KERNELS_TEST_DEVICE=cuda pytest tests/cuda/test_cuda_only_rnn.py
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ops = torch.ops.moduli_kernels
 NAMES = ("output", "h_n", "dx", "dh", "dw_ih", "dw_hh", "bias")
 TANH = Step("tanh", 1.0, False)
 
-# rows, batch, steps, and what else; by the way its steps take on a large GPU
+# rows, batch, steps and further settings, by the way that the steps take on a large GPU
 SETTINGS: dict[str, dict] = {
     "alone": {"n": 100, "batch": 33, "steps": 50},
     "alone, leak, lengths": {"n": 64, "batch": 5, "steps": 20, "step": Step("relu", 0.3, True), "lengths": True},
@@ -43,13 +43,16 @@ SETTINGS: dict[str, dict] = {
                                "dtype": torch.bfloat16},
     "float64": {"n": 40, "batch": 5, "steps": 5, "dtype": torch.float64},
 }
-# of the norm; tf32 rounds what it multiplies to 2^-11
+# errors relative to the norm; tf32 rounds what it multiplies to 2^-11
 TOLERANCE = {torch.float64: 1e-10, "ieee": 1e-5, "tf32": 2e-2, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 class Net:
-    """A layer, drawn on the CPU; called it gives states and all gradients. threshold: through blocked_rnn, over a mask
-    that is `density` blocks and, beside them, a tenth of that in single entries."""
+    """A layer with random weights, drawn on the CPU. A call returns states and all gradients.
+
+    threshold: of the block layout; the layer then goes through blocked_rnn, and its mask keeps a share `density` of the
+    blocks and, outside them, a tenth of that in single entries.
+    """
 
     def __init__(self, n: int, batch: int, steps: int, dtype: torch.dtype = torch.float32, density: float | None = None,
                  threshold: int | None = None, side: int = 32, step: Step = TANH, lengths: bool = False, seed: int = 0,
@@ -107,7 +110,7 @@ class Net:
                                                             self.step, *[True] * 5)
 
     def redraw(self, seed: int) -> None:
-        """Other numbers in the same memory."""
+        """Puts other numbers into the same memory."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for tensor in (self.x, self.h, *self.grads):
             tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype))
@@ -118,7 +121,7 @@ class Net:
 def test_as_the_reference_has_it(settings, precision, monkeypatch):
     dtype = settings.get("dtype", torch.float32)
     if dtype != torch.float32 and precision == "ieee":
-        pytest.skip("a matter of float32")
+        pytest.skip("only float32 has two precisions")
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
     net = Net(**settings)
     tolerance = TOLERANCE[precision if dtype == torch.float32 else dtype]
@@ -127,7 +130,7 @@ def test_as_the_reference_has_it(settings, precision, monkeypatch):
 
 
 def test_a_net_over_blocks_and_strays_as_nn_rnn(monkeypatch):
-    """2048 neurons, 2 % kept, then 1 %: the module takes this form by itself, and a new layout for each mask."""
+    """2048 neurons keep 2 % of the weights, then 1 %. The module chooses this form, and a new layout for each mask."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     net, x, hx = net_of(64, 2048, densities=(None, 0.05)), draw(20, 20, 64), draw(1, 20, 2048, seed=1)
     net.set_order("weight_hh_l0", torch.randperm(2048))
@@ -138,7 +141,7 @@ def test_a_net_over_blocks_and_strays_as_nn_rnn(monkeypatch):
         assert int(layout.kept.sum()) + len(layout.strays) == int(net.weight_hh_l0_mask.sum())
         assert "stray weights, in the order set by set_order" in net.explain(20, 20)
         assert_same(net, run(net, x, hx), run(plain_rnn(net, torch.float64), x, hx), 1e-5)
-    torch.cuda.set_sync_debug_mode("error")  # the layout is known: nothing waits
+    torch.cuda.set_sync_debug_mode("error")  # the layout is known, so nothing waits
     try:
         net(x, hx)[0].sum().backward()
     finally:
@@ -146,12 +149,12 @@ def test_a_net_over_blocks_and_strays_as_nn_rnn(monkeypatch):
 
 
 def test_thousand_runs_are_alike():
-    """Bit by bit, in each way that programs wait for each other: a race may show in one of many."""
+    """They are, bit by bit, in each way in which programs wait for each other. A race may show in one run of many."""
     for name in ("held", "held, several tiles", "streamed", "strays", "blocks and strays"):
         net = Net(**SETTINGS[name] | {"steps": 10})
         first = [t.view(torch.int32) for t in net()]
         differ = torch.zeros((), dtype=torch.int64)
-        for _ in range(1000):  # counted on the device: nothing waits between two runs
+        for _ in range(1000):  # differences are counted on the device, so that nothing waits between two runs
             for t, bits in zip(net(), first):
                 differ += (t.view(torch.int32) != bits).sum()
         assert int(differ) == 0, name
@@ -159,7 +162,7 @@ def test_thousand_runs_are_alike():
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_graph_of_forward_and_backward(settings):
-    """Replayed on other inputs and states it gives what eager gives, bit by bit."""
+    """Replayed on other inputs and states, it gives what eager mode gives, bit by bit."""
     net = Net(**settings)
     graph, results = capture(net)
     for seed in (1, 2):
@@ -170,7 +173,7 @@ def test_graph_of_forward_and_backward(settings):
 
 
 def test_two_streams_at_once():
-    """Two sequences whose programs fill the GPU each: neither takes the place that the other waits for."""
+    """The programs of each of two sequences fill the GPU. Neither takes the place that the other waits for."""
     nets = [Net(**SETTINGS["held"] | {"seed": seed}) for seed in (1, 2)]
     want = [net() for net in nets]
     torch.cuda.synchronize()
@@ -224,7 +227,7 @@ def test_the_host_never_waits(settings):
 
 
 def test_every_multiprocessor_can_be_taken():
-    """As many programs as the GPU has multiprocessors, over many steps: all must run at once, or none ends."""
+    """As many programs as the GPU has multiprocessors run over many steps. All have to run at once, or none ends."""
     count = torch.cuda.get_device_properties(0).multi_processor_count
     net = Net(n=16 * min(count, 128), batch=8, steps=300, step=Step("relu", 0.5, False))
     for _ in range(20):

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels as the launcher would, for GPUs that are not here: the launch is recorded on CPU tensors
-and compiled for an architecture. Run as a script it prints one JSON line a kernel; see test_triton_machine_code.py.
+"""Compiles the Triton kernels as the launchers would, without a GPU: records a launch on CPU tensors, and compiles it
+for an architecture. Used by tests/triton/test_machine_code.py. As a script it prints one line of JSON for each kernel:
 
-    python tests/triton_machine_code.py ARCHITECTURE[,...] CASE[,...] [--sass FOLDER]
+    python -m tests.support.machine_code ARCHITECTURE[,...] CASE[,...] [--sass FOLDER]
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -20,13 +21,16 @@ from triton.compiler import ASTSource
 
 import moduli_kernels as mk
 from moduli_kernels.geometry import encoding
-from moduli_kernels.triton.penalty import launch, launch_grouped, launch_kept
+from moduli_kernels.ops.penalty import PenaltyArguments
+from moduli_kernels.triton import device
+from moduli_kernels.triton.penalty import dense, finish, grouped, kept, proximal, scale
 
 N = 4096
+MODULES = (dense, kept, proximal, grouped, finish, scale)  # those that launch kernels
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
          torch.uint8: "u8", torch.bool: "i1", torch.int32: "i32", torch.int64: "i64"}
-# what one trains with, in full tiles; name: manifold, inhibitor, dtype, power, gradients of the points
+# What people train with, in full tiles. Name -> manifold, inhibitor, dtype, power, whether points have gradients.
 CASES: dict[str, tuple[str, mk.Inhibitor, torch.dtype, float, bool]] = {
     "torus frozen": ("torus", mk.DifferenceOfGaussians(), torch.float32, 1.0, False),
     "torus trained": ("torus", mk.DifferenceOfGaussians(), torch.float32, 1.0, True),
@@ -53,7 +57,7 @@ class Launch(NamedTuple):
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what it is launched with."""
+    """Stands in for a kernel, and keeps what it is launched with."""
 
     def __init__(self, kernel: Any, launches: list[Launch]):
         self.kernel, self.launches = kernel, launches
@@ -70,8 +74,8 @@ class Recorder:
 def record(call) -> list[Launch]:
     """What `call` launches; nothing runs."""
     launches: list[Launch] = []
-    kernels = [(module, name) for module in (launch, launch_kept, launch_grouped) for name in vars(module)
-               if isinstance(getattr(module, name), triton.JITFunction)]
+    kernels = [(module, name) for module in MODULES for name in vars(module)
+               if name.endswith("_kernel") and isinstance(getattr(module, name), triton.JITFunction)]
     before = [getattr(*kernel) for kernel in kernels]
     try:
         for (module, name), kernel in zip(kernels, before):
@@ -84,41 +88,43 @@ def record(call) -> list[Launch]:
 
 
 def op_arguments(manifold: str, inhibitor: mk.Inhibitor, dtype: torch.dtype, power: float, n: int = N,
-                 blocks: int = 1) -> launch.Arguments:
-    """Those of the ops for an uninitialized weight of n x n a block."""
+                 blocks: int = 1) -> PenaltyArguments:
+    """The arguments of the ops for an uninitialized weight with `blocks` blocks of n x n."""
     weight = torch.empty(blocks * n, n, dtype=dtype)
     m = mk.manifold(manifold)
     rows = torch.empty(n, m.ambient_dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     table = inhibitor.table(rows.dtype) if isinstance(inhibitor, mk.TabulatedInhibitor) else None
     kinds, parameters = encoding.encode_manifold(m)
     kind, numbers = encoding.encode_inhibitor(inhibitor)
-    return launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
+    return PenaltyArguments(**dict.fromkeys(PenaltyArguments._fields) | {
         "weight": weight, "rows": rows, "table": table, "factors": kinds, "factor_parameters": parameters,
         "inhibitor": kind, "inhibitor_parameters": numbers, "power": power, "blocks": blocks, "scale": 1.0})
 
 
-def compressed(arguments: launch.Arguments, density: float) -> launch.Arguments:
-    """The same of a weight in compressed rows with so many of its entries."""
+def compressed(arguments: PenaltyArguments, density: float) -> PenaltyArguments:
+    """The same for a weight in compressed rows that has this share of its entries."""
     n_rows, entries = arguments.weight.shape[0], int(arguments.weight.numel() * density)
     return arguments._replace(
         weight=arguments.weight.new_empty(entries), crow_indices=torch.empty(n_rows + 1, dtype=torch.int64),
         col_indices=torch.empty(entries, dtype=torch.int64))
 
 
+def on_generation(generation: int):
+    """A context in which CPU tensors are launched as on a GPU of this generation."""
+    return mock.patch.object(device, "INTERPRETED", device.INTERPRETED._replace(generation=generation))
+
+
 def launches_of(case: str, generation: int, n: int = N) -> list[Launch]:
-    """Those of value and gradients for one of CASES."""
+    """The launches of value and gradients for one of CASES."""
     manifold, inhibitor, dtype, power, trained = CASES[case]
     arguments = op_arguments(manifold, inhibitor, dtype, power, n)
-    before, launch.capability = launch.capability, lambda tensor: generation
-    try:
-        return record(lambda: launch.penalty_with_grads(*arguments, True, trained))
-    finally:
-        launch.capability = before
+    with on_generation(generation):
+        return record(lambda: dense.penalty_with_grads(*arguments, True, trained))
 
 
 def source(recorded: Launch) -> ASTSource:
-    """As Triton's launcher specializes, but for parameters that the kernel excludes: pointers and integers that are
-    multiples of 16, ones and None as constants."""
+    """The source as Triton's launcher specializes it: it notes pointers and integers that are multiples of 16 and makes
+    constants of ones and None, except for the parameters that a kernel excludes."""
     signature, constants, attributes = {}, {}, {}
 
     def of(value, path, specialize=True):
@@ -161,7 +167,7 @@ def tool(name: str, *options: str, cubin: bytes) -> str:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED ... of the one kernel in it."""
+    """REG, STACK, SHARED ... of the only kernel in a cubin."""
     line = tool("cuobjdump", "-res-usage", cubin=cubin).split("Function", 1)[1]
     return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", line)}
 
@@ -176,7 +182,8 @@ def instructions(cubin: bytes) -> list[tuple[int, str, str]]:
 
 
 def innermost_loop(code: list[tuple[int, str, str]]) -> list[str]:
-    """The longest body between a backward branch and its target that holds no other loop: what runs once a tile."""
+    """The longest loop that holds no other: what runs once a tile. A loop is what stands between a backward branch and
+    its target."""
     loops = []
     for address, _, text in code:
         if match := re.match(r"BRA(?:\.\S+)? (?:\S+, )?0x([0-9a-f]+)", text):
@@ -193,7 +200,7 @@ def report(case: str, architecture: int, folder: str | None = None) -> list[dict
     for recorded in launches_of(case, architecture // 10):
         cubin = machine_code(recorded, architecture)
         facts = {"case": case, "architecture": architecture, "kernel": recorded.kernel.fn.__name__, **usage(cubin)}
-        if recorded.kernel is launch.penalty_kernel:
+        if recorded.kernel is dense.penalty_kernel:
             tile = recorded.arguments
             entries = tile["REPEAT"] * tile["WIDTH"] * tile["TILE_ROWS"] // (32 * recorded.options["num_warps"])
             body = innermost_loop(instructions(cubin))

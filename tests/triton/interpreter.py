@@ -1,9 +1,10 @@
-"""Triton kernels in its interpreter, on CPU tensors, against the float64 reference. Run by test_interpreter.py
-in a process with TRITON_INTERPRET=1; alone:
+"""The Triton kernels in Triton's interpreter, on CPU tensors, compared with the float64 reference. test_interpreter.py
+runs this file in a process of its own; by hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton/interpreter.py
 
-The interpreter truncates where it rounds to bfloat16: 16-bit gradients are held to one unit in the last place.
+The interpreter truncates where it should round to bfloat16, so 16-bit gradients may be off by one unit in the last
+place.
 """
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from torch import Tensor
 import moduli_kernels as mk
 from moduli_kernels import backends
 from moduli_kernels.geometry import encoding
-from moduli_kernels.triton.penalty import launch, tiles
+from moduli_kernels.ops.penalty import PenaltyArguments
+from moduli_kernels.triton import manifolds, math as triton_math
+from moduli_kernels.triton.penalty import dense, tiles
 from tests.support.penalty_cases import (
     INHIBITORS,
     MANIFOLDS,
@@ -34,7 +37,7 @@ from tests.support.penalty_cases import (
     relative_error,
 )
 
-# NumPy, of what is right here: log2(0), and inf - inf and 0 / 0 of poisoned points
+# NumPy warns about what is right here: log2(0), and inf - inf and 0 / 0 of poisoned points
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
@@ -49,7 +52,7 @@ NEEDED = ("all", "shared", "weight", "points", "value")
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """4 rows x 1 vector, few programs: many tiles, blocks, strips and groups of small weights."""
+    """Tiles of 4 rows x 1 vector and few programs, so that small weights have many tiles, blocks, strips and groups."""
     def use(programs: int, prefetch: bool = False, repeat: int = 1):
         tile = tiles.Tile(1, repeat, programs, prefetch)
         monkeypatch.setattr(tiles, "OVERRIDES", dict.fromkeys(tiles.TABLE[9], tile))
@@ -62,8 +65,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def assert_within_ulps(got: Tensor, want: Tensor, ulps: float) -> None:
-    """16-bit numbers within so many units in the last place of the float64 ones they stand for, and the error of
-    float32 on top: the coefficients of the default inhibitor cancel where it is smallest."""
+    """Asserts that 16-bit numbers are within so many units in the last place of the float64 ones. The error of float32
+    is allowed on top, because the terms of the default inhibitor cancel where it is smallest."""
     bits, lowest = (11, -13) if got.dtype == torch.float16 else (8, -125)
     exponent = torch.frexp(want.where(want != 0, torch.finfo(torch.float64).tiny)).exponent.clamp(min=lowest)
     allowed = ulps * torch.ldexp(torch.ones_like(want), exponent - bits) + 1e-6 * want.abs().max()
@@ -72,7 +75,7 @@ def assert_within_ulps(got: Tensor, want: Tensor, ulps: float) -> None:
 
 
 def check(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, grad: float = 1.0, **settings) -> Result:
-    """Value and all gradients, within the tolerance of the weight's dtype."""
+    """Compares value and all gradients with the reference, within the tolerance of the weight's dtype."""
     assert backends.active("cpu") == "triton"
     got = penalty_and_gradients(weight, rows, cols, grad=grad, **settings)
     want = expected(weight, rows, cols, grad=grad, **settings)
@@ -89,7 +92,7 @@ def check(weight: Tensor, rows: Tensor, cols: Tensor | None = None, *, grad: flo
 # --- the cross -------------------------------------------------------------------------------------------
 
 def pairwise(*choices) -> list[tuple]:
-    """Cases that hold every pair of choices of every two arguments, greedily few."""
+    """Few cases that together hold every pair of choices of every two arguments, found greedily."""
     def pairs(case):
         return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
 
@@ -154,7 +157,7 @@ def test_sizes(shape, dtype):
 @pytest.mark.parametrize(("programs", "shape"), [(1, (32, 96)), (3, (30, 70)), (1000, (8, 64)), (4, (256, 32))],
                          ids=str)
 def test_strips_and_groups(small_tiles, programs, shape, prefetch):
-    """One program for all; ragged ends; a program a tile; more rows than a strip has slots for."""
+    """One program for everything, ragged ends, one tile a program, and more rows than a strip has slots for."""
     small_tiles(programs, prefetch)
     rows, cols = (on_a_grid(draw_points("torus", n, n)) for n in shape)
     check(draw_weight(*shape), rows, cols, manifold="torus")
@@ -170,7 +173,7 @@ def test_empty(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [64, 70])
 def test_row_strides(columns, dtype):
-    """Columns of a wider matrix, at an offset that is no multiple of 16 bytes too."""
+    """Columns of a wider matrix, one of them at an offset that is not a multiple of 16 bytes."""
     wide = draw_weight(40, 200, dtype=dtype)
     for start in (0, 3, 64):
         check(wide[:, start:start + columns], draw_points("sphere", 40, 1), draw_points("sphere", columns, 2),
@@ -178,7 +181,7 @@ def test_row_strides(columns, dtype):
 
 
 def test_offsets_beyond_32_bits(tmp_path):
-    """Rows 2^30 + 64 elements apart, in a file that is mostly a hole."""
+    """The rows are 2^30 + 64 elements apart, in a file that is mostly a hole."""
     stride, shape = 2**30 + 64, (4, 64)
     file = numpy.memmap(tmp_path / "weight", dtype=numpy.int16, mode="w+", shape=(3 * stride + 64,))
     weight = torch.from_numpy(file).view(torch.bfloat16).as_strided(shape, (stride, 1))
@@ -225,7 +228,7 @@ def test_masks(power, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("inhibitor", EVERY_INHIBITOR)
 def test_identical_points(inhibitor, dtype):
-    """f(0), and no force between them: the product has a factor of every kind."""
+    """They cost f(0) and have no force between them. The product has a factor of every kind."""
     cols = draw_points("product", 19, 1, dtype)
     rows = torch.cat([cols[:5], draw_points("product", 6, 2, dtype)])
     got = check(draw_weight(11, 19, dtype=dtype), rows, cols, manifold=MANIFOLDS["product"],
@@ -246,7 +249,7 @@ def test_all_neurons_at_one_point(manifold):
 @pytest.mark.parametrize("scale", [1.0, 3.0, -2.5])
 @pytest.mark.parametrize("manifold", ["sphere", "s3"])
 def test_antipodes(manifold, scale, dtype):
-    """x and -x exactly, of equal or other length: d = pi r, and no direction is preferred."""
+    """x and -x exactly, with equal or other length, have distance pi r, and no direction is preferred."""
     rows = torch.eye(MANIFOLDS[manifold].ambient_dim, dtype=dtype) * 3
     cols = torch.cat([-scale * rows, draw_points(manifold, 3, 1, dtype)])
     for inhibitor in (mk.DifferenceOfGaussians(), mk.Diffusion()):
@@ -258,7 +261,8 @@ def test_antipodes(manifold, scale, dtype):
 @pytest.mark.parametrize("manifold", [mk.FlatTorus((10.0,)), mk.FlatTorus((10.0, 6.0, 2.5)), mk.KleinBottle(10.0, 6.0)],
                          ids=str)
 def test_cut_loci(manifold, dtype):
-    """Exactly half a period apart in each coordinate, both ways, also periods away: the side the reference takes."""
+    """Half a period apart exactly in each coordinate, both ways and periods away, they go the side that the reference
+    takes."""
     periods = torch.tensor(getattr(manifold, "periods", (20.0, 6.0)), dtype=dtype)
     multiples = torch.tensor([-2.5, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.5], dtype=dtype)
     rows = torch.tensor([0.0, 1.25, 5.0, 7.5], dtype=dtype)[:, None].repeat(1, len(periods))
@@ -269,7 +273,7 @@ def test_cut_loci(manifold, dtype):
 
 @pytest.mark.parametrize("period", [10.0, 7.3])
 def test_beside_the_cut_locus(period):
-    """A few roundings from half a period the side is the one that the rounded difference is on."""
+    """A few roundings from half a period, the side is that of the rounded difference."""
     ulps = torch.tensor([-64, -16, -4, -2, 2, 4, 16, 64]) * torch.finfo(torch.float32).eps * period / 2
     rows, cols = torch.zeros(1, 1), torch.cat([period / 2 + ulps, -period / 2 + ulps])[:, None]
     got = penalty_and_gradients(torch.ones(1, 16), rows, cols, manifold=mk.FlatTorus((period,)),
@@ -287,7 +291,7 @@ def test_zero_weights(power):
 
 
 def test_far_coordinates():
-    """Any real coordinate is valid, periods away."""
+    """Any real coordinate is valid, however many periods away."""
     rows, cols = draw_points("torus", 20, 1, torch.float64), draw_points("torus", 30, 2, torch.float64)
     cols = cols + 10 * torch.arange(-15, 15)[:, None]
     check(draw_weight(20, 30, dtype=torch.float64), rows, cols, manifold="torus")
@@ -322,7 +326,7 @@ def test_points_that_are_not_finite(manifold, inhibitor, bad):
 
 @pytest.mark.parametrize("shape", [(20, 70), (32, 64)], ids=str)
 def test_masked_away(shape):
-    """What is masked costs nothing, whatever it is; nor does what lies beyond the last column."""
+    """Masked entries cost nothing, whatever they are; nor does anything beyond the last column."""
     weight, mask = draw_weight(*shape), torch.ones(shape, dtype=torch.bool)
     rows, cols = draw_points("sphere", shape[0], 1), draw_points("sphere", shape[1], 2)
     weight[3, 7], mask[3, 7] = float("nan"), False
@@ -345,7 +349,7 @@ def test_bitwise_repeatable():
 @pytest.mark.parametrize("grad", [1.0, -3.0, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grad(dtype, grad):
-    """float16 waits for grad before it makes gradients, the others scale theirs in place."""
+    """float16 makes its gradients after grad is known; the others scale theirs in place."""
     rows = on_a_grid(draw_points("torus", 40, 1, compute_dtype(dtype)))
     check(draw_weight(40, 40, dtype=dtype), rows, manifold="torus", grad=grad)
 
@@ -361,50 +365,54 @@ def test_repeated_backward():
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_scale_grads(factor):
-    """Several tensors and dtypes, more than a launch takes, none at all."""
+    """Several tensors and dtypes, an empty tensor, and no tensor at all."""
     grads = [torch.ones(n, dtype=d) for n, d in
              ((5000, torch.float32), (0, torch.float32), (7, torch.bfloat16), (1, torch.float16), (30, torch.float32))]
     versions = [g._version for g in grads]
-    launch.scale_grads_(grads, torch.tensor(factor))
-    launch.scale_grads_([], torch.tensor(factor))
+    dense.scale_grads_(grads, torch.tensor(factor))
+    dense.scale_grads_([], torch.tensor(factor))
     assert all((g == factor).all() for g in grads) and versions == [g._version for g in grads]
     double = torch.ones(3, dtype=torch.float64)
-    launch.scale_grads_([double], torch.tensor(1 / 3, dtype=torch.float64))
+    dense.scale_grads_([double], torch.tensor(1 / 3, dtype=torch.float64))
     assert (double == torch.tensor(1 / 3, dtype=torch.float64)).all()
 
 
 def test_large_sums_keep_their_digits():
-    """Equal terms round alike: plain float32 sums would drift."""
+    """Equal terms are rounded alike, so plain float32 sums would drift."""
     value = mk.moduli_penalty(torch.full((512, 96), 0.3), torch.zeros(512, 2), torch.zeros(96, 2), manifold="torus",
                               inhibitor=mk.Constant(0.7), reduction="sum")
     assert relative_error(value, torch.tensor(float(numpy.float32(0.3)) * 0.7 * 512 * 96)) <= 2e-7
 
 
-# --- numbers and shares ----------------------------------------------------------------------------------
+# --- numbers and partitions ----------------------------------------------------------------------------------
 
 def test_doubles_travel_whole():
     values = [1 / 3, 2 * 3.141592653589793 * 5, 1e-9 / 7, 0.0, 100.0]
-    sent = launch.parameters(values, torch.float64)
+    sent = triton_math.kernel_numbers(values, torch.float64)
     assert [sum(sent[i:i + 3]) for i in range(0, len(sent), 3)] == values
-    assert launch.parameters(values, torch.float32) == tuple(values)
+    assert triton_math.kernel_numbers(values, torch.float32) == tuple(values)
 
 
 def test_flat_factors_fall_into_runs():
-    kinds, periods = launch.factors([0, 3, 1, 3, 0, 2, 2, 2], [4.0, 0.0, 0.0, 5.0, 0.0, 7.0, 8.0, 9.0])
-    assert kinds == ((0, 0, 1, 0), (3, 1, 2, 1), (1, 3, 3, 1), (3, 6, 1, 2), (0, 7, 1, 2), (2, 8, 2, 3))
-    assert periods == [4.0, 5.0, 7.0, 8.0, 9.0]
+    found = manifolds.factors_of([0, 3, 1, 3, 0, 2, 2, 2], [4.0, 0.0, 0.0, 5.0, 0.0, 7.0, 8.0, 9.0])
+    periodic, line, sphere, klein = (
+        m.distance for m in (manifolds.FLAT, manifolds.LINE, manifolds.SPHERE, manifolds.KLEIN))
+    assert [(f.distance, f.first, f.columns, f.parameter, f.parameters) for f in found.factors] == [
+        (periodic, 0, 1, 0, 1), (line, 1, 2, 1, 0), (sphere, 3, 3, 1, 1), (line, 6, 1, 2, 0), (periodic, 7, 1, 2, 1),
+        (klein, 8, 2, 3, 2)]
+    assert found.parameters == [4.0, 5.0, 7.0, 8.0, 9.0] and found.curved
 
 
 @pytest.mark.parametrize("tile", [tiles.Tile(8, 4, 512), tiles.Tile(8, 2, 512),
                                   tiles.Tile(4, 1, 1024)], ids=str)
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_shares_cover_the_weight(width, tile):
+def test_partitions_cover_the_weight(width, tile):
     for rows, columns in itertools.product((1, 63, 650, 4096, 8192, 50000), repeat=2):
-        shares = tiles.shares_for(rows, columns, tile, tile.repeat * width, True)
-        strip, block = shares.tiles * tile.rows, shares.group * tile.repeat * width
-        assert shares.tiles <= tiles.LANES
-        assert (shares.strips - 1) * strip < rows <= shares.strips * strip
-        assert (shares.groups - 1) * block < columns <= shares.groups * block
+        partition = tiles.partition_of(rows, columns, tile, tile.repeat * width, True)
+        strip, block = partition.tiles * tile.rows, partition.group * tile.repeat * width
+        assert partition.tiles <= tiles.LANES
+        assert (partition.strips - 1) * strip < rows <= partition.strips * strip
+        assert (partition.groups - 1) * block < columns <= partition.groups * block
 
 
 # --- into an existing gradient ---------------------------------------------------------------------------
@@ -413,17 +421,17 @@ def test_shares_cover_the_weight(width, tile):
 @pytest.mark.parametrize(("shape", "masked"), [((40, 70), False), ((32, 128), False), ((40, 70), True),
                                                ((20, 12, 3), True)], ids=str)
 def test_accumulates(shape, masked, dtype):
-    """grad += dW in the same pass, value and gradients of the points as ever."""
+    """dW is added to grad in the same pass; value and gradients of the points stay the same."""
     weight, before = draw_weight(*shape, dtype=dtype), draw_weight(*shape, seed=1, dtype=dtype)
     rows, cols = (on_a_grid(draw_points("torus", n, n)) for n in shape[:2])
     mask = draw_weight(*shape, seed=2) > 0 if masked else None
     kinds, parameters = encoding.encode_manifold(mk.FlatTorus())
     kind, numbers = encoding.encode_inhibitor(mk.DifferenceOfGaussians())
-    arguments = launch.Arguments(**dict.fromkeys(launch.Arguments._fields) | {
+    arguments = PenaltyArguments(**dict.fromkeys(PenaltyArguments._fields) | {
         "weight": weight, "rows": rows, "cols": cols, "mask": mask, "factors": kinds, "factor_parameters": parameters,
         "inhibitor": kind, "inhibitor_parameters": numbers, "power": 1.0, "blocks": 1, "scale": 0.1})
     grad = before.clone()
-    value, drows, dcols = launch.accumulate_penalty_grad_(grad, *arguments, True)
+    value, drows, dcols = dense.accumulate_penalty_grad_(grad, *arguments, True)
     want = expected(weight, rows, cols, mask=mask, reduction="sum", strength=0.1)
     assert_close(Result(value, None, drows, dcols), want._replace(weight=None), 1e-6, 1e-5)
     if dtype == torch.float32:

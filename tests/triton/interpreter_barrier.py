@@ -1,9 +1,9 @@
-"""The barrier between steps of the masked RNN's kernels, in Triton's interpreter: programs as threads of which one runs
-at a time, in an order that is drawn; they change places where they arrive and where they wait. A program that went on
-too early would read states that nobody has written, which are NaN here. Run by test_interpreter_rnn.py.
+"""The barrier between steps of the masked RNN's kernels, in Triton's interpreter. Programs are threads here, of which
+one runs at a time in a random order; they change places where they arrive and where they wait. A program that went on
+too early would read states that nobody has written, which are NaN here. test_interpreter_rnn.py runs this file.
 
-This is the protocol: who counts, what is waited for, that all go on. What the GPU makes of fences and caches is seen in
-the machine code alone (test_triton_machine_code_rnn.py) until one runs it (test_cuda_only_rnn.py).
+It tests the protocol: who counts, what they wait for, and that all go on. Fences and caches show in the machine code
+(test_machine_code_rnn.py) and on a GPU (tests/cuda/test_cuda_only_rnn.py).
 """
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from collections.abc import Callable
 
 import pytest
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter looks for it beside a kernel
+import triton.language as tl  # noqa: F401 - the interpreter needs it in the module of a kernel
 from triton.runtime import interpreter
-from triton_interpreter_blocks import Blocked
-from triton_interpreter_rnn import Layer, force
 
 from moduli_kernels.reference.rnn import Step
-from moduli_kernels.triton.rnn import backward as rnn_backward, forward as rnn_forward, shares as shares_table, steps
+from moduli_kernels.triton import device
+from moduli_kernels.triton.device import Device
+from moduli_kernels.triton.rnn import backward as rnn_backward, forward as rnn_forward, shares as shares_table
+from tests.triton.interpreter_blocks import Blocked
+from tests.triton.interpreter_rnn import Layer, force
 
 builder = interpreter.interpreter_builder
 pytestmark = [
@@ -31,7 +33,7 @@ pytestmark = [
 
 
 class Program(threading.Thread):
-    """One program of a grid. It runs while it has the turn; `ready` says whether it can go on."""
+    """One program of a grid. It runs while it has the turn; `ready` tells whether it can go on."""
 
     def __init__(self, index: tuple[int, ...], work: Callable[[], None]):
         super().__init__(daemon=True)
@@ -109,7 +111,7 @@ def arrive(counter) -> None:
 @pytest.fixture(autouse=True)
 def together(monkeypatch):
     monkeypatch.setattr(interpreter, "GridExecutor", Together)
-    monkeypatch.setattr(steps, "on_gpu", lambda x: True)
+    monkeypatch.setattr(device, "INTERPRETED", device.INTERPRETED._replace(interpreted=False))
     for module in (rnn_forward, rnn_backward):
         monkeypatch.setattr(module, "wait", wait)
         monkeypatch.setattr(module, "arrive", arrive)
@@ -122,7 +124,7 @@ STEPS = [Step("tanh", 1.0, False), Step("relu", 0.5, True)]
 @pytest.mark.parametrize("step", STEPS, ids=str)
 @pytest.mark.parametrize(("way", "n", "strips"), [("held", 40, 3), ("streamed", 40, 2)])
 def test_strips_and_parts(monkeypatch, way, n, strips, step):
-    """Two parts of the batch, whose programs do not wait for those of the other."""
+    """The batch has two parts, whose programs do not wait for those of the other."""
     force(monkeypatch, way, n, 9, strips=strips)
     Layer(n, 9, 4, lengths=step.reverse).check(step)
     assert Together.waits > 0
@@ -131,14 +133,14 @@ def test_strips_and_parts(monkeypatch, way, n, strips, step):
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_blocks_and_strays(monkeypatch, step):
     monkeypatch.setattr(shares_table, "KEPT_TILE", 128)
-    monkeypatch.setattr(steps, "INTERPRETED", steps.Device(6, 99 * 1024))
+    monkeypatch.setattr(device, "INTERPRETED", Device(9, 6, 99 * 1024))
     Blocked(40, 20, 3, threshold=20, lengths=step.reverse).check(step)
     assert Together.waits > 0
 
 
 @pytest.mark.parametrize("broken", ["wait", "arrive"])
 def test_a_broken_barrier_shows(monkeypatch, broken):
-    """Without the wait states are NaN; without the count nobody goes on."""
+    """Without the wait, states are NaN; without the count, nobody goes on."""
     for module in (rnn_forward, rnn_backward):
         monkeypatch.setattr(module, broken, lambda *_: threading.current_thread().give_turn())
     force(monkeypatch, "held", 40, 9, strips=3)

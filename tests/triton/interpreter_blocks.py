@@ -1,27 +1,29 @@
-"""The Triton kernels of the masked RNN over blocks and strays in its interpreter, through the ops, against the float64
-reference. Run by test_interpreter_rnn.py in a process with TRITON_INTERPRET=1. As triton_interpreter_rnn.py."""
+"""The Triton kernels of the masked RNN over blocks and strays in Triton's interpreter, through the ops, compared with
+the float64 reference. test_interpreter_rnn.py runs this file in a process with TRITON_INTERPRET=1."""
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from triton_interpreter_rnn import STEPS, Layer, ops
 
 import moduli_kernels as mk
 from moduli_kernels.ops import blocked_rnn as blocked_rnn_op
 from moduli_kernels.ops.block_layout import lay_out_blocks
 from moduli_kernels.reference.rnn import Step
-from moduli_kernels.triton.rnn import launch_blocked, shares as shares_table, steps
+from moduli_kernels.triton import device
+from moduli_kernels.triton.device import Device
+from moduli_kernels.triton.rnn import blocked, shares as shares_table
+from tests.triton.interpreter_rnn import STEPS, Layer, ops
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
 ]
-ALL, NONE = 1, 99999  # thresholds: whatever has a kept entry is a block; nothing is
+ALL, NONE = 1, 99999  # thresholds: every block with a kept entry is taken as one; none is
 
 
 class Blocked(Layer):
-    """The same layer through the other ops; the mask keeps more in some rows and columns than in others."""
+    """The same layer through the other ops. The mask keeps more in some rows and columns than in others."""
 
     def __init__(self, n: int, batch: int = 5, steps: int = 3, side: int = 16, threshold: int = 60,
                  density: float = 0.25, ordered: bool = True, same_order: bool = True, **settings):
@@ -47,15 +49,15 @@ class Blocked(Layer):
 
 @pytest.fixture(params=["sampled", "whole"])
 def gradient(request, monkeypatch):
-    """Both ways to the hidden weight's gradient, whatever would be chosen."""
-    monkeypatch.setattr(launch_blocked, "STRAY_COST", 0 if request.param == "sampled" else 10**9)
+    """Takes each of the two ways to the hidden weight's gradient, whichever would be chosen."""
+    monkeypatch.setattr(blocked, "STRAY_COST", 0 if request.param == "sampled" else 10**9)
     return request.param
 
 
 @pytest.mark.parametrize("threshold", [ALL, 20, NONE])
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_every_step(step, threshold, monkeypatch):
-    monkeypatch.setattr(launch_blocked, "STRAY_COST", 0)
+    monkeypatch.setattr(blocked, "STRAY_COST", 0)
     layer = Blocked(37, threshold=threshold, lengths=step.leak != 1, poison=True)
     assert (len(layer.layout.kept) > 0) == (threshold != NONE) and (len(layer.layout.strays) > 0) == (threshold != ALL)
     layer.check(step)
@@ -84,20 +86,20 @@ def test_dtypes(dtype, gradient):
 
 @pytest.mark.parametrize(("ordered", "same_order"), [(False, True), (True, False)])
 def test_orders(ordered, same_order, gradient):
-    """The user's, and rows in another than columns."""
+    """No order, and one for rows that is not that of columns."""
     Blocked(37, threshold=20, ordered=ordered, same_order=same_order).check()
 
 
 def test_more_strips_and_tiles_than_programs(monkeypatch):
-    monkeypatch.setattr(steps, "INTERPRETED", steps.Device(3, 99 * 1024))
+    monkeypatch.setattr(device, "INTERPRETED", Device(9, 3, 99 * 1024, interpreted=True))
     monkeypatch.setattr(shares_table, "KEPT_TILE", 256)
     Blocked(40, 33, 2, threshold=20).check(Step("tanh", 0.5, False))
 
 
 @pytest.mark.parametrize("step", STEPS[:3:2], ids=str)
 def test_all_steps_in_one_launch(monkeypatch, step):
-    """As on a GPU, with one program along the rows: it need not wait for another."""
-    monkeypatch.setattr(steps, "INTERPRETED", steps.Device(1, 99 * 1024))
+    """This is possible as on a GPU if one program has all rows, since it need not wait for another."""
+    monkeypatch.setattr(device, "INTERPRETED", Device(9, 1, 99 * 1024, interpreted=True))
     Blocked(37, 9, 4, threshold=20, lengths=step.leak == 0.3).check(step)
 
 
@@ -121,7 +123,7 @@ def test_nan_stays_with_its_element_of_the_batch():
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("density", [0.0, 0.3])
 def test_compressed_hidden_weight(density, lengths):
-    """masked_rnn for compressed rows."""
+    """masked_rnn takes compressed rows."""
     layer = Layer(37, density=density, lengths=lengths)
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), layer.mask_hh.sum(1).cumsum(0)])
     output, h_n, _ = ops.masked_rnn(
@@ -148,13 +150,13 @@ def test_autograd_and_the_checks_of_ops(backend):
     assert all((got.double() - want[name]).norm() <= 2e-6 * want[name].norm() for got, name in zip(found, names))
 
 
-@pytest.mark.parametrize("device", [steps.INTERPRETED, steps.Device(20, 64 * 1024)], ids=str)
-def test_all_programs_fit_at_once_and_everything_is_done(device):
+@pytest.mark.parametrize("gpu", [device.INTERPRETED, Device(9, 20, 64 * 1024)], ids=str)
+def test_all_programs_fit_at_once_and_everything_is_done(gpu):
     for side in (None, 16, 32, 64):
         for n in (1, 63, 650, 2113, 4096, 20000):
             for pitch in (8, 24, 40, 200, 1000, 20000):
                 for strays in (0, n, n * n // 50):
-                    s = shares_table.kept_shares(n, pitch, side, strays, 4, *device)
+                    s = shares_table.kept_shares(n, pitch, side, strays, 4, gpu)
                     assert s.parts * s.tiles * s.batch >= pitch > (s.parts * s.tiles - s.tiles) * s.batch
-                    assert s.strips * s.parts <= device.multiprocessors and s.rows == (side or s.rows)
+                    assert s.strips * s.parts <= gpu.multiprocessors and s.rows == (side or s.rows)
                     assert s.rows * s.batch * s.entries <= shares_table.KEPT_TILE and s.stages in (3, 5, 7)

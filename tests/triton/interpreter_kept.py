@@ -1,4 +1,4 @@
-"""Compressed rows, sparse masks and the proximal step in Triton's interpreter, as triton_interpreter.py:
+"""Compressed rows, sparse masks and the proximal step in Triton's interpreter, tested like interpreter.py:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton/interpreter_kept.py
 """
@@ -9,7 +9,7 @@ import torch
 
 import moduli_kernels as mk
 from moduli_kernels import reference
-from moduli_kernels.triton.penalty import launch_kept
+from moduli_kernels.triton.penalty import kept
 from tests.support.penalty_cases import (
     INHIBITORS,
     MANIFOLDS,
@@ -39,7 +39,7 @@ def draw_mask(*shape: int, density: float = 0.1) -> torch.Tensor:
 
 
 def draw(manifold, shape, blocks=1, shared=False, dtype=torch.float32):
-    """weight and points, these in the compute dtype."""
+    """The weight, and points in the dtype that the kernels compute in."""
     points = torch.float64 if dtype == torch.float64 else torch.float32
     rows = on_a_grid(draw_points(manifold, shape[0], 1, points))
     cols = None if shared else on_a_grid(draw_points(manifold, shape[1], 2, points))
@@ -47,7 +47,7 @@ def draw(manifold, shape, blocks=1, shared=False, dtype=torch.float32):
 
 
 def of_csr(weight, rows, cols, *, grad=1.0, **settings) -> Result:
-    """penalty_and_gradients of compressed rows, the weight's gradient unpacked."""
+    """penalty_and_gradients for compressed rows, with the weight's gradient as a dense matrix."""
     got = penalty_and_gradients(weight, rows, cols, grad=grad, **settings)
     assert got.weight.layout == torch.sparse_csr
     return got._replace(weight=got.weight.to_dense())
@@ -86,7 +86,7 @@ def test_densities_of_compressed_rows(shape, density):
 
 
 def test_compressed_rows_in_parts_and_repeatedly():
-    """What is not asked for is not made; the same bits again."""
+    """What is not asked for is not made, and a second run gives the same bits."""
     weight, rows, cols = draw("sphere", (40, 60))
     csr = (weight * draw_mask(40, 60)).to_sparse_csr()
     whole, again = (of_csr(csr, rows, cols, manifold="sphere") for _ in range(2))
@@ -103,7 +103,7 @@ def test_compressed_rows_in_parts_and_repeatedly():
 
 
 def test_bad_points_of_compressed_rows():
-    """They count where an entry is kept, and only there."""
+    """Points that are not finite count where an entry is kept, and only there."""
     weight, rows, cols = draw("torus", (20, 30))
     mask = draw_mask(20, 30)
     mask[:, 0] = mask[3] = False
@@ -131,7 +131,7 @@ def test_accumulates_into_compressed_gradients():
 def test_columns_are_sorted_stably():
     mask = draw_mask(60, 41)
     crow, col = (index(mask.float().to_sparse_csr()) for index in (torch.Tensor.crow_indices, torch.Tensor.col_indices))
-    got = launch_kept.by_column(crow, col, 20, 41, 3)
+    got = kept.by_column(crow, col, 20, 41, 3)
     columns, rows = mask.t().nonzero().unbind(1)
     assert torch.equal(got.partners.long(), rows % 20) and torch.equal(col[got.places], columns)
     assert torch.equal(got.starts.diff(), mask.sum(0))
@@ -142,7 +142,7 @@ def test_columns_are_sorted_stably():
 @pytest.mark.parametrize("into", [False, True])
 @pytest.mark.parametrize(("shape", "blocks"), [((40, 160), 1), ((40, 70), 1), ((33, 64), 3), ((9, 12, 3), 1)], ids=str)
 def test_masks_of_blocks_and_of_few_entries(shape, blocks, into):
-    """Whole tiles without an entry; what is masked in an existing gradient keeps its bits, NaN too."""
+    """Whole tiles have no kept entry. Masked entries of an existing gradient keep their bits, even NaN."""
     weight, rows, cols = draw("torus", shape, blocks)
     mask = draw_mask(*weight.shape, density=0.02)
     mask[:32] = False
@@ -162,7 +162,7 @@ def test_masks_of_blocks_and_of_few_entries(shape, blocks, into):
 # --- the proximal step -----------------------------------------------------------------------------------
 
 def check_proximal(weight, rows, cols, *, step, mask=None, manifold="torus", inhibitor=None, blocks=1, tolerance=1e-5):
-    """Against the reference in float64; returns the new weight."""
+    """Compares with the reference in float64, and returns the new weight."""
     what = reference.Penalty(mk.manifold(manifold), inhibitor or mk.DifferenceOfGaussians(), 1.0, blocks, 1.0)
     want = weight.double().clone()
     reference.proximal_step_(want, rows.double(), None if cols is None else cols.double(), mask, what, step)

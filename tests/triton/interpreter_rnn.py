@@ -1,9 +1,9 @@
-"""The Triton kernels of the masked RNN in its interpreter, through the ops, against the float64 reference. Run by
-test_interpreter_rnn.py in a process with TRITON_INTERPRET=1.
+"""The Triton kernels of the masked RNN in Triton's interpreter, through the ops, compared with the float64 reference.
+test_interpreter_rnn.py runs this file in a process with TRITON_INTERPRET=1.
 
-The interpreter runs programs one after the other, so the launcher goes step by step, unless there is but one program
-along the rows. What many of them add is the barrier alone, which triton_interpreter_barrier.py is about. It truncates
-where it rounds to bfloat16.
+The interpreter runs programs one after the other, so the launcher goes step by step, unless one program has all rows.
+All that several programs add is the barrier, which interpreter_barrier.py tests. The interpreter truncates where it
+should round to bfloat16.
 """
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 import moduli_kernels as mk
 from moduli_kernels.reference import rnn as reference_rnn
 from moduli_kernels.reference.rnn import Step
-from moduli_kernels.triton.rnn import shares as shares_table, steps
+from moduli_kernels.triton.device import INTERPRETED, Device, numbers_for
+from moduli_kernels.triton.rnn import shares as shares_table
 from moduli_kernels.triton.rnn.shares import Shares
 
-# NumPy, of what is right here: e^2x of large x, and inf - inf of poisoned weights
+# NumPy warns about what is right here: e^2x of large x, and inf - inf of poisoned weights
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning"),
@@ -28,7 +29,7 @@ ops = torch.ops.moduli_kernels
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The ways that launches took, as (way, tiles of the batch in a part)."""
+    """Lists the ways that launches take, as (way, tiles of the batch in a part)."""
     ways: list[tuple[str, int]] = []
     shares_for = shares_table.shares_for
 
@@ -43,7 +44,7 @@ def taken(monkeypatch):
 
 def force(monkeypatch, way: str, n: int, batch: int, rows: int = 16, tile: int = 8, parts: int = 2, strips: int = 2,
           more: int = 0):
-    """One of the ways, of a size that would not take it."""
+    """Takes one of the ways, at a size that would not take it."""
     depth = max(128 if way == "held" else 16, shares_table.power_of_2(n - more))
     tiles = shares_table.cdiv(shares_table.cdiv(batch, tile), parts)
     shares = {"alone": Shares("alone", depth, tile, depth, 1, 8, 1, shares_table.cdiv(batch, tile), 1),
@@ -53,7 +54,7 @@ def force(monkeypatch, way: str, n: int, batch: int, rows: int = 16, tile: int =
 
 
 class Layer:
-    """Arguments of the ops, drawn. density: None, or the share of entries that masks keep. last_only: nothing but the
+    """Random arguments of the ops. density: the share of entries that masks keep; None: no masks. last_only: only the
     last state has a gradient."""
 
     def __init__(self, n: int, batch: int = 5, steps: int = 3, inputs: int = 7, dtype: torch.dtype = torch.float32,
@@ -120,7 +121,7 @@ def test_every_step_in_every_way(monkeypatch, way, step, lengths):
 
 
 def test_a_depth_in_two_parts(monkeypatch):
-    """Which is no power of 2: n = 650 has 768, as 512 + 256."""
+    """The depth need not be a power of 2: n = 650 takes 768, which is 512 + 256."""
     for n, parts, whole in [(650, 16, (512, 256)), (512, 16, (512, 0)), (769, 16, (1024, 0)), (1, 8, (128, 0)),
                             (150, 8, (256, 0)), (257, 8, (256, 128)), (1100, 16, (1024, 256)), (1290, 16, (1024, 512))]:
         assert shares_table.depths(n, parts) == whole
@@ -137,7 +138,7 @@ def test_a_gradient_of_the_last_state_alone(monkeypatch, way):
 @pytest.mark.parametrize("step", STEPS[:3:2], ids=str)
 @pytest.mark.parametrize(("way", "n"), [("alone", 17), ("held", 16), ("streamed", 37)])
 def test_all_steps_in_one_launch(monkeypatch, way, n, step):
-    """As on a GPU, with one program along the rows: it need not wait for another."""
+    """This is possible as on a GPU if one program has all rows, since it need not wait for another."""
     force(monkeypatch, way, n, 9, strips=1)
     Layer(n, 9, 4, density=0.4, lengths=step.leak == 0.3).check(step)
 
@@ -152,7 +153,7 @@ def test_sizes(n, batch, steps, taken):
 @pytest.mark.parametrize(("way", "n", "batch"), [("held", 130, 17), ("held", 63, 5), ("streamed", 63, 17),
                                                  ("streamed", 40, 20), ("alone", 63, 33)], ids=str)
 def test_sizes_in_ways_that_larger_ones_take(monkeypatch, way, n, batch):
-    """More strips than programs, parts of several tiles, tiles and parts that reach beyond the batch."""
+    """More strips than programs, parts with several tiles, tiles and parts that reach beyond the batch."""
     force(monkeypatch, way, n, batch)
     Layer(n, batch, 2, density=0.5).check(Step("tanh", 0.5, False))
 
@@ -170,23 +171,23 @@ def test_biases(biases):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [20, 130])
 def test_dtypes(n, dtype):
-    """float64 is the reference's."""
+    """The reference serves float64."""
     Layer(n, 5, 2, dtype=dtype, density=0.5).check(Step("tanh", 0.5, False))
 
 
 def test_tf32_is_switched_as_for_cudnn(monkeypatch):
-    precision = lambda: steps.numbers_for(torch.empty(1)).PRECISION  # noqa: E731
+    precision = lambda: numbers_for(torch.empty(1)).PRECISION  # noqa: E731
     assert precision() == "tf32"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     assert precision() == "tf32x3"
-    assert steps.numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
+    assert numbers_for(torch.empty(1, dtype=torch.bfloat16)).PRECISION == "tf32"
     Layer(130, 5, 2).check()
 
 
 # --- limits ----------------------------------------------------------------------------------------------------
 
 def test_tanh(monkeypatch):
-    """Small, large and singular arguments, through a layer that passes them on."""
+    """Small, large and singular arguments go through a layer that passes them on."""
     force(monkeypatch, "alone", 1, 10_000, tile=1024)
     a = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000), torch.tensor([0.0, float("inf")])])
     a = torch.cat([a, -a])[None, :, None]
@@ -253,14 +254,13 @@ def test_the_other_backends_are_served_as_before():
 
 # --- how it is shared out --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device", [steps.INTERPRETED, steps.Device(84, 99 * 1024),
-                                    steps.Device(20, 64 * 1024)], ids=str)
+@pytest.mark.parametrize("device", [INTERPRETED, Device(9, 84, 99 * 1024), Device(9, 20, 64 * 1024)], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_all_programs_fit_at_once_and_everything_is_done(itemsize, exact, device):
     for n in (1, 16, 63, 128, 129, 650, 1024, 2048, 2113, 4096, 20000):
         for batch in (1, 8, 20, 33, 200, 1000, 20000):
-            s = shares_table.shares_for(n, batch, itemsize, exact, *device)
+            s = shares_table.shares_for(n, batch, itemsize, exact, device)
             assert s.parts * s.tiles * s.batch >= batch > (s.parts * s.tiles - s.tiles) * s.batch
             assert s.way == "alone" or s.strips * s.parts <= device.multiprocessors
             assert s.way == "streamed" or s.rows * s.strips >= n and s.depth + s.more >= n

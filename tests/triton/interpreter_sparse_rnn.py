@@ -1,5 +1,5 @@
-"""SparseRNN over blocks and strays by the Triton kernels, in the interpreter, against torch.nn.RNN in float64. Run by
-test_interpreter_rnn.py in a process with TRITON_INTERPRET=1."""
+"""SparseRNN over blocks and strays by the Triton kernels in the interpreter, compared with torch.nn.RNN in float64.
+test_interpreter_rnn.py runs this file in a process with TRITON_INTERPRET=1."""
 from __future__ import annotations
 
 import pytest
@@ -7,7 +7,7 @@ import torch
 
 import moduli_kernels as mk
 from moduli_kernels.rnn import crossovers
-from moduli_kernels.triton.rnn import launch_blocked
+from moduli_kernels.triton.rnn import blocked
 from tests.support.rnn_cases import assert_same, draw, draw_mask, net_of, plain_rnn, run
 
 pytestmark = [
@@ -18,11 +18,11 @@ pytestmark = [
 
 @pytest.fixture
 def launched(monkeypatch):
-    """A net as small as here would be read whole. Which launches there were, in a list."""
-    names, launches = [], {name: getattr(launch_blocked, name) for name in ("blocked_rnn", "blocked_rnn_grads")}
+    """Lists the launches. Nets take the form in blocks, which nets as small as these would not."""
+    names, launches = [], {name: getattr(blocked, name) for name in ("blocked_rnn", "blocked_rnn_grads")}
     monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
     for name, launch in launches.items():
-        monkeypatch.setattr(launch_blocked, name, lambda *arguments, name=name, launch=launch: (
+        monkeypatch.setattr(blocked, name, lambda *arguments, name=name, launch=launch: (
             names.append(name) or launch(*arguments)))
     return names
 
@@ -32,7 +32,7 @@ def launched(monkeypatch):
 def test_as_nn_rnn(launched, settings, packed):
     net = net_of(4, 37, densities=(0.5, None), **settings)
     order = torch.randperm(37)
-    for name in net._hidden_names():  # a full block and few beside it, in this order
+    for name in net._hidden_names():  # a full block and few entries outside it, in this order
         mask = draw_mask(37, 37, density=0.05)
         mask[:20, :20] = True
         net.set_mask(name, mask[order.argsort()][:, order.argsort()])
@@ -58,6 +58,6 @@ def test_a_mask_that_changes_in_place(launched):
 
 
 def test_small_nets_are_read_whole(monkeypatch):
-    monkeypatch.setattr(launch_blocked, "blocked_rnn", None)
+    monkeypatch.setattr(blocked, "blocked_rnn", None)
     net = net_of(4, 37)
     assert "as one matrix" in net.explain() and net(draw(2, 3, 4))[0].isfinite().all()

@@ -1,5 +1,5 @@
-"""The Triton kernels without a GPU: tests/triton/interpreter*.py, each in a process of its own, for Triton reads at its
-import whether it is to interpret."""
+"""The Triton kernels without a GPU, and when they are available. The tests stand in tests/triton/interpreter*.py; each
+file runs in a process of its own, because Triton reads TRITON_INTERPRET once, when it is imported."""
 from __future__ import annotations
 
 import os
@@ -43,7 +43,7 @@ AVAILABILITY = "from moduli_kernels import backends; print(*backends.availabilit
 
 
 def test_unavailable_without_triton():
-    """As on a machine that lacks it: find_spec finds none."""
+    """find_spec finds no Triton, as on a machine that lacks it."""
     hidden = ("import importlib.util as u; found = u.find_spec\n"
               "u.find_spec = lambda name, *a: None if name == 'triton' else found(name, *a)\n")
     assert run(hidden + AVAILABILITY) == ("False Triton is not installed (pip install triton; PyTorch's CUDA builds "
@@ -69,8 +69,8 @@ def test_available_in_the_interpreter():
 
 
 @needs_triton
-def test_not_chosen_by_itself_in_the_interpreter():
-    """TRITON_INTERPRET=1 alone changes nothing: the CPU stays with what served it."""
+def test_not_chosen_unasked_in_the_interpreter():
+    """TRITON_INTERPRET=1 alone changes nothing: the backend that served the CPU goes on serving it."""
     code = ("import sys, torch, moduli_kernels as mk\n"
             "from moduli_kernels import backends\n"
             "w = torch.ones(3, 3, requires_grad=True)\n"

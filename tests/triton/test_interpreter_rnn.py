@@ -1,4 +1,4 @@
-"""The Triton kernels of the masked RNN without a GPU: in the interpreter, each file in a process of its own."""
+"""The Triton kernels of the masked RNN without a GPU, in the interpreter: each file in a process of its own."""
 from __future__ import annotations
 
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is 
 
 
 def test_in_the_interpreter(tmp_path):
-    """All of them at once."""
+    """All files run at the same time."""
     running = {}
     for name in ("rnn", "blocks", "barrier", "sparse_rnn"):
         with open(tmp_path / name, "w") as log:  # the process keeps its own handle
@@ -41,7 +41,7 @@ def test_import_and_the_cpu_need_no_triton():
 
 
 def test_the_workload_of_compute_sanitizer(monkeypatch):
-    """Runs, and its layers are the reference's, on whatever serves the CPU; wherever it is off, it says so."""
+    """It runs on whatever serves the CPU and finds the reference's results, and it fails where a result is off."""
     monkeypatch.syspath_prepend(str(HERE.parents[1] / "scripts"))
     import gpu_workload
     import gpu_workload_rnn

@@ -1,5 +1,5 @@
-"""The Triton kernels as machine code, without a GPU: registers and stack, what the inner loop is made of, bytes moved.
-triton_machine_code.py compiles them."""
+"""The Triton kernels as machine code, without a GPU: registers and stack, what the inner loop is made of, and how many
+bytes move. tests/support/machine_code.py compiles them."""
 from __future__ import annotations
 
 import os
@@ -14,11 +14,12 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
 if runtime.triton_installed:
-    from moduli_kernels.triton.penalty import launch, launch_kept, tiles
+    from moduli_kernels.triton import device
+    from moduli_kernels.triton.penalty import dense, proximal, tiles
     from tests.support import machine_code as code
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
-# case -> registers and, for each entry of W, instructions and special-function operations of the inner loop, at most
+# case -> at most so many registers and, for each entry of W, instructions and special-function operations in the loop
 HOT = {
     "torus frozen": (128, 25, 2),
     "torus trained": (128, 42, 2),
@@ -43,18 +44,18 @@ CASES += [(case, 90, *limits) for case, limits in OTHERS.items()]
 
 @pytest.mark.parametrize(("case", "architecture", "registers", "instructions", "special"), CASES)
 def test_hot_kernels(case, architecture, registers, instructions, special):
-    """Nothing spilled; W and dW move in vectors of 16 bytes; a tile costs no barrier."""
-    penalty, finish = code.report(case, architecture)
-    assert penalty["kernel"] == "penalty_kernel" and finish["kernel"] == "finish_kernel"
-    assert penalty["STACK"] == penalty["LOCAL"] == finish["STACK"] == 0
-    assert penalty["REG"] <= registers and finish["REG"] <= 128
-    assert penalty["barriers"] == 0
-    vectors = penalty["entries"] * (2 if "bfloat16" in case else 4) // 16
-    tables = penalty["entries"] if "table" in case else 0
-    coordinates = penalty["loads"] - penalty["loads128"]
-    assert penalty["loads128"] == vectors + tables and penalty["stores128"] == penalty["stores"] == vectors
+    """Nothing is spilled, W and dW move in vectors of 16 bytes, and a tile costs no barrier."""
+    first, finish = code.report(case, architecture)
+    assert first["kernel"] == "penalty_kernel" and finish["kernel"] == "finish_kernel"
+    assert first["STACK"] == first["LOCAL"] == finish["STACK"] == 0
+    assert first["REG"] <= registers and finish["REG"] <= 128
+    assert first["barriers"] == 0
+    vectors = first["entries"] * (2 if "bfloat16" in case else 4) // 16
+    tables = first["entries"] if "table" in case else 0
+    coordinates = first["loads"] - first["loads128"]
+    assert first["loads128"] == vectors + tables and first["stores128"] == first["stores"] == vectors
     assert 1 <= coordinates <= 6
-    assert penalty["instructions"] <= instructions and penalty["special"] <= special
+    assert first["instructions"] <= instructions and first["special"] <= special
 
 
 OTHER_KERNELS = {
@@ -69,7 +70,7 @@ OTHER_KERNELS = {
 
 @pytest.mark.parametrize("settings", OTHER_KERNELS.values(), ids=OTHER_KERNELS)
 def test_everything_compiles(settings):
-    """What the interpreter accepts the compiler might not."""
+    """The compiler may refuse what the interpreter accepts."""
     need = settings.get("need", (True, True))
     n, blocks, kernel = settings.get("n", 512), settings.get("blocks", 1), settings.get("kernel", ())
     arguments = list(code.op_arguments("mixed", code.CASES["torus trained"][1], settings.get("dtype", torch.float32),
@@ -78,11 +79,11 @@ def test_everything_compiles(settings):
     arguments[3] = torch.empty(arguments[0].shape, dtype=torch.bool) if settings.get("mask") else None
     if settings.get("accumulate"):
         grad = torch.empty_like(arguments[0])
-        launches = code.record(lambda: launch.accumulate_penalty_grad_(grad, *arguments, True))
+        launches = code.record(lambda: dense.accumulate_penalty_grad_(grad, *arguments, True))
     elif settings.get("grad"):
-        launches = code.record(lambda: launch.penalty_grads(torch.ones(()), *arguments, *need))
+        launches = code.record(lambda: dense.penalty_grads(torch.ones(()), *arguments, *need))
     else:
-        launches = code.record(lambda: launch.penalty_with_grads(*arguments, *need))
+        launches = code.record(lambda: dense.penalty_with_grads(*arguments, *need))
     for recorded in launches:
         spills = settings.get("dtype") == torch.float64 or "kernel" in settings  # no speed goal
         assert spills or code.usage(code.machine_code(recorded, 90))["STACK"] == 0
@@ -92,7 +93,7 @@ def test_everything_compiles(settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scale_compiles(dtype):
     grads = [torch.ones(5000, dtype=dtype), torch.ones(7), torch.ones(7)]
-    recorded, = code.record(lambda: launch.scale_grads_(grads, torch.ones(())))
+    recorded, = code.record(lambda: dense.scale_grads_(grads, torch.ones(())))
     assert code.usage(code.machine_code(recorded, 90))["STACK"] == 0
 
 
@@ -100,19 +101,19 @@ def test_scale_compiles(dtype):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kept_entries(architecture, monkeypatch):
-    """Nothing spilled, whether rows are compressed or masked; of the proximal step W moves in vectors."""
-    monkeypatch.setattr(launch, "capability", lambda tensor: architecture // 10)
+    """Nothing is spilled, whether rows are compressed or masked; in the proximal step W moves in vectors."""
+    monkeypatch.setattr(device, "INTERPRETED", device.INTERPRETED._replace(generation=architecture // 10))
     arguments = code.op_arguments("torus", code.CASES["torus trained"][1], torch.float32, 1.0)
     few = code.compressed(arguments, 0.02)
-    rows, columns, _ = code.record(lambda: launch.penalty_with_grads(*few, True, True))
+    rows, columns, _ = code.record(lambda: dense.penalty_with_grads(*few, True, True))
     assert [k.arguments["TRANSPOSED"] for k in (rows, columns)] == [False, True]
     entries = rows.arguments["ROWS"] * rows.arguments["WIDTH"]
     assert rows.grid[0] * rows.arguments["ROWS"] == 4096 and rows.arguments["WIDTH"] == 128 and entries == 512
     grad = torch.empty_like(arguments.weight)
-    masked, _ = code.record(lambda: launch.accumulate_penalty_grad_(
+    masked, _ = code.record(lambda: dense.accumulate_penalty_grad_(
         grad, *arguments._replace(mask=torch.empty(4096, 4096, dtype=torch.bool)), True))
-    step, = code.record(lambda: launch_kept.proximal_step_(*arguments, 1.0))
-    kept_step, = code.record(lambda: launch_kept.proximal_step_(*few, 1.0))
+    step, = code.record(lambda: proximal.proximal_step_(*arguments, 1.0))
+    kept_step, = code.record(lambda: proximal.proximal_step_(*few, 1.0))
     for recorded in (rows, columns, masked, step, kept_step):
         cubin = code.machine_code(recorded, architecture)
         assert code.usage(cubin)["STACK"] == 0 and code.usage(cubin)["REG"] <= 128
@@ -135,23 +136,23 @@ def test_other_kept_entries_compile(what):
         arguments = arguments._replace(mask=torch.empty(arguments.weight.shape, dtype=torch.bool))
     if "kept" in what:
         arguments = code.compressed(arguments, 0.1)
-        few = code.record(lambda: launch.penalty_grads(torch.empty((), dtype=dtype), *arguments, True, True))
+        few = code.record(lambda: dense.penalty_grads(torch.empty((), dtype=dtype), *arguments, True, True))
     elif "proximal" in what:
-        few = code.record(lambda: launch_kept.proximal_step_(*arguments, 1.0))
+        few = code.record(lambda: proximal.proximal_step_(*arguments, 1.0))
     else:
-        few = code.record(lambda: launch.penalty_with_grads(*arguments, True, True))[:1]
+        few = code.record(lambda: dense.penalty_with_grads(*arguments, True, True))[:1]
     for recorded in few:
         assert code.machine_code(recorded, 90)
 
 
-# --- from the launch grid --------------------------------------------------------------------------------
+# --- what the launch grid says --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", ["torus frozen", "torus trained", "sphere trained", "torus6 trained"])
 @pytest.mark.parametrize("generation", [8, 9])
 @pytest.mark.parametrize("n", [2048, 4096])
 def test_bytes_moved(case, generation, n):
-    """Tiles meet every entry once, so W is read once and dW written once; parts stay under 1 % x coordinates of 64 MB
-    or, if it is larger, of W."""
+    """Each entry is in one tile, so W is read once and dW written once. The parts stay under 1 % x coordinates of W, or
+    of 64 MB if W is smaller."""
     penalty, finish = code.launches_of(case, generation, n)
     a = penalty.arguments
     tile = a["TILES"] * a["TILE_ROWS"] * a["GROUP"] * a["REPEAT"] * a["WIDTH"]
@@ -161,7 +162,7 @@ def test_bytes_moved(case, generation, n):
     limit = 0.01 * coordinates * 4 * max(n * n, tiles.SMALL)
     assert sum(t.numel() * t.element_size() for t in parts) <= limit
     assert len(parts) == (0 if "frozen" in case else 2) and a["value_parts"].numel() <= 4096
-    if n == 4096:  # beside W and dW: points, once a strip or a group, and parts, written and read
+    if n == 4096:  # besides W and dW, points are read once a strip or group, and parts are written and read
         points = 4 * coordinates * n * (penalty.grid[0] + penalty.grid[1])
         assert points + 2 * sum(4 * t.numel() for t in parts) <= 2 * 4 * n * n * 0.015 * coordinates
     assert finish.grid[0] <= 1 + 2 * n
@@ -172,8 +173,8 @@ def test_programs_fill_a_gpu_at_the_sizes_that_count():
         for trained in (False, True):
             tile = tiles.tile_for(9, 2, False, trained)
             for itemsize in (2, 4):
-                shares = tiles.shares_for(n, n, tile, tile.vectors(itemsize) * 128 // itemsize, trained)
-                assert shares.strips * shares.groups >= programs
+                partition = tiles.partition_of(n, n, tile, tile.vectors(itemsize) * 128 // itemsize, trained)
+                assert partition.strips * partition.groups >= programs
 
 
 def test_generations_that_are_not_in_the_table():
@@ -183,7 +184,7 @@ def test_generations_that_are_not_in_the_table():
 
 
 def test_nothing_is_read_back_from_the_device(monkeypatch):
-    """Numbers travel as kernel arguments: no .item(), .cpu() nor a copy of a host tensor between device and host."""
+    """Numbers travel as kernel arguments: there is no .item(), no .cpu(), and no tensor is copied to the device."""
     arguments = code.op_arguments("mixed", code.CASES["torus trained"][1], torch.float32, 1.0, 64)
     few = code.compressed(arguments, 0.1)
 
@@ -195,9 +196,9 @@ def test_nothing_is_read_back_from_the_device(monkeypatch):
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        launches = code.record(lambda: launch.penalty_with_grads(*arguments, True, True))
-        launches += code.record(lambda: launch.penalty_grads(torch.empty(()), *arguments, True, True))
-        launches += code.record(lambda: launch.penalty_with_grads(*few, True, True))
-        launches += code.record(lambda: launch_kept.proximal_step_(*few, 1.0))
-        launches += code.record(lambda: launch_kept.proximal_step_(*arguments, 1.0))
+        launches = code.record(lambda: dense.penalty_with_grads(*arguments, True, True))
+        launches += code.record(lambda: dense.penalty_grads(torch.empty(()), *arguments, True, True))
+        launches += code.record(lambda: dense.penalty_with_grads(*few, True, True))
+        launches += code.record(lambda: proximal.proximal_step_(*few, 1.0))
+        launches += code.record(lambda: proximal.proximal_step_(*arguments, 1.0))
     assert len(launches) == 9

@@ -1,5 +1,5 @@
-"""The Triton kernels of the masked RNN as machine code, without a GPU: registers, stack, shared memory; what the
-barrier between steps is made of; that nothing is read from the device."""
+"""The Triton kernels of the masked RNN as machine code, without a GPU: registers, stack and shared memory, what the
+barrier between steps is made of, and that nothing is read from the device."""
 from __future__ import annotations
 
 import os
@@ -14,11 +14,12 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
 if runtime.triton_installed:
-    from moduli_kernels.triton.rnn import launch_masked, steps
+    from moduli_kernels.triton.device import device_of
+    from moduli_kernels.triton.rnn import masked
     from tests.support import machine_code_rnn as rnn
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
-# what one trains with: rows, batch, -> the way its steps go on an H100
+# what people train with: (rows, batch) -> the way that its steps take on an H100
 HOT = {(128, 32): "alone", (650, 20): "held", (1024, 64): "held", (4096, 20): "streamed"}
 
 
@@ -32,7 +33,8 @@ def check(found, architecture: int) -> None:
     *((size, a) for size in ((128, 32), (650, 20)) for a in ARCHITECTURES), ((1024, 64), 90), ((4096, 20), 86),
     ((4096, 20), 90)], ids=str)
 def test_hot_kernels(size, architecture):
-    """Nothing spilled, and a program fits on a multiprocessor; steps are one launch, of programs that run together."""
+    """Nothing is spilled, and a program fits on a multiprocessor. The steps are one launch, of programs that run at the
+    same time."""
     inputs, steps, back, *products = rnn.record(lambda: rnn.train(*size), architecture)
     assert len(products) == 3
     for launch in (steps, back):
@@ -48,7 +50,8 @@ def test_hot_kernels(size, architecture):
 @pytest.mark.parametrize(("batch", "side", "share", "density", "architecture"), [
     *((20, 32, 0.0, 0.02, a) for a in (80, 90)), *((200, 32, 0.1, 0.0005, a) for a in ARCHITECTURES)], ids=str)
 def test_kept_entries(batch, side, share, density, architecture):
-    """Unstructured at a small batch; blocks and a few strays at a large one. States move in vectors of 16 bytes."""
+    """A mask without structure at a small batch; blocks and a few strays at a large one. States move in vectors of 16
+    bytes."""
     launches = rnn.record(lambda: rnn.train_blocked(4096, batch, side, share, density, steps=3), architecture)
     names = [launch.kernel.__name__ for launch in launches]
     steps = [launch for launch in launches if launch.arguments.get("WAY") == "kept"]
@@ -65,11 +68,11 @@ def test_kept_entries(batch, side, share, density, architecture):
 
 @pytest.mark.parametrize(("n", "batch"), [(4096, 1), (650, 20)])
 def test_compressed_rows(n, batch):
-    """The hidden weight as values, for inference: one launch of many steps, no gradients."""
+    """For inference the hidden weight is given as values: one launch does many steps, without gradients."""
     entries = n * n // 50
     x, h, w_ih, values = torch.empty(50, batch, 16), torch.empty(batch, n), torch.empty(n, 16), torch.empty(entries)
     crow, col = torch.empty(n + 1, dtype=torch.int64), torch.empty(entries, dtype=torch.int64)
-    launches = rnn.record(lambda: launch_masked.masked_rnn(
+    launches = rnn.record(lambda: masked.masked_rnn(
         x, h, w_ih, values, None, None, None, None, None, None, crow, col, None, "tanh", 1.0, False, False), 90)
     assert [launch.kernel.__name__ for launch in launches] == ["product_kernel", "forward_kernel"]
     for launch in launches:
@@ -86,7 +89,7 @@ def test_other_blocks(n, side, dtype):
 
 OTHERS = {
     "bfloat16": {"dtype": torch.bfloat16}, "float16": {"dtype": torch.float16}, "leak": {"leak": 0.5},
-    "lengths": {"lengths": True, "reverse": True}, "no mask": {"masked": False}, "three inputs": {"inputs": 3},
+    "lengths": {"lengths": True, "reverse": True}, "no mask": {"with_masks": False}, "three inputs": {"inputs": 3},
     "one step": {"steps": 1},
 }
 
@@ -95,7 +98,7 @@ OTHERS = {
     *((650, settings) for settings in OTHERS.values()), (1, OTHERS["one step"]), (100, OTHERS["lengths"]),
     (300, OTHERS["leak"]), (750, {}), (1001, {}), (1901, {}), (3001, {}), (3001, OTHERS["bfloat16"])], ids=str)
 def test_others(n, settings):
-    """What the interpreter accepts the compiler might not."""
+    """The compiler may refuse what the interpreter accepts."""
     for launch in rnn.record(lambda: rnn.train(n, 20, **settings), 90):
         check(rnn.compiled(launch, 90), 90)
 
@@ -112,8 +115,8 @@ def test_without_tf32(n):
 @pytest.mark.parametrize(("size", "architecture"), [*(((650, 20), a) for a in ARCHITECTURES), ((4096, 20), 90)],
                          ids=str)
 def test_the_barrier(size, architecture):
-    """Once in the code of the kernel: all threads have stored, one adds after a fence; one waits for a number and drops
-    what the first-level cache holds, then all go on, and states are loaded after that alone."""
+    """It stands in the code once. All threads have stored before one adds, after a fence; one waits for a number and
+    drops what the first-level cache holds; then all go on, and states are loaded only after that."""
     for launch in rnn.record(lambda: rnn.train(*size), architecture)[1:3]:
         text = rnn.instructions(rnn.compiled(launch, architecture).cubin)
         places = {name: [i for i, line in enumerate(text) if name in line]
@@ -145,4 +148,4 @@ def test_nothing_is_read_back_from_the_device():
             rnn.train(650, 20, leak=0.5, lengths=True)
 
     assert len(rnn.record(train, 90)) == 6
-    assert steps.on_gpu(torch.empty(0)) is False  # what was patched is back
+    assert device_of(torch.empty(0)).interpreted  # what was patched is back

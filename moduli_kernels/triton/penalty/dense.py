@@ -1,53 +1,55 @@
-"""The kernel of the penalty: value, dW and the parts of dE in one pass over W.
+"""The penalty of a dense weight: value, dW and the parts of dE in one pass over W.
 
-A program owns a strip of rows and a group of column blocks, and walks down the strip once a block. A tile is REPEAT
-pieces (TILE_ROWS, WIDTH) side by side; WIDTH columns are 128 bytes of W. The compiler gives the lanes of a warp 4 rows
-x 8 vectors of 16 bytes of a piece, so that a thread has one row of a tile, and a vector of each piece, loaded and
-stored whole. What a thread sums stays in its registers:
+A program owns a strip of rows and a group of column blocks, and walks down the strip once for each block. A tile is
+REPEAT pieces (TILE_ROWS, WIDTH) side by side; WIDTH columns are 128 bytes of W. The compiler gives the lanes of a warp
+4 rows x 8 vectors of 16 bytes of a piece, so that a lane has one row of a tile and a vector of each piece, loaded and
+stored whole. What a lane sums stays in its registers:
 
-    value          one number a lane, compensated
-    columns of dE  a piece a coordinate, over the rows of the strip; reduced over rows once a block
-    rows of dE     over the columns of a tile at once, 3 shuffles a coordinate; the sums of tile i are kept by lane i
-                   of the 8 that share a row, over all blocks of the group: no memory but at the end
+    value          one number a lane, with compensation
+    columns of dE  a piece a coordinate, over the rows of the strip; summed over the rows once a block
+    rows of dE     over the columns of a tile at once, in 3 shuffles a coordinate. Of the 8 lanes that share a row, lane
+                   i keeps the sums of tile i, over all blocks of the group, so that memory is touched at the end only.
 
-Under a mask the mask is read whole, a byte an entry; a tile of which nothing is kept costs no more, and of others W,
-and a gradient that is added to, is touched in the sectors of 32 bytes with a kept entry.
+A mask is loaded for every entry, one byte each. A tile of which it keeps nothing costs no more than that. Of the other
+tiles W, and a gradient that is added to, is touched in those sectors of 32 bytes that hold a kept entry.
 
-Parts: value (strips, groups); rows (groups, coordinates, R); columns (strips, coordinates, C). finish.py adds them.
+finish.py adds the parts in a second launch. Nothing is copied to or from the device, so CUDA graphs can capture a call:
+numbers travel as arguments, and the kernels read `grad`. Contracts of the ops: moduli_kernels/ops/penalty.py.
 """
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...ops.penalty import PenaltyArguments
+from ..device import bytes_of, device_of, on_device
 from ..inhibitors import inhibitor
 from ..manifolds import distance, prepare
-from ..math import parameter, power_positive, signed_by
+from ..math import number
+from . import kept, tiles
+from .entries import (
+    compensated_add,
+    kernel_norms,
+    load_points,
+    load_weights,
+    magnitude,
+    store_gradients,
+    weight_gradient,
+)
+from .finish import PART_CHUNK, add_parts
+from .formula import formula_of
+from .results import Results, gradients_of, results_for
+from .scale import scale_each_
 
-LANES = tl.constexpr(8)  # of a warp, that share a row of a tile
-
-
-@triton.jit
-def load_points(points, index, COORDINATES: tl.constexpr):
-    """The tuple of the coordinates of some points (n, COORDINATES)."""
-    loaded = ()
-    for c in tl.static_range(COORDINATES):
-        loaded = loaded + (tl.load(points + index * COORDINATES + c),)
-    return loaded
-
-
-@triton.jit
-def load_weights(pointers, kept, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointers, mask=kept, other=0.0, eviction_policy="evict_first")
-    else:
-        return tl.load(pointers, eviction_policy="evict_first")
+LANES = tl.constexpr(tiles.LANES)
 
 
 @triton.jit
 def load_tile(weight, row, column, row_stride, lane_at, lane_row, lane_column, n_rows, n_columns, MASKED: tl.constexpr,
               REPEAT: tl.constexpr, WIDTH: tl.constexpr):
-    """The pieces of the tile that begins at a row and a column of plain weights."""
+    """The pieces of the tile of plain weights that begins at this row and column."""
     pieces = ()
     for r in tl.static_range(REPEAT):
         here = column + r * WIDTH
@@ -57,63 +59,10 @@ def load_tile(weight, row, column, row_stride, lane_at, lane_row, lane_column, n
 
 
 @triton.jit
-def magnitude(a, exponent, POWER: tl.constexpr):
-    """|w|^l and d|w|^l / d|w| of a = |w|; exponent is l."""
-    if POWER == 1:
-        return a, 1.0
-    elif POWER == 2:
-        return a * a, 2 * a
-    else:
-        low = power_positive(a, exponent - 1)
-        return a * low, exponent * low
-
-
-@triton.jit
-def weight_gradient(f, w, a, exponent, POWER: tl.constexpr):
-    """f d|w|^l / dw, 0 at w = 0 for l = 1."""
-    if POWER == 1:
-        return signed_by(f, w)
-    elif POWER == 2:
-        return f * (2 * w)
-    else:
-        _, slope = magnitude(a, exponent, POWER)
-        return signed_by(f * slope, w)
-
-
-@triton.jit
-def store_gradients(to, gradients, inside, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr):
-    """Stores gradients, or adds them to those that are there."""
-    if ACCUMULATE:
-        if EVEN:
-            gradients += load_weights(to, inside, False).to(gradients.dtype)
-        else:
-            gradients += tl.load(to, mask=inside, other=0.0).to(gradients.dtype)
-    rounded = gradients.to(to.dtype.element_ty)
-    if EVEN:
-        tl.store(to, rounded, eviction_policy="evict_first")
-    else:
-        tl.store(to, rounded, mask=inside, eviction_policy="evict_first")
-
-
-@triton.jit
-def kernel_norms(weights, mask, mask_at, inside, INNER: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
-    """L2 norms of the kept weights of kernels of INNER elements, and where one of them is kept."""
-    squares = tl.zeros(inside.shape, DTYPE)
-    kept = inside & (mask_at < 0)
-    for q in range(INNER):
-        here = inside
-        if HAS_MASK:
-            here = here & (tl.load(mask + mask_at + q, mask=inside, other=0) != 0)
-        w = tl.load(weights + q, mask=here, other=0.0).to(DTYPE)
-        squares += w * w
-        kept = kept | here
-    return tl.sqrt(squares), kept
-
-
-@triton.jit
 def store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INNER: tl.constexpr,
                            HAS_MASK: tl.constexpr, ACCUMULATE: tl.constexpr, DTYPE: tl.constexpr):
-    """dW of the kernels: that of the norms, divided by them (per_norm), times w; 0 where masked."""
+    """Stores dW of convolution kernels: per_norm, the gradient of a kernel's norm over the norm, times w; 0 where
+    masked."""
     for q in range(INNER):
         here = inside
         if HAS_MASK:
@@ -126,8 +75,9 @@ def store_kernel_gradients(dweight, weights, mask, out_at, inside, per_norm, INN
 @triton.jit
 def load_mask(mask, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS: tl.constexpr,
               INNER: tl.constexpr, EVEN: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
-    """The mask of the pieces of the tile that begins there, the blocks of each next to each other (of convolutions what
-    is kept of any of a kernel), and whether it keeps anything of the tile."""
+    """Returns the mask's pieces of the tile that begins at this row and column, and whether it keeps anything of the
+    tile. The gate blocks of a piece follow each other; a convolution kernel counts as kept if one of its elements
+    is."""
     pieces = ()
     found = tl.zeros(lane_out.shape, tl.uint8)
     for r in tl.static_range(REPEAT):
@@ -149,7 +99,7 @@ def load_mask(mask, row, first_column, lane_row, lane_column, lane_out, n_rows, 
 @triton.jit
 def store_nothing(dweight, row, first_column, lane_row, lane_column, lane_out, n_rows, n_columns, BLOCKS: tl.constexpr,
                   INNER: tl.constexpr, EVEN: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr):
-    """The gradients of a tile of which nothing is kept."""
+    """Stores the gradients of a tile of which the mask keeps nothing."""
     for r in tl.static_range(REPEAT):
         column = first_column + r * WIDTH
         inside = (row + lane_row < n_rows) & (column + lane_column < n_columns)
@@ -162,34 +112,28 @@ def store_nothing(dweight, row, first_column, lane_row, lane_column, lane_out, n
 
 @triton.jit
 def sum_in_lanes(piece):
-    """(TILE_ROWS, LANES) from (TILE_ROWS, WIDTH): what each lane has of a row, without a shuffle."""
+    """Sums (TILE_ROWS, WIDTH) to (TILE_ROWS, LANES): each lane adds what it holds of a row, without a shuffle."""
     return tl.sum(tl.reshape(piece, [piece.shape[0], LANES, piece.shape[1] // LANES]), axis=2)
 
 
 @triton.jit
-def compensated_add(total, rest, part):
-    """Kahan's sum: total + part, and what was lost to rounding, to be taken from the next part."""
-    part = part - rest
-    added = total + part
-    return added, (added - total) - part
-
-
-@triton.jit
 def penalty_program(
-    group, strip, groups, weight, rows, cols, mask, table, dweight, value_parts, row_parts, column_parts,
-    n_rows, column_vectors, stride_vectors, scale, exponent, factor_parameters, inhibitor_parameters,
+    # place of the program: its group of column blocks, its strip of rows; how many groups there are
+    group, strip, groups,
+    # tensors, see penalty_kernel
+    weight, rows, cols, mask, table, dweight, value_parts, row_parts, column_parts,
+    # sizes and stride: columns and stride in units of VECTOR elements, so that the compiler knows what is aligned
+    n_rows, column_vectors, stride_vectors,
+    # numbers: what f is multiplied by, the power; parameters as `kernel_numbers` sends them
+    scale, exponent, factor_parameters, inhibitor_parameters,
+    # constants, see penalty_kernel
     FACTORS: tl.constexpr, COORDINATES: tl.constexpr, INHIBITOR: tl.constexpr, POWER: tl.constexpr,
     BLOCKS: tl.constexpr, INNER: tl.constexpr, NEED_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
     NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, EVEN: tl.constexpr,
     PREFETCH: tl.constexpr, VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """What one program does: a strip of TILES tiles of rows, LANES at most, and a group of GROUP blocks of columns,
-    those numbered `strip` and `group`, of `groups`. weight (BLOCKS*n_rows, n_columns, INNER), rows a stride apart; mask
-    and dweight contiguous. n_columns and stride come in units of VECTOR elements, so that the compiler knows what is
-    aligned.
-    INNER: elements of a convolution's kernel, else 1. ACCUMULATE: dW is added to what dweight holds. EVEN: no program
-    has anything out of bounds. PREFETCH: the weights of the next tile are asked for early; for plain weights only."""
+    """The work of one program of penalty_kernel or grouped_kernel."""
     BLOCK: tl.constexpr = REPEAT * WIDTH
     MASKED: tl.constexpr = HAS_MASK or not EVEN
     n_columns = column_vectors * VECTOR
@@ -199,7 +143,7 @@ def penalty_program(
     lane_row = tl.arange(0, TILE_ROWS)[:, None]
     lane_column = tl.arange(0, WIDTH)[None, :]
     lane = tl.arange(0, LANES)[None, :]
-    # where an entry lies is a part that its piece has in common and one that stays the same: one addition a piece
+    # An address is the piece's own, plus one for each entry that stays the same: this costs one addition a piece.
     lane_at = lane_row.to(tl.int64) * row_stride + lane_column * INNER
     lane_out = (lane_row.to(tl.int64) * n_columns + lane_column) * INNER
 
@@ -211,8 +155,9 @@ def penalty_program(
                           n_columns, MASKED, REPEAT, WIDTH)
     for block in range(GROUP):
         first_column = (first_block + block) * BLOCK
-        # A load of nothing: zeros that lie among the threads as the weights do. What they are added to is laid out
-        # likewise, else the compiler takes all that depends on points alone through shared memory, tile by tile.
+        # This loads no entry: it gives zeros that are laid out among the threads as the weights are. What they are
+        # added to gets the same layout; else the compiler would move all that depends on points alone through shared
+        # memory, tile by tile.
         zeros = tl.load(weight + lane_at, mask=lane_row < -(first_column + lane_column), other=0.0).to(DTYPE)
         zero_row = tl.sum(zeros, axis=1)[:, None]
         y = ()
@@ -224,7 +169,7 @@ def penalty_program(
             row = first_row + tile * TILE_ROWS
             if PREFETCH:
                 current = ahead
-                # the last tile of all again after the last: a branch or a mask would cost more
+                # after the last tile it is loaded again, since a branch or a mask would cost more
                 step = tl.minimum(block * TILES + tile + 1, GROUP * TILES - 1)
                 ahead = load_tile(weight, first_row + (step % TILES) * TILE_ROWS, (first_block + step // TILES) * BLOCK,
                                   row_stride, lane_at, lane_row, lane_column, n_rows, n_columns, MASKED, REPEAT, WIDTH)
@@ -256,14 +201,14 @@ def penalty_program(
                                 kept = masks[r * BLOCKS + b] != 0
                             if PREFETCH:
                                 w = current[r].to(DTYPE)
-                            elif HAS_MASK:  # one by one, and each would carry its own copy of a policy
+                            elif HAS_MASK:  # these are loaded one by one, and each would carry its own copy of a policy
                                 w = tl.load(weights, mask=kept, other=0.0).to(DTYPE)
                             else:
                                 w = load_weights(weights, kept, MASKED).to(DTYPE)
                             a = tl.abs(w)
                         f_kept = f
                         slope_kept = slope
-                        if MASKED:  # an entry that is not kept costs nothing, also where its points are not finite
+                        if MASKED:  # an entry that is not kept costs nothing, even where its points are not finite
                             f_kept = tl.where(kept, f, 0.0)
                             slope_kept = tl.where(kept, slope, 0.0)
                         v, per_norm = magnitude(a, exponent, POWER)
@@ -276,7 +221,7 @@ def penalty_program(
                                                        HAS_MASK, ACCUMULATE, DTYPE)
                             else:
                                 gradient = weight_gradient(f_kept, w, a, exponent, POWER)
-                                # of an existing gradient what is masked is neither read nor written
+                                # the masked entries of an existing gradient are neither read nor written
                                 store_gradients(dweight + out_at, gradient, kept if ACCUMULATE else inside, ACCUMULATE,
                                                 EVEN and not (HAS_MASK and ACCUMULATE))
                     if NEED_POINTS:
@@ -315,18 +260,39 @@ def penalty_program(
 
 @triton.jit
 def penalty_kernel(
-    weight, rows, cols, mask, table, grad, dweight, value_parts, row_parts, column_parts,
-    n_rows, column_vectors, stride_vectors, numbers, factor_parameters, inhibitor_parameters,
+    # tensors
+    weight,         # (BLOCKS * n_rows, n_columns, INNER); rows a stride apart
+    rows, cols,     # points, (n_rows, COORDINATES) and (n_columns, COORDINATES)
+    mask,           # bytes in the weight's shape, contiguous; or None
+    table,          # a tabulated inhibitor's, or None
+    grad,           # 0-d, multiplies the gradients; None unless HAS_GRAD
+    dweight,        # has the weight's shape, contiguous; None unless NEED_WEIGHT
+    value_parts,    # (strips, groups)
+    row_parts,      # (groups, COORDINATES, n_rows); None unless NEED_POINTS
+    column_parts,   # (strips, COORDINATES, n_columns); None unless NEED_POINTS
+    # sizes and stride: columns and stride in units of VECTOR elements, so that the compiler knows what is aligned
+    n_rows, column_vectors, stride_vectors,
+    # numbers, as `kernel_numbers` sends them
+    numbers,        # scale and power
+    factor_parameters, inhibitor_parameters,
+    # constants of the formula, see formula.py
     FACTORS: tl.constexpr, COORDINATES: tl.constexpr, INHIBITOR: tl.constexpr, POWER: tl.constexpr,
-    BLOCKS: tl.constexpr, INNER: tl.constexpr, NEED_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
-    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr,
+    # constants of the weight
+    BLOCKS: tl.constexpr,       # gate blocks that share the points
+    INNER: tl.constexpr,        # elements of a convolution's kernel, else 1
+    # constants of the task
+    NEED_WEIGHT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,   # whether dW is added to what dweight holds
+    NEED_POINTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr,
+    EVEN: tl.constexpr,         # whether all that the programs touch is inside
+    # constants of the tiles, see tiles.py
+    PREFETCH: tl.constexpr,     # for plain weights only
+    VECTOR: tl.constexpr, TILE_ROWS: tl.constexpr, REPEAT: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """One weight, in a grid of (groups, strips); see penalty_program. numbers: scale and power. grad: 0-d factor of the
-    gradients."""
-    scale = parameter(numbers, 0, DTYPE)
-    exponent = parameter(numbers, 1, DTYPE)
+    """Value, dW and the parts of dE of one weight, in a grid of (groups, strips)."""
+    scale = number(numbers, 0, DTYPE)
+    exponent = number(numbers, 1, DTYPE)
     if HAS_GRAD:
         scale = scale * tl.load(grad).to(DTYPE)
     penalty_program(
@@ -334,3 +300,84 @@ def penalty_kernel(
         row_parts, column_parts, n_rows, column_vectors, stride_vectors, scale, exponent, factor_parameters,
         inhibitor_parameters, FACTORS, COORDINATES, INHIBITOR, POWER, BLOCKS, INNER, NEED_WEIGHT, ACCUMULATE,
         NEED_POINTS, HAS_MASK, EVEN, PREFETCH, VECTOR, TILE_ROWS, REPEAT, WIDTH, TILES, GROUP, DTYPE)
+
+
+# --- launch ----------------------------------------------------------------------------------------------------
+
+def compute(a: PenaltyArguments, grad: Tensor | None, need_value: bool, need_weight: bool, need_points: bool,
+            into: Tensor | None = None) -> Results:
+    """What is asked for, of one weight. grad: 0-d factor of the gradients. into: a gradient of the weight, contiguous,
+    to which dW is added; None makes one."""
+    if a.crow_indices is not None:
+        return kept.compute(a, grad, need_value, need_weight, need_points, into)
+    weight, rows = a.weight, a.rows
+    cols = rows if a.cols is None else a.cols
+    results = results_for(a, need_value, need_weight, need_points, into)
+    if weight.numel() == 0:
+        return results
+
+    formula = formula_of(a, rows)
+    n_rows, n_columns, coordinates, inner = len(rows), len(cols), rows.shape[1], weight.shape[2:].numel()
+    sum_points = need_points and not formula.constant
+    tile = tiles.tile_for(device_of(weight).generation, coordinates, formula.curved, sum_points)
+    width, repeat = tiles.piece_width(weight), tile.vectors(weight.element_size())
+    block = repeat * width
+    partition = tiles.partition_of(n_rows, n_columns, tile, block, sum_points)
+    groups, strips = partition.groups, partition.strips
+    stride = tiles.row_stride(weight)
+    vector = tiles.vector_length(weight, results.weight, n_columns, stride) if inner == 1 else 1
+    value_parts = rows.new_empty(strips * groups)
+    row_parts = rows.new_empty(groups * coordinates * n_rows) if sum_points else None
+    column_parts = rows.new_empty(strips * coordinates * n_columns) if sum_points else None
+    # the loads of a table leave no registers for more
+    plain = inner == 1 and a.table is None
+    with on_device(weight):
+        penalty_kernel[(groups, strips)](
+            weight, rows, cols, bytes_of(a.mask), a.table, grad, results.weight, value_parts, row_parts, column_parts,
+            n_rows, n_columns // vector, stride // vector,
+            formula.numbers(a.scale, a.power), formula.factor_parameters, formula.inhibitor_parameters,
+            **formula.constants, POWER=formula.power,
+            BLOCKS=a.blocks, INNER=inner,
+            NEED_WEIGHT=need_weight, ACCUMULATE=into is not None, NEED_POINTS=sum_points, HAS_MASK=a.mask is not None,
+            HAS_GRAD=grad is not None,
+            EVEN=n_rows % (partition.tiles * tile.rows) == 0 and n_columns % (partition.group * block) == 0,
+            PREFETCH=tile.prefetch and plain and a.blocks == 1 and a.mask is None,
+            VECTOR=vector, TILE_ROWS=tile.rows, REPEAT=repeat, WIDTH=width, TILES=partition.tiles,
+            GROUP=partition.group,
+            num_warps=tile.warps, maxnreg=tile.registers if plain and formula.dtype == torch.float32 else None,
+            enable_fp_fusion=True,
+        )
+        add_parts(a, results, formula, value_parts, row_parts, column_parts, groups, strips, PART_CHUNK)
+    return results
+
+
+# --- the ops ---------------------------------------------------------------------------------------------------
+
+def penalty(*arguments) -> Tensor:
+    return compute(PenaltyArguments(*arguments), None, True, False, False).value
+
+
+def penalty_with_grads(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, need_weight, need_points = arguments
+    a = PenaltyArguments(*rest)
+    results = compute(a, None, True, need_weight, need_points)
+    return (results.value, *gradients_of(a, results))
+
+
+def penalty_grads(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, need_weight, need_points = arguments
+    a = PenaltyArguments(*rest)
+    return gradients_of(a, compute(a, grad, False, need_weight, need_points))
+
+
+def accumulate_penalty_grad_(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds dW to grad, which is like the weight and contiguous, in the pass that computes value and dE."""
+    *rest, need_points = arguments
+    a = PenaltyArguments(*rest)
+    results = compute(a, None, True, True, need_points, grad)
+    _, *points = gradients_of(a, results)
+    return (results.value, *points)
+
+
+def scale_grads_(grads: list[Tensor], grad: Tensor) -> None:
+    scale_each_(grads, grad, [0] * len(grads))

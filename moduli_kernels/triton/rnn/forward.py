@@ -1,22 +1,24 @@
-"""The forward steps of the masked RNN, one launch for a whole sequence (or for steps [t_begin, t_end) of it).
+"""The forward steps of the masked RNN: one launch for a whole sequence, or for its steps [t_begin, t_end).
 
-A program has a strip of rows and a part of the batch, in every step; between two steps the programs of that part wait
-for each other (rnn_parts.wait). All of them must therefore be on the GPU at once, unless it is launched step by step.
+In every step a program has the same strip of rows and part of the batch. Between two steps the programs of a part wait
+for each other (barrier.py), so all of them have to be on the GPU at once, unless each step is a launch.
 """
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .parts import arrive, load_states, nonlinear, offset, wait
-from .recurrent import hold, product
+from .barrier import arrive, wait
+from .nonlinearity import nonlinear
+from .recurrent import hold, load_states, offset, recurrent_product
 
 
 @triton.jit
 def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t, n, batch,
                    stride_row, stride_batch, leak, stays, RELU: tl.constexpr, LEAKY: tl.constexpr):
-    """Input, biases, nonlinearity, leak and lengths of a tile of `row` and `b`; its states are stored, and returned.
-    old: its states before, None to read them. step: where step t begins."""
+    """Adds input and biases to the product `total` of a tile, applies nonlinearity, leak and lengths, and stores the
+    tile's new states, which it returns too. row, b: the tile's rows and elements of the batch. old: its states before
+    the step, None to load them. step: where step t begins."""
     row, b = row[:, None], b[None, :]
     at = row.to(tl.int64) * stride_row + b.to(tl.int64) * stride_batch
     inside = (row < n) & (b < batch)
@@ -40,19 +42,40 @@ def finish_forward(total, old, inputs, b_ih, b_hh, lengths, before, states, acti
     return new
 
 
-# one kernel for sequences of any length
+# one kernel serves sequences of any length
 @triton.jit(do_not_specialize=["t_begin", "t_end", "steps"])
 def forward_kernel(
-    inputs, h, b_ih, b_hh, weight, mask, kept, lengths, states, activations, counters, n, batch, tiles, size,
-    stride_row, stride_batch, t_begin, t_end, steps, leak, stays, WAY: tl.constexpr, RELU: tl.constexpr,
-    LEAKY: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    MORE: tl.constexpr, SPLIT: tl.constexpr, ENTRIES: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    DOT: tl.constexpr, BARRIER: tl.constexpr,
+    # tensors; n * batch numbers a step
+    inputs,         # (steps, n, batch) by the strides: W_ih x of each step
+    h,              # (n, batch) by the strides: the states before the first step
+    b_ih, b_hh,     # (n), or None
+    weight,         # (n, n); None where `kept` is given
+    mask,           # bytes like the weight, or None
+    kept,           # block_product.Kept as a tuple, or None
+    lengths,        # (batch) int64, steps of each element; or None
+    states,         # like inputs
+    activations,    # like inputs: s(a), or None
+    counters,       # one a part, 0 at the start; None without BARRIER
+    # sizes: batch and size in units of VECTOR, so that the compiler knows what is aligned
+    n, batch,
+    tiles,          # how many tiles of BATCH elements a part of the batch has
+    size,           # numbers in a step
+    # strides; stride_row in units of VECTOR
+    stride_row, stride_batch,
+    # steps of this launch, and of the sequence
+    t_begin, t_end, steps,
+    # numbers: the leak and 1 - leak
+    leak, stays,
+    # constants of the step
+    WAY: tl.constexpr, RELU: tl.constexpr, LEAKY: tl.constexpr, REVERSE: tl.constexpr,
+    # constants of the programs, see shares.py
+    ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr,
+    ENTRIES: tl.constexpr, VECTOR: tl.constexpr,
+    # how tensor cores multiply, see device.Numbers
+    PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BARRIER: tl.constexpr,      # whether programs wait for each other
 ):
-    """inputs, states, activations (or None): (steps, n, batch) by their strides, a step of `size` numbers; h one step
-    of these; weight (n, n); mask bytes or None; kept instead of both: rnn_kept.Kept; lengths (batch) int64 or None.
-    batch, size and stride_row are multiples of VECTOR, in units of it. stays: 1 - leak. tiles: of BATCH elements, in a
-    part of the batch; grid: (strips or fewer, parts). counters: 0 at the start, one a part; None without BARRIER."""
+    """The grid is (strips or fewer, parts of the batch)."""
     first, part = tl.program_id(0), tl.program_id(1)
     if VECTOR > 1:
         batch, size, stride_row = batch * VECTOR, size * VECTOR, stride_row * VECTOR
@@ -71,7 +94,7 @@ def forward_kernel(
         own = load_states(before, row[:, None], b[None, :], n, batch, stride_row, stride_batch, DOT)
 
     k = first * 0 + t_begin
-    while k < t_end:  # no `for`: Triton must not overlap steps
+    while k < t_end:  # a `for` would let Triton overlap steps
         t = steps - 1 - k if REVERSE else k
         step = offset(t, size)
         if WAY == "alone":
@@ -87,9 +110,9 @@ def forward_kernel(
                     wait(counters + part, (k - t_begin) * tl.num_programs(0))
             work = begin
             while work < end:
-                total, row, b = product(weight, mask, kept, held, held_more, before, work, first, part, tiles, n, batch,
-                                        stride_row, stride_batch, WAY, False, ROWS, BATCH, DEPTH, MORE, SPLIT, ENTRIES,
-                                        PRECISION, DOT)
+                total, row, b = recurrent_product(
+                    weight, mask, kept, held, held_more, before, work, first, part, tiles, n, batch, stride_row,
+                    stride_batch, WAY, False, ROWS, BATCH, DEPTH, MORE, SPLIT, ENTRIES, PRECISION, DOT)
                 finish_forward(total, None, inputs, b_ih, b_hh, lengths, before, states, activations, step, row, b, t,
                                n, batch, stride_row, stride_batch, leak, stays, RELU, LEAKY)
                 work += by

@@ -1,15 +1,23 @@
-"""The gradient of the hidden weight where a mask keeps few entries: da h^T over all steps, of the listed blocks and
-strays."""
+"""The gradient of the hidden weight where a mask keeps few entries: da h^T summed over all steps, at the kept entries
+alone."""
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ...ops.block_layout import GROUP, BlockLayout
+from ...ops.blocked_rnn import PITCH
+from ..device import bytes_of, numbers_for, on_device
+
+BLOCK_DEPTH, STRAY_ENTRIES, STRAY_DEPTH = 32, 64, 32
 
 
 @triton.jit
-def add_blocks(total, da, before, row, column, n, pitch, size, steps, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-               DOT: tl.constexpr):
-    """total + the sum over `steps` steps and all of the batch, DEPTH elements of a step at a time."""
+def add_block_products(total, da, before, row, column, n, pitch, size, steps, DEPTH: tl.constexpr,
+                       PRECISION: tl.constexpr, DOT: tl.constexpr):
+    """Returns total plus the sum of da h^T over `steps` steps and all of the batch, DEPTH elements of a step at a time,
+    for these rows and columns."""
     chunks = tl.cdiv(pitch, DEPTH)
     for i in range(0, steps * chunks):
         b = (i % chunks) * DEPTH + tl.arange(0, DEPTH)
@@ -24,12 +32,21 @@ def add_blocks(total, da, before, row, column, n, pitch, size, steps, DEPTH: tl.
 
 @triton.jit
 def sampled_blocks_kernel(
-    da, before, first_da, h, mask, dw, order, partners, groups, n, pitch, size, steps, VECTOR: tl.constexpr,
-    SIDE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    # tensors
+    da, before,     # (steps, n, pitch): dL/da of each step, and the states it began with
+    first_da, h,    # (n, pitch): the same for one step more
+    mask,           # (n, n), bytes
+    dw,             # (n, n), 0 so far
+    order,          # (block rows * SIDE), the rows of W in the order of the layout
+    partners,       # (blocks * SIDE), the columns of each block
+    groups,         # (groups, 3), see block_layout.py
+    # sizes: pitch and size, the numbers of a step, in units of VECTOR
+    n, pitch, size, steps,
+    # constants: SIDE rows of a block, WIDTH columns of a group, DEPTH elements of the batch at a time
+    VECTOR: tl.constexpr, SIDE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, DOT: tl.constexpr,     # how tensor cores multiply, see device.Numbers
 ):
-    """dw (n, n), 0 so far, at the kept entries of one of `groups` of blocks (block_layout.py). da, before: `steps`
-    steps (n, pitch), each with the states it began with; first_da (n, pitch) with h. pitch, size: in units of
-    VECTOR."""
+    """Stores dw at the kept entries of the blocks; a program for each group of them."""
     pitch, size = pitch * VECTOR, size * VECTOR
     group = groups + 3 * tl.program_id(0)
     begin, end, strip = tl.load(group), tl.load(group + 1), tl.load(group + 2)
@@ -37,15 +54,16 @@ def sampled_blocks_kernel(
     row = tl.load(order + strip * SIDE + tl.arange(0, SIDE))
     column = tl.load(partners + at, mask=at < end * SIDE, other=n)
     total = tl.zeros([SIDE, WIDTH], tl.float32)
-    total = add_blocks(total, first_da, h, row, column, n, pitch, size, 1, DEPTH, PRECISION, DOT)
-    total = add_blocks(total, da, before, row, column, n, pitch, size, steps, DEPTH, PRECISION, DOT)
+    total = add_block_products(total, first_da, h, row, column, n, pitch, size, 1, DEPTH, PRECISION, DOT)
+    total = add_block_products(total, da, before, row, column, n, pitch, size, steps, DEPTH, PRECISION, DOT)
     to = row.to(tl.int64)[:, None] * n + column[None, :]
     kept = tl.load(mask + to, mask=(row < n)[:, None] & (column < n)[None, :], other=0) != 0
     tl.store(dw + to, total.to(dw.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def add_strays(parts, da, before, row, column, inside, pitch, size, steps, DEPTH: tl.constexpr):
+def add_stray_products(parts, da, before, row, column, inside, pitch, size, steps, DEPTH: tl.constexpr):
+    """Returns parts (ENTRIES, DEPTH) plus the same sum for single entries; parts are added up at the end."""
     chunks = tl.cdiv(pitch, DEPTH)
     for i in range(0, steps * chunks):
         b = (i % chunks) * DEPTH + tl.arange(0, DEPTH)
@@ -58,15 +76,43 @@ def add_strays(parts, da, before, row, column, inside, pitch, size, steps, DEPTH
 
 
 @triton.jit
-def sampled_strays_kernel(da, before, first_da, h, dw, strays, count, n, pitch, size, steps, VECTOR: tl.constexpr,
-                          ENTRIES: tl.constexpr, DEPTH: tl.constexpr):
-    """The same at the strays: where they lie in dw."""
+def sampled_strays_kernel(
+    # tensors, see sampled_blocks_kernel
+    da, before, first_da, h, dw,
+    strays,         # (count), where they stand in dw
+    # sizes
+    count, n, pitch, size, steps,
+    # constants: ENTRIES strays of a program, DEPTH elements of the batch at a time
+    VECTOR: tl.constexpr, ENTRIES: tl.constexpr, DEPTH: tl.constexpr,
+):
+    """Stores dw at the strays."""
     pitch, size = pitch * VECTOR, size * VECTOR
     at = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     inside = at < count
     to = tl.load(strays + at, mask=inside, other=0)
     row, column = to // n, to % n
     parts = tl.zeros([ENTRIES, DEPTH], tl.float32)
-    parts = add_strays(parts, first_da, h, row, column, inside, pitch, size, 1, DEPTH)
-    parts = add_strays(parts, da, before, row, column, inside, pitch, size, steps, DEPTH)
+    parts = add_stray_products(parts, first_da, h, row, column, inside, pitch, size, 1, DEPTH)
+    parts = add_stray_products(parts, da, before, row, column, inside, pitch, size, steps, DEPTH)
     tl.store(dw + to, tl.sum(parts, axis=1).to(dw.dtype.element_ty), mask=inside)
+
+
+# --- launch ----------------------------------------------------------------------------------------------------
+
+def sampled_gradient(da: Tensor, states: Tensor, h: Tensor, mask: Tensor, where: BlockLayout, reverse: bool) -> Tensor:
+    """dW_hh (n, n) from da and states (T, n, pitch) and h (n, pitch); 0 where the mask is False."""
+    steps, n, pitch = da.shape
+    ends, before, first = (da[:-1], states[1:], da[-1]) if reverse else (da[1:], states[:-1], da[0])
+    dw = da.new_zeros(n, n)
+    sizes = (n, pitch // PITCH, n * pitch // PITCH, steps - 1)
+    with on_device(da):
+        if len(where.groups):
+            sampled_blocks_kernel[(len(where.groups),)](
+                ends, before, first, h, bytes_of(mask), dw, where.row_order, where.rows.partners, where.groups, *sizes,
+                VECTOR=PITCH, SIDE=where.side, WIDTH=GROUP, DEPTH=BLOCK_DEPTH, **numbers_for(da)._asdict(),
+                num_warps=8 if where.side == 64 else 4, num_stages=3, enable_fp_fusion=True)
+        if len(where.strays):
+            sampled_strays_kernel[(triton.cdiv(len(where.strays), STRAY_ENTRIES),)](
+                ends, before, first, h, dw, where.strays, len(where.strays), *sizes, VECTOR=PITCH,
+                ENTRIES=STRAY_ENTRIES, DEPTH=STRAY_DEPTH, num_warps=4, enable_fp_fusion=True)
+    return dw

@@ -1,8 +1,7 @@
-"""W h of one step for a mask that keeps few entries: blocks on tensor cores, then strays one by one, of a strip of
-rows.
+"""W h of one step where a mask keeps few entries, for a strip of rows: blocks on tensor cores, then strays one by one.
 
-States are (n, pitch): a block reads whole rows of them, an entry one, each contiguous along the batch. Lists: see
-block_layout.py. W's blocks and strays hold 0 where it is masked.
+States are (n, pitch), each row contiguous along the batch: a block needs whole rows of them, a stray one row. The lists
+are those of moduli_kernels/ops/block_layout.py. Blocks and strays hold 0 where W is masked.
 """
 from __future__ import annotations
 
@@ -13,8 +12,18 @@ import triton.language as tl
 
 
 class Kept(NamedTuple):
-    """What the kernel walks, of W or of W^T; a tuple of tensors or None. order: rows of the strips, None as they are;
-    stray_places: None where the strays lie in the order of their rows."""
+    """What is kept of W or of W^T, as a kernel takes it: a tuple of tensors. Absent blocks or strays are None.
+
+    order: (strips * ROWS), the rows of the strips; None if they follow each other
+    blocks: (blocks, ROWS, ROWS)
+    starts: (strips + 1), where a strip's blocks begin in the next two
+    places: numbers of the blocks
+    partners: (blocks * ROWS), the rows of the states that the blocks multiply
+    strays: (strays), their values
+    stray_starts: (rows + 1), where a row's strays begin in the next two
+    stray_places: where a stray stands in `strays`; None if they are in the order of their rows
+    stray_partners: the row of the states that a stray multiplies
+    """
 
     order: object
     blocks: object
@@ -27,21 +36,26 @@ class Kept(NamedTuple):
     stray_partners: object
 
 
+# The kernel reads the tuple by these places.
+ORDER, BLOCKS, STARTS, PLACES, PARTNERS, STRAYS, STRAY_STARTS, STRAY_PLACES, STRAY_PARTNERS = (
+    tl.constexpr(place) for place in range(len(Kept._fields)))
+
+
 @triton.jit
 def strip_rows(kept, strip, n, ROWS: tl.constexpr):
-    """(ROWS,): n where there is none."""
+    """(ROWS,), the rows of a strip; n where there is none."""
     at = strip * ROWS + tl.arange(0, ROWS)
-    if kept[0] is None:
+    if kept[ORDER] is None:
         return tl.minimum(at, n)
     else:
-        return tl.load(kept[0] + at)
+        return tl.load(kept[ORDER] + at)
 
 
 @triton.jit
 def add_blocks(total, kept, strip, before, b, n, batch, stride_row, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
                PRECISION: tl.constexpr, DOT: tl.constexpr):
-    """total (ROWS, BATCH) + the strip's blocks, of ROWS rows and columns, times the states."""
-    blocks, starts, places, partners = kept[1], kept[2], kept[3], kept[4]
+    """Returns total (ROWS, BATCH) plus the strip's blocks (ROWS, ROWS) times the states."""
+    blocks, starts, places, partners = kept[BLOCKS], kept[STARTS], kept[PLACES], kept[PARTNERS]
     out, along = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)
     if TRANSPOSED:
         within = along[None, :] * ROWS + out
@@ -58,6 +72,7 @@ def add_blocks(total, kept, strip, before, b, n, batch, stride_row, TRANSPOSED: 
 
 @triton.jit
 def place_of(places, at, inside):
+    """Where entry number `at` stands."""
     if places is None:
         return at
     else:
@@ -67,8 +82,9 @@ def place_of(places, at, inside):
 @triton.jit
 def add_strays(total, kept, row, before, b, n, batch, stride_row, ROWS: tl.constexpr, BATCH: tl.constexpr,
                ENTRIES: tl.constexpr):
-    """total + the strays of these rows, ENTRIES of each at a time; where the next ones lie is asked for meanwhile."""
-    values, starts, places, partners = kept[5], kept[6], kept[7], kept[8]
+    """Returns total plus the strays of these rows times the states, ENTRIES of each row at a time. While they are
+    multiplied, the places of the next ones are loaded."""
+    values, starts, places, partners = kept[STRAYS], kept[STRAY_STARTS], kept[STRAY_PLACES], kept[STRAY_PARTNERS]
     at = tl.load(starts + row, mask=row < n, other=0)[:, None] + tl.arange(0, ENTRIES)[None, :]
     end = tl.load(starts + row + 1, mask=row < n, other=0)[:, None]
     parts = tl.zeros([ROWS, ENTRIES, BATCH], tl.float32)
@@ -94,8 +110,8 @@ def kept_product(kept, strip, row, before, b, n, batch, stride_row, TRANSPOSED: 
                  BATCH: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr):
     """(ROWS, BATCH) for the rows of the strip and the elements b of the batch."""
     total = tl.zeros([ROWS, BATCH], tl.float32)
-    if kept[1] is not None:
+    if kept[BLOCKS] is not None:
         total = add_blocks(total, kept, strip, before, b, n, batch, stride_row, TRANSPOSED, ROWS, PRECISION, DOT)
-    if kept[5] is not None:
+    if kept[STRAYS] is not None:
         total = add_strays(total, kept, row, before, b, n, batch, stride_row, ROWS, BATCH, ENTRIES)
     return total

@@ -1,5 +1,5 @@
-"""The kernels of several weights in Triton's interpreter: against single calls, launches counted. Run by
-test_interpreter_several.py in a process with TRITON_INTERPRET=1."""
+"""The kernels of several weights in Triton's interpreter: they give what single calls give, in as few launches as they
+should. test_interpreter_grouped.py runs this file in a process with TRITON_INTERPRET=1."""
 from __future__ import annotations
 
 import pytest
@@ -8,18 +8,18 @@ import torch
 import moduli_kernels as mk
 from moduli_kernels import runtime
 from moduli_kernels.penalty import grouped
-from moduli_kernels.triton.penalty import launch, launch_grouped, tiles
+from moduli_kernels.triton.penalty import dense, finish, grouped as grouped_kernels, scale, tiles
 from tests.penalty.test_grouped import check, kernels, layer, leaf, three  # noqa: F401 - kernels is a fixture
 from tests.support.penalty_cases import INHIBITORS, draw_points, draw_weight
 
 assert runtime.triton_interpreted, "run with TRITON_INTERPRET=1"
-# NumPy, of what is right here: log2(0)
+# NumPy warns about log2(0), which is right here
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """4 rows x 1 vector: many tiles, strips and groups of small weights."""
+    """Tiles of 4 rows x 1 vector, so that small weights have many tiles, strips and groups."""
     tile = tiles.Tile(1, 1, 6, True)
     monkeypatch.setattr(tiles, "OVERRIDES", dict.fromkeys(tiles.TABLE[9], tile))
     monkeypatch.setattr(tiles, "FEWEST_ROWS", 4)
@@ -27,7 +27,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels as they are launched."""
+    """The names of the kernels in the order in which they are launched."""
     made: list[str] = []
 
     class Counted:
@@ -38,7 +38,7 @@ def launches(monkeypatch):
             made.append(self.name)
             return self.kernel[grid]
 
-    for module in (launch, launch_grouped):
+    for module in (dense, finish, scale, grouped_kernels):
         for name in ("penalty_kernel", "finish_kernel", "scale_kernel", "penalties_kernel", "finish_penalties_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
@@ -46,7 +46,7 @@ def launches(monkeypatch):
 
 
 def test_three_trained_layers_are_three_launches(launches):
-    """Forward and backward; no other operation touches the device but the ones that autograd begins with."""
+    """Forward and backward together. Nothing else touches the device, except what autograd begins with."""
     leaves = [(leaf(draw_weight(n, n)), leaf(draw_points("torus", n))) for n in (32, 16, 20)]
     total, _ = grouped.penalties([layer(*pair) for pair in leaves])
     assert launches == ["penalties_kernel", "finish_penalties_kernel"]
@@ -74,8 +74,8 @@ def test_repeated_backward_is_two_launches(launches):
 
 
 def test_kinds_of_layers_are_launches_of_their_own(launches, monkeypatch):
-    """Two squares together, a convolution, a weight without entries and a large one alone."""
-    monkeypatch.setattr(launch_grouped, "LARGEST", 1000)
+    """Two squares share a launch; a convolution, a weight without entries and a large one get their own."""
+    monkeypatch.setattr(grouped_kernels, "LARGEST", 1000)
     points = {n: draw_points("torus", n) for n in (0, 9, 20, 40)}
     tensors = [(draw_weight(20, 20), points[20]), (draw_weight(9, 9), points[9]), (draw_weight(9, 20, 2), points[9],
                points[20]), (torch.empty(0, 0), points[0]), (draw_weight(40, 40), points[40])]
@@ -95,7 +95,7 @@ def test_many_programs(small_tiles, manifold, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_doubles_and_halves(dtype):
-    """Numbers that come in three; gradients that wait for the factor of their layer."""
+    """Doubles are sent as three numbers each; halves make their gradients after the factor is known."""
     check(list(three(dtype=dtype)), [1.0, -2.0, 0.5])
 
 
@@ -109,7 +109,7 @@ def test_frozen_points():
 
 
 def test_like_one_weight_to_the_bit():
-    """Layers of one shape are shared out as each alone is."""
+    """Layers of one shape are cut as each would be alone."""
     tensors = [(leaf(draw_weight(64, 64, seed=s)), leaf(draw_points("torus", 64, s))) for s in range(2)]
     leaves = [t for pair in tensors for t in pair]
     _, values = grouped.penalties([layer(*pair) for pair in tensors])
