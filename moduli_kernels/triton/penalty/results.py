@@ -23,7 +23,8 @@ class Results(NamedTuple):
     cols: Tensor | None
 
 
-def results_for(a: PenaltyArguments, need_value: bool, need_weight: bool, need_points: bool, into: Tensor | None) -> Results:
+def results_for(a: PenaltyArguments, need_value: bool, need_weight: bool, need_points: bool,
+                into: Tensor | None) -> Results:
     """Memory for what is asked for, `into` for dW where it is given. If the weight has no entries, value and gradients
     of the points are 0 already."""
     dweight = into
