@@ -1,4 +1,4 @@
-"""The data sets: read from a folder, or fetched from their publishers into a cache; checked either way."""
+"""Reads the data sets from a folder, or fetches them from their publishers into a cache. Both ways are checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from .download import DataError, cache, fetch, lock
+from .download import DataError, cache, fetch, locked
 
 # WikiText-2 as PyTorch's word_language_model example has it. The authors of WikiText had it at
 # s3.amazonaws.com/research.metamind.io, which has refused since March 2024 (github.com/pytorch/text/issues/2247).
@@ -30,12 +30,12 @@ OPENSLR_URL = "https://www.openslr.org/resources"
 
 
 class Part(NamedTuple):
-    """Of LibriSpeech: OpenSLR's resource 12 (all of it) or 31 (Mini LibriSpeech)."""
+    """A part of LibriSpeech."""
 
-    resource: int
-    md5: str  # of <part>.tar.gz, in the resource's md5sum.txt
+    resource: int  # OpenSLR's: 12 is LibriSpeech, 31 Mini LibriSpeech
+    md5: str  # checksum of <part>.tar.gz, from the resource's md5sum.txt
     clips: int
-    copy_sha256: str = ""  # of <part>.tar, the project's copy in Ogg Opus, where there is one
+    copy_sha256: str = ""  # checksum of <part>.tar, the project's copy in Ogg Opus, where there is one
 
 
 PARTS = {
@@ -52,25 +52,26 @@ PARTS = {
     "train-other-500": Part(12, "d1a0fd59409feb2c614ce4d30c387708", 148688),
 }
 
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError)  # of archives
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError)  # raised for damaged archives
 
 
 class Clip(NamedTuple):
     """A recorded sentence of LibriSpeech."""
 
-    id: str  # "1272-135031-0000": speaker, chapter, sentence
-    audio: Path  # FLAC, or Ogg Opus in the project's copies; 16 kHz mono; soundfile reads both
-    words: str  # its transcript: A-Z, apostrophe, space
+    id: str  # speaker, chapter and sentence, such as "1272-135031-0000"
+    audio: Path  # 16 kHz mono: FLAC, or Ogg Opus in the project's copies; soundfile reads both
+    words: str  # the transcript, in A-Z, apostrophe and space
 
 
 # -- WikiText-2 --
 
 
 def wikitext2(data: str | Path = "") -> dict[str, str]:
-    """The texts of WikiText-2 at word level: {"train": ..., "valid": ..., "test": ...}.
+    """Returns the texts of WikiText-2 at word level: {"train": ..., "valid": ..., "test": ...}. Raises DataError.
 
-    data: a folder that holds, here or in wikitext-2/, an archive (WIKITEXT2_ARCHIVES) or the three texts, named
-    train.txt or wiki.train.tokens; "": fetched (cached). Raises DataError.
+    Args:
+        data: a folder that holds, directly or in wikitext-2/, an archive (WIKITEXT2_ARCHIVES) or the three texts, named
+            train.txt or wiki.train.tokens. If empty, the texts are fetched and cached.
     """
     texts = {}
     for split, expected in WIKITEXT2_SHA256.items():
@@ -88,7 +89,7 @@ def wikitext2(data: str | Path = "") -> dict[str, str]:
 
 
 def _text(data: Path, split: str) -> tuple[Path, bytes]:
-    """A split's text, and where it was found."""
+    """Returns where a split's text was found, and the text."""
     names = (f"{split}.txt", f"wiki.{split}.tokens")
     for folder in (data / "wikitext-2", data):
         for path in (folder / name for name in names):
@@ -107,7 +108,7 @@ def _text(data: Path, split: str) -> tuple[Path, bytes]:
 
 
 def _member(archive: Path, names: tuple[str, ...]) -> bytes:
-    """The file with one of these names, in any folder of the archive; empty where it has none."""
+    """Returns the file with one of these names from any folder of the archive, or nothing if there is none."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as opened:
             return next((opened.read(each) for each in opened.namelist() if Path(each).name in names), b"")
@@ -122,16 +123,16 @@ def _member(archive: Path, names: tuple[str, ...]) -> bytes:
 
 
 def librispeech(part: str, data: str | Path = "") -> list[Clip]:
-    """The clips of a part of LibriSpeech, sorted by id; their archive is unpacked in the cache folder.
+    """Returns the clips of a part of LibriSpeech, sorted by id, after unpacking their archive in the cache folder.
+
+    The archive's checksum is compared each time it is used. An unpacked folder of the user's has no checksum, so there
+    the clips are counted. Raises DataError; ValueError for an unknown part.
 
     Args:
         part: "train-clean-5" or "dev-clean-2" (Mini LibriSpeech, OpenSLR 31), or one of OpenSLR 12: "dev-clean",
             "test-clean", "dev-other", "test-other", "train-clean-100", "train-clean-360", "train-other-500".
-        data: a folder with the part's archive (<part>.tar.gz, or <part>.tar of the project's copy) or its unpacked
-            folder, here or in mini_librispeech/ or LibriSpeech/; "": fetched (cached).
-
-    The archive's checksum is compared each time it is used; an unpacked folder of the user's has none, there the
-    clips are counted. Raises DataError; ValueError for an unknown part.
+        data: a folder that holds, directly or in mini_librispeech/ or LibriSpeech/, the part's archive (<part>.tar.gz,
+            or <part>.tar of the project's copy) or its unpacked folder. If empty, the archive is fetched and cached.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
@@ -164,13 +165,13 @@ def _unpacked_folder(part: str, digest: str) -> Path:
 
 
 def _unpack(archive: Path, folder: Path, kind: str, digest: str) -> None:
-    """The checked archive's content as `folder`, all of it or nothing; at once if it is there."""
-    with lock(folder):
+    """Unpacks the checked archive as `folder`, all of it or nothing. Does nothing if the folder is there."""
+    with locked(folder):
         if folder.exists():
             return
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
         try:
-            # Python before 3.10.12 and 3.11.4 has no filters; the checksum says whose archive it is.
+            # Python before 3.10.12 and 3.11.4 has no filters. The archive is trusted anyway, by its checksum.
             safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             with tarfile.open(archive) as opened:
                 opened.extractall(partial, **safely)

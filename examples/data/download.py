@@ -1,50 +1,54 @@
-"""Downloads: checked, cached by pooch, and gone on with where they broke off, in the same run or in the next one."""
+"""Downloads files, checks them and caches them with pooch. A broken download goes on where it stopped."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-RETRIES = 3  # of a download within one run
-TIMEOUT = 30  # s without a byte
-CHUNK = 2**16  # bytes at a time; what had come of the last one is lost when the connection breaks
+from ..training import files
+
+RETRIES = 3  # tries of a download within one run, after the first
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 2**16  # bytes read at a time; an incomplete one is lost when the connection breaks
 
 
 class DataError(RuntimeError):
-    """Data that are missing, truncated or altered; says which file, what was expected and what came."""
+    """Data are missing, truncated or altered. The message says which file, what was expected and what came."""
 
 
 def cache() -> Path:
-    """The folder of what was fetched or unpacked; the system's cache folder decides where."""
+    """Returns the folder for what was fetched or unpacked, inside the user's cache folder."""
     return Path(_pooch().os_cache("moduli_kernels"))
 
 
 def fetch(url: str, checksum: str, path: Path) -> Path:
-    """`path`, downloaded if it is not there with this checksum ("sha256:..." or "md5:..."); one process at a time.
+    """Returns `path`, after downloading it if no file with this checksum is there. One process at a time does so.
 
-    Raises DataError, with what had arrived kept in `<path>.partial` for the next try, unless it was wrong.
+    Raises DataError where that fails. What had arrived is kept in `<path>.partial` for the next try, unless it was
+    wrong.
+
+    Args:
+        checksum: "sha256:..." or "md5:...".
     """
     pooch = _pooch()
     pooch.get_logger().setLevel("WARNING")
     store = pooch.create(path.parent, base_url="", registry={path.name: checksum}, urls={path.name: url},
                          retry_if_failed=RETRIES)
     try:
-        with lock(path):
+        with locked(path):
             return Path(store.fetch(path.name, downloader=Resuming(path.with_name(f"{path.name}.partial"))))
-    except (OSError, ValueError) as error:  # pooch: ValueError for a wrong checksum; requests' errors are OSErrors
+    except (OSError, ValueError) as error:  # ValueError: pooch, of a wrong checksum; OSError: requests too
         raise DataError(f"{url} ({checksum}) must be fetched to {path}, got: {error}; try again, or pass a folder that "
                         f"has the data as data") from error
 
 
 @dataclass(frozen=True)
 class Resuming:
-    """A downloader for pooch that goes on from what an earlier try has left in `partial` (HTTP Range)."""
+    """A downloader for pooch that goes on from what an earlier try has left in `partial`, by HTTP Range."""
 
     partial: Path
 
@@ -52,7 +56,7 @@ class Resuming:
         import requests
 
         have = self.partial.stat().st_size if self.partial.exists() else 0
-        # Compressed on the way, a part of a file could not be asked for by its bytes.
+        # "identity": of a file that is compressed on the way, a part could not be asked for by its bytes.
         headers = {"User-Agent": "moduli_kernels", "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
@@ -62,7 +66,7 @@ class Resuming:
                 os.replace(self.partial, output_file)
                 return
             if response.status_code == 416 or response.status_code == 206 and begin != have:
-                self.partial.unlink()  # of another file: pooch's next try begins afresh
+                self.partial.unlink()  # it was another file's: pooch's next try begins afresh
                 raise requests.ConnectionError(f"no bytes from {have} on")
             if 400 <= response.status_code < 500:
                 raise DataError(f"{url} must be there, got HTTP status {response.status_code} ({response.reason}); "
@@ -78,7 +82,7 @@ class Resuming:
 
 
 def _copy(response, file: IO[bytes], have: int, total: int | None, name: str) -> int:
-    """Bytes in the file afterwards; a progress bar where stderr is a terminal."""
+    """Copies the response into the file and returns the bytes in it. Shows a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -93,19 +97,15 @@ def _copy(response, file: IO[bytes], have: int, total: int | None, name: str) ->
 
 
 def _content_range(header: str) -> tuple[int | None, int | None]:
-    """(first byte, bytes of the whole) of "bytes 5-9/10" or "bytes */10"; None what it does not say."""
+    """Returns (first byte, bytes of the whole) of "bytes 5-9/10" or "bytes */10", None for what it does not say."""
     span, _, total = header.removeprefix("bytes ").partition("/")
     begin = span.partition("-")[0]
     return (int(begin) if begin.isdigit() else None, int(total) if total.isdigit() else None)
 
 
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Waits until no other process fetches or unpacks `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def locked(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Waits until no other process fetches or unpacks `path`, and holds it."""
+    return files.locked(path.with_name(f"{path.name}.lock"))
 
 
 def _pooch():

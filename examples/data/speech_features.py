@@ -1,7 +1,8 @@
-"""Log-mel features of LibriSpeech's clips, computed once and cached, and their characters.
+"""Computes log-mel features of LibriSpeech's clips once and caches them; encodes and decodes transcripts.
 
-Audio is 16 kHz mono. A frame is 25 ms of it, one every 10 ms; its features are the logarithms of its power in
-`n_mels` bands, equally wide on the mel scale. Each band of each clip is normalized to mean 0, standard deviation 1.
+Audio is 16 kHz mono. A frame is 25 ms long, and one begins every 10 ms. Its features are the logarithms of its power in
+`n_mels` bands that are equally wide on the mel scale. Each band of each clip is normalized to mean 0 and standard
+deviation 1.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint
-from .data import Clip
-from .download import DataError, cache, lock
+from ..training import checkpoint
+from .datasets import Clip
+from .download import DataError, cache, locked
 
 SAMPLE_RATE = 16_000  # Hz
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
-FFT = 1024  # windows are padded with zeros to this: so even the narrowest of 128 bands holds a frequency
-FLOOR = 1e-8  # of a band's power, before the logarithm: digital silence
-DEVIATION_FLOOR = 1e-3  # of a band's standard deviation: silent clips
+FFT = 1024  # windows are padded with zeros to this length, so that the narrowest of 128 bands holds a frequency
+FLOOR = 1e-8  # least power of a band before the logarithm, for digital silence
+DEVIATION_FLOOR = 1e-3  # least standard deviation of a band, for silent clips
 CHARACTERS = " '" + "abcdefghijklmnopqrstuvwxyz"
-BLANK = 0  # CTC's; character i of CHARACTERS is class i + 1
+BLANK = 0  # the class of CTC's blank; character i of CHARACTERS is class i + 1
 CLASSES = 1 + len(CHARACTERS)
-FORMAT = 1  # of the cache; another number, another key
+FORMAT = 1  # the cache's; features of another number are not found
 
 
 def mel_filters(n_mels: int) -> Tensor:
-    """(FFT / 2 + 1, n_mels): triangles of height 1 whose corners are equally spaced on the mel scale, 0 to 8 kHz.
+    """Returns the bands' weights, (FFT / 2 + 1, n_mels).
 
+    They are triangles of height 1 whose corners are equally spaced from 0 to 8 kHz on the mel scale,
     mel(f) = 2595 log10(1 + f / 700 Hz).
     """
     top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
@@ -52,7 +54,12 @@ def mel_filters(n_mels: int) -> Tensor:
 
 
 def log_mel(samples: Tensor, filters: Tensor) -> Tensor:
-    """Samples (n,) in [-1, 1], n >= WINDOW, and `mel_filters` -> features (1 + (n - WINDOW) // HOP, n_mels)."""
+    """Returns the features of a clip, (1 + (n - WINDOW) // HOP, n_mels).
+
+    Args:
+        samples: (n,) in [-1, 1], n >= WINDOW.
+        filters: mel_filters(n_mels).
+    """
     windows = samples.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW)
     power = torch.fft.rfft(windows, n=FFT).abs().square()
     features = (power @ filters).clamp(min=FLOOR).log()
@@ -61,42 +68,41 @@ def log_mel(samples: Tensor, filters: Tensor) -> Tensor:
 
 
 def encode(words: str) -> list[int]:
-    """The class of each character of a transcript, of either case."""
+    """Returns the class of each character of a transcript, whatever its case."""
     return [CHARACTERS.index(character) + 1 for character in words.lower()]
 
 
 def decode(best: Sequence[int]) -> str:
-    """Greedy decoding of CTC: the best class of each frame; repeats count once, then blanks are dropped."""
+    """Decodes CTC greedily from the best class of each frame: repeats count once, then blanks are dropped."""
     return "".join(CHARACTERS[label - 1] for label, _ in itertools.groupby(best) if label != BLANK)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Clips as a net reads them. `features` is the cache file, mapped to memory, not read into it."""
+    """Clips as a net reads them. `features` is the cache file, mapped to memory and not read into it."""
 
     features: Tensor  # (all frames of all clips, n_mels), float16
-    starts: list[int]  # first frame of each clip, and after the last the number of all
+    starts: list[int]  # first frame of each clip, and the number of all frames at the end
     words: list[str]  # transcripts in lower case
 
     def __len__(self) -> int:
         return len(self.words)
 
     def frames(self, index: int) -> int:
-        """The number of a clip's frames."""
+        """Returns the number of a clip's frames."""
         return self.starts[index + 1] - self.starts[index]
 
     def __getitem__(self, index: int) -> Tensor:
-        """A clip's features, (frames, n_mels), float32."""
+        """Returns a clip's features, (frames, n_mels), float32."""
         return self.features[self.starts[index] : self.starts[index + 1]].float()
 
 
 def load(clips: Sequence[Clip], n_mels: int) -> Corpus:
-    """The clips with their features, from the cache folder (`download.cache`) if they are there and whole; else they
-    are made, which is told on standard error where the file was damaged.
+    """Returns the clips with their features, from the cache folder (`download.cache`) or computed here.
 
-    The key has the settings and each clip's name, transcript and size of file. Several processes may call this at
-    once: one of them computes. It then has all features in memory, twice while it writes (100 hours at 128 bands:
-    18 GB).
+    The cache's key covers the settings and each clip's name, transcript and size of file. If the cached file is
+    damaged, standard error says so and the features are computed again. Several processes may call this at once: one of
+    them computes. It then has all features in memory, twice while it writes (18 GB for 100 hours at 128 bands).
 
     Raises DataError for clips that are no audio, not 16 kHz mono or too short, and for transcripts with other
     characters.
@@ -105,10 +111,10 @@ def load(clips: Sequence[Clip], n_mels: int) -> Corpus:
     listed = [(clip.id, clip.words, clip.audio.stat().st_size) for clip in clips]
     key = hashlib.sha256(json.dumps([about, listed]).encode()).hexdigest()[:16]
     folder = cache() / "features" / key
-    with lock(folder):
+    with locked(folder):
         found = _cached(folder)
         if found is None:
-            with checkpoint.only_writer(folder):  # clears what a killed process left
+            with checkpoint.only_writer(folder):  # it also clears what a killed process left
                 _fill(folder, clips, n_mels)
             found = _cached(folder)
     if found is None:
@@ -139,14 +145,14 @@ def _checksum(features: Tensor, info: dict[str, list]) -> int:
 
 
 def _fill(folder: Path, clips: Sequence[Clip], n_mels: int) -> None:
+    from rich.console import Console
+    from rich.progress import track
+
     filters, made, words = mel_filters(n_mels), [], []
-    for done, clip in enumerate(clips):
-        if sys.stderr.isatty() and done % 50 == 0:
-            print(f"\rlog-mel features: {done} of {len(clips)} clips", end="", file=sys.stderr)
+    bar = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    for clip in track(clips, "log-mel features", **bar):
         words.append(_transcript(clip))
         made.append(log_mel(_samples(clip), filters).half())
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
     starts = torch.tensor([0, *map(len, made)]).cumsum(0).tolist()
     features = torch.cat(made)
     info = {"starts": starts, "words": words}

@@ -1,4 +1,4 @@
-"""The paper's claims, each as pairs of cells of which the first should have the smaller error."""
+"""The paper's claims, each as pairs of cells of which the first should have the smaller error, and our verdicts."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from .config import task_class
-from .ledger import Ledger
-from .tables import Table, tables
+from ..training.config import task_class
+from ..training.ledger import Ledger
+from .tables import Table, all_tables
 
-SEEDS = 5  # at least, in both cells
-LEVEL = 0.05
+SEEDS = 5  # so many, at least, both cells must have
+LEVEL = 0.05  # of the test
 HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "not held", "undecided", "not yet run"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """words: the paper's. `better` and `worse` are nets (columns) at `rows` of a table; every pair is tested."""
+    """A claim: in each of the rows, each net of `better` has a smaller error than each of `worse`."""
 
-    words: str
+    words: str  # the paper's
     table: str
     rows: tuple[str, ...]
-    better: tuple[str, ...]
+    better: tuple[str, ...]  # columns
     worse: tuple[str, ...]
 
     def pairs(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-        """((row, column), (row, column)), the first one claimed to be better."""
+        """Returns pairs of cells (row, column), the one that is claimed to be better first."""
         return [((row, a), (row, b)) for row in self.rows for a in self.better for b in self.worse]
 
 
 @dataclass(frozen=True)
 class LotteryClaim(Claim):
-    """Nets of `better` are better at a lottery than at their antecedents, the first row against the second."""
+    """A claim that lottery nets, in the first row, are better than their antecedents, in the second."""
 
     def pairs(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
         lottery, sparse = self.rows
         return [((lottery, net), (sparse, net)) for net in self.better]
 
 
-PLAIN = ("l1", "l1_matched", "none")  # l1_matched is ours: the fair control beside the paper's L1
+PLAIN = ("l1", "l1_matched", "none")  # l1_matched is our own, the fair control beside the paper's L1
 CLAIMS = (
     Claim("navigation at 90 %: the torus holds, L1 and none fail; shuffled is twice as bad", "1", ("90% sparse",),
           ("torus",), (*PLAIN, "shuffled")),
@@ -63,20 +63,23 @@ POINTS = {"error": "at the end", "pruned_error": "as pruning ends"}  # a record'
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one pair, at one measuring point. p: of Welch's test, two-sided; None where it could not be made."""
+    """What our trials say about one pair of a claim, at one measuring point."""
 
     words: str
     pair: str
     verdict: str
-    p: float | None
+    p: float | None  # of Welch's test, two-sided; None where it could not be made
     means: tuple[float, float] | None
-    counts: tuple[int, int]
+    counts: tuple[int, int]  # trials
 
 
 def errors(table: Table, row: str, column: str, preset: str, ledger: Ledger, seeds: list[int], point: str = "error",
            **changes) -> tuple[list[float], int]:
-    """(errors of the seeds that are recorded, how many more collapsed). point: "error", "pruned_error", or "paper": at
-    the end, in the paper's measure."""
+    """Returns (the errors of a cell's recorded trials, how many more collapsed).
+
+    Args:
+        point: "error" (at the end), "pruned_error" (as pruning ends), or "paper" (at the end, in the paper's measure).
+    """
     trials = ledger.trials()
     found = [trials.get(table.config(row, column, seed, preset, **changes).key) for seed in seeds]
     recorded = [trial for trial in found if trial is not None]
@@ -89,12 +92,12 @@ def errors(table: Table, row: str, column: str, preset: str, ledger: Ledger, see
 
 
 def judged(words: str, pair: str, better: list[float], worse: list[float]) -> Verdict:
-    """Welch's test of the claim that `better` has the smaller mean."""
+    """Tests the claim that `better` has the smaller mean, by Welch's test."""
     counts = (len(better), len(worse))
     if min(counts) < SEEDS:
         return Verdict(words, pair, NOT_RUN, None, None, counts)
     means = (sum(better) / len(better), sum(worse) / len(worse))
-    if len(set(better)) == len(set(worse)) == 1:  # no spread on either side, which the test cannot do
+    if len(set(better)) == len(set(worse)) == 1:  # the test needs some spread
         p = float(means[0] == means[1])
     else:
         p = float(stats.ttest_ind(better, worse, equal_var=False).pvalue)
@@ -103,19 +106,19 @@ def judged(words: str, pair: str, better: list[float], worse: list[float]) -> Ve
 
 
 def verdicts(names: list[str], preset: str, ledger: Ledger, seeds: list[int], **changes) -> list[Verdict]:
-    """On all claims of the tables named."""
+    """Returns the verdicts on all claims of these tables."""
     found = []
     for claim in CLAIMS:
         if claim.table not in names:
             continue
-        table = tables()[claim.table]
+        table = all_tables()[claim.table]
         for (row, a), (other, b) in claim.pairs():
             seen = []
             for point, when in POINTS.items():
                 better, _ = errors(table, row, a, preset, ledger, seeds, point, **changes)
                 worse, _ = errors(table, other, b, preset, ledger, seeds, point, **changes)
                 if (better, worse) in seen:
-                    continue  # this protocol has no epochs after pruning
+                    continue  # this protocol has no epochs after pruning, so both points are one
                 seen.append((better, worse))
                 first = a if row == other else f"{a} {row}"
                 pair = f"{first} < {b}{'' if row == other else ' ' + other}, {row.split()[0]}, {when}"

@@ -1,4 +1,4 @@
-"""The demo's pictures. matplotlib is imported on first use."""
+"""Draws the demo's pictures. matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ import torch
 
 from moduli_kernels import plots
 
-from .config import Config, Result
-from .navigation import BOX, walks
-from .report import stages, with_unit
-from .trainer import Run
+from ..navigation import BOX, walks
+from ..training.config import Config, Result, task_class
+from ..training.trainer import Run
+from .demo_report import stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = {"torus": "o", "l1_matched": "s", "none": "^", "shuffled": "D", "torus_trained": "v"}
-COLOURS = dict(zip(MARKERS, plots.COLOURS))  # Okabe and Ito: told apart with every kind of colour vision
-NEURONS = 3  # whose connections are drawn
-WALK_SEED = 1  # of the walks drawn, the same for all nets
+COLOURS = dict(zip(MARKERS, plots.COLOURS))  # Okabe and Ito's, which every kind of colour vision can tell apart
+NEURONS = 3  # so many neurons' connections are drawn
+WALK_SEED = 1  # the same walks are drawn for all nets
 
 
 def draw_all(
     folder: Path, configs: list[Config], results: list[Result], runs: list[Run], wanted: tuple[float, ...]
 ) -> list[Path]:
-    """PNG files in `folder`. `runs` are the trained nets of one seed, `results` those of all seeds."""
+    """Writes PNG files into `folder` and returns their paths.
+
+    Args:
+        results: those of all seeds, in the order of `configs`.
+        runs: the trained nets of one seed.
+        wanted: the sparsities to mark.
+    """
     figures = {"curves": curves(configs, results, wanted)}
     if configs[0].task == "navigation":
         figures["paths"] = paths(runs)
@@ -51,12 +57,12 @@ def _figure(columns: int, width: float, height: float, rows: int = 1):
 
 def _named(run: Run) -> str:
     entry = run.result.history[-1]
-    error = with_unit(run.config.task, entry["error"])
+    error = task_class(run.config.task).with_unit(entry["error"])
     return f"{run.config.net}: error {error} at {100 * entry['sparsity']:g} %"
 
 
 def curves(configs: list[Config], results: list[Result], wanted: tuple[float, ...]) -> Figure:
-    """Error and density of W_hh against epoch, a line a seed."""
+    """Draws error and density of W_hh against epoch, a line for each seed."""
     figure, ((top,), (bottom,)) = _figure(1, 9, 3.6, rows=2)
     seen = set()
     for config, result in zip(configs, results, strict=True):
@@ -74,7 +80,7 @@ def curves(configs: list[Config], results: list[Result], wanted: tuple[float, ..
         linewidth=1.2, label="all pruned matrices",
     )
     for i, (name, epoch) in enumerate(stages(schedule, wanted).items()):
-        lift = 3 + 12 * (i % 2)  # neighbours' labels stand at two heights
+        lift = 3 + 12 * (i % 2)  # neighbouring labels stand at two heights
         for ax in (top, bottom):
             ax.axvline(epoch + 1, color="0.85", linewidth=1, zorder=0)
         top.annotate(
@@ -95,7 +101,7 @@ def curves(configs: list[Config], results: list[Result], wanted: tuple[float, ..
 
 
 def paths(runs: list[Run], count: int = 6) -> Figure:
-    """Where walkers went (black) and where each net said they were (a colour a walk), in the whole arena."""
+    """Draws where walkers went (black) and where each net said they were (one colour for each walk)."""
     figure, axes = _figure(len(runs), 4.6, 5.2)
     for run, ax in zip(runs, axes[0]):
         generator = torch.Generator(run.config.device).manual_seed(WALK_SEED)
@@ -122,7 +128,7 @@ def paths(runs: list[Run], count: int = 6) -> Figure:
 
 
 def answers(runs: list[Run], count: int = 500) -> Figure:
-    """Answers against true sums."""
+    """Draws answers against true sums."""
     figure, axes = _figure(len(runs), 4.2, 4.4)
     for run, ax in zip(runs, axes[0]):
         inputs, target = run.task.test.inputs[:, :count], run.task.test.target[:count].cpu().numpy()
@@ -138,14 +144,14 @@ def answers(runs: list[Run], count: int = 500) -> Figure:
 
 
 def _geometry(run: Run):
-    """(the first W_hh, its mask, points, manifold, inhibitor); controls are drawn at the torus net's points."""
+    """Returns (the first W_hh, its mask, points, manifold, inhibitor). Controls are drawn at the torus net's points."""
     _, regularizer = next(iter(run.geometry.items()))
     weight, mask = run.task.recurrent()[0]
     return weight, mask, regularizer.rows.points.detach(), regularizer.manifold, regularizer.inhibitor
 
 
 def connections(runs: list[Run]) -> Figure:
-    """Kept connections into the neurons that have most of them."""
+    """Draws the kept connections into the neurons that have most of them."""
     figure, axes = _figure(len(runs), 6.2, 4.8)
     for run, ax in zip(runs, axes[0]):
         _, mask, points, manifold, _ = _geometry(run)
@@ -156,7 +162,7 @@ def connections(runs: list[Run]) -> Figure:
 
 
 def weights(runs: list[Run]) -> Figure:
-    """|W_hh| with the neurons in the order of their places on the torus."""
+    """Draws |W_hh| with the neurons in the order of their places on the torus."""
     figure, axes = _figure(len(runs), 5.6, 4.8)
     for run, ax in zip(runs, axes[0]):
         weight, _, points, manifold, _ = _geometry(run)
@@ -166,7 +172,7 @@ def weights(runs: list[Run]) -> Figure:
 
 
 def distance(runs: list[Run]) -> Figure:
-    """Fraction of connections kept against distance on the torus, f over it."""
+    """Draws the share of connections that is kept, and f, against distance on the torus."""
     figure, axes = _figure(len(runs), 5.6, 4.4)
     for run, ax in zip(runs, axes[0]):
         _, mask, points, manifold, inhibitor = _geometry(run)

@@ -1,32 +1,32 @@
-"""What the demo says at its end: the table, the paper's figures beside it, and the JSON record."""
+"""Makes the demo's table, with the paper's numbers beside our own, and its JSON record."""
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Result, task_class
-from .nets import NETS
-from .tables import tables
+from ..training import files
+from ..training.config import Config, Result, task_class
+from ..training.nets import NETS
+from .tables import all_tables
 
-# The paper's tables whose nets the demo has, and what they are of.
+# task -> the paper's tables of the demo's nets, and what they were made with
 PAPER = {
     "navigation": (("1",), "paper, Table 1: n = 4096, 512 landmarks, 50 steps, 30,000 batches of 200; cm, 5 seeds"),
     "adding": (("8", "9"), "paper, Tables 8 and 9: n = 128, 50 steps; RMSE, 5 seeds"),
 }
 
 
-def paper(task: str) -> dict[str, Any]:
-    """{"note": ..., "rows": {net: {stage: (mean, standard deviation)}}}, the stages named as ours."""
+def papers_numbers(task: str) -> dict[str, Any]:
+    """Returns {"note": ..., "rows": {net: {stage: (mean, standard deviation)}}} with our names of nets and stages."""
     names, note = PAPER[task]
-    held = {"95% sparse": "95 %, stabilized"}  # the adding code's last epochs
+    held = {"95% sparse": "95 %, stabilized"}  # the adding code measures after its last epochs
     rows: dict[str, dict[str, tuple[float, float]]] = {}
     for name in names:
-        for (row, column), value in tables()[name].paper.items():
+        for (row, column), value in all_tables()[name].paper.items():
             if row.endswith("sparse") and not column.startswith("r3"):
                 net = {"l1": "L1 (not matched)"}.get(column, column.replace(" fixed", "").replace(" ", "_"))
                 rows.setdefault(net, {})[held.get(row, row.replace("% sparse", " %"))] = value
@@ -35,19 +35,19 @@ def paper(task: str) -> dict[str, Any]:
 
 @dataclass
 class Row:
-    """One net over its seeds; a value is (mean, standard deviation or None for one seed)."""
+    """One net over its seeds. A value is (mean, standard deviation), the latter None for one seed."""
 
     net: str
     seeds: list[int]
-    errors: dict[str, tuple[float, float | None]]  # stage -> error; absent where some seed never reached it
-    density: tuple[float, float | None] | None  # of W_hh at the end
+    errors: dict[str, tuple[float, float | None]]  # stage -> error; a stage that a seed never reached is absent
+    density: tuple[float, float | None] | None  # W_hh's at the end
     minutes: tuple[float, float | None]
     peak_mib: float
     collapsed: list[str]
 
 
 def stages(schedule: list[float], wanted: tuple[float, ...]) -> dict[str, int]:
-    """The last epoch (from 0) at each sparsity wanted; of one that is held, the first and the last."""
+    """Returns stage -> epoch (from 0). A stage is the last epoch at a sparsity; of one that is held, also the first."""
     found = {}
     for sparsity in wanted:
         at = [epoch for epoch, s in enumerate(schedule) if abs(s - sparsity) < 1e-9]
@@ -62,6 +62,7 @@ def stages(schedule: list[float], wanted: tuple[float, ...]) -> dict[str, int]:
 
 
 def summarize(configs: list[Config], results: list[Result], wanted: tuple[float, ...]) -> list[Row]:
+    """Returns a row for each net. `wanted` are the sparsities to report."""
     rows = []
     for net in dict.fromkeys(config.net for config in configs):
         runs = [(c, r) for c, r in zip(configs, results, strict=True) if c.net == net]
@@ -79,11 +80,6 @@ def summarize(configs: list[Config], results: list[Result], wanted: tuple[float,
     return rows
 
 
-def with_unit(task: str, error: float) -> str:
-    its = task_class(task)
-    return f"{error:.{its.DIGITS}f} {its.UNIT}"
-
-
 def _spread(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
@@ -96,8 +92,8 @@ def _shown(value: tuple[float, float | None] | None, digits: int, scale: float =
 
 
 def table(task: str, rows: list[Row], size: str, references: dict[str, float]) -> str:
-    """Text: our nets, then the paper's figures at the same stages. `references`: errors of simple answers."""
-    digits, unit, theirs = task_class(task).DIGITS, task_class(task).UNIT, paper(task)
+    """Writes our nets, then the paper's numbers at the same stages. `references` are errors of simple answers."""
+    digits, unit, theirs = task_class(task).DIGITS, task_class(task).UNIT, papers_numbers(task)
     names = list(dict.fromkeys(stage for row in rows for stage in row.errors))
     head = ["net", *names, "W_hh kept, %", "minutes", "peak MiB"]
     ours = [
@@ -135,14 +131,13 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 def write_record(
     path: Path, mode: str, configs: list[Config], results: list[Result], rows: list[Row], seconds: float
 ) -> dict[str, Any]:
-    """Everything in one JSON file, written whole or not at all; each run has the environment it began in."""
+    """Writes everything into one JSON file, whole or not at all, and returns it. Each run names the environment that
+    it began in."""
     record = {
         "task": configs[0].task, "mode": mode, "wall_seconds": seconds,
         "summary": [asdict(row) for row in rows],
-        "paper": paper(configs[0].task),
+        "paper": papers_numbers(configs[0].task),
         "runs": [{"config": asdict(c), **asdict(r)} for c, r in zip(configs, results, strict=True)],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    files.write_text(path, json.dumps(record, indent=1) + "\n")
     return record

@@ -1,7 +1,8 @@
-"""Persistent homology of the neurons' points: components, loops and voids at every scale (the paper's Fig. 8).
+"""Computes the persistent homology of the neurons' points: components, loops and voids at every scale (Figure 8).
 
-Two points are joined when they are closer than r; as r grows, features appear (birth) and are filled (death). Trained
-points are set beside as many points drawn afresh as the run drew its own at its start. ripser is imported on first use.
+Two points are joined when they are closer than r. As r grows, features appear (birth) and are filled (death). Trained
+points are compared with as many fresh points, drawn as the run drew its own at its start. ripser is imported on first
+use.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 import moduli_kernels as mk
 from moduli_kernels import plots
 
-from .config import Config, task_class
+from ..training.config import Config, task_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_POINTS = 300  # of a larger net this many neurons, picked at random
-MOST_POINTS_H2 = 128  # up to which H2 is computed too
-DRAWS = 20
+MOST_POINTS = 300  # from a larger net, so many neurons are picked at random
+MOST_POINTS_H2 = 128  # up to so many points, voids are computed too
+DRAWS = 20  # sets of fresh points
 DRAW_SEED = 5
 NAMES = ("components", "loops", "voids")
 
@@ -42,8 +43,14 @@ def _ripser() -> Callable:
 
 
 def diagrams(points: Tensor, manifold: mk.Manifold | str, dimensions: int = 1) -> list[np.ndarray]:
-    """Persistence diagrams H0 ... H<dimensions> of points (n, ambient_dim), by the manifold's own distance: of each
-    an array (features, 2) of births and deaths, in manifold units. The one component that never dies is left out."""
+    """Returns the persistence diagrams H0 ... H<dimensions> by the manifold's own distance.
+
+    Each is an array (features, 2) of births and deaths, in manifold units. The one component that never dies is left
+    out.
+
+    Args:
+        points: (n, ambient_dim).
+    """
     x = points.detach().to("cpu", torch.float64)
     distances = mk.manifold(manifold).distance(x, x).numpy()
     np.fill_diagonal(distances, 0.0)
@@ -52,34 +59,34 @@ def diagrams(points: Tensor, manifold: mk.Manifold | str, dimensions: int = 1) -
 
 
 def misread(points: Tensor) -> Tensor:
-    """The rows that the authors' code would have saved for these points (n, c).
+    """Returns the rows that the authors' code would have saved for these points, both (n, c).
 
     Their distances read an (n, c) array E through view(c, n, 1): coordinate k of neuron j is the (k n + j)-th number
     of E, so the points used are E.view(c, n).T. Of given points P that makes E = P.T.reshape(n, c), whose rows hold c
-    neighbours' values of one coordinate. With a single column both are the same.
+    neighbours' values of one coordinate. With a single column, rows and points are the same.
     """
     return points.T.reshape(points.shape)
 
 
 def longest(diagram: np.ndarray) -> float:
-    """The longest life, in manifold units; 0 of an empty diagram."""
+    """Returns the longest life, in manifold units; 0 for an empty diagram."""
     return float(np.ptp(diagram, axis=1).max()) if len(diagram) else 0.0
 
 
 def largest_ratio(diagram: np.ndarray) -> float:
-    """The largest death / birth, which no change of scale changes; 1 of an empty diagram and of components."""
+    """Returns the largest death / birth, which does not depend on scale; 1 for an empty diagram and for components."""
     born = diagram[diagram[:, 0] > 0]
     return float((born[:, 1] / born[:, 0]).max()) if len(born) else 1.0
 
 
 def median_life(diagram: np.ndarray) -> float:
-    """In manifold units; of components the middle of the gaps that are closed one after another. 0 of an empty
-    diagram."""
+    """Returns the median life, in manifold units; 0 for an empty diagram. The components' lives are the gaps that are
+    closed one after another."""
     return float(np.median(np.ptp(diagram, axis=1))) if len(diagram) else 0.0
 
 
 def fresh_points(config: Config, manifold: mk.Manifold, n: int, generator: torch.Generator) -> Tensor:
-    """n points (n, ambient_dim), float64, from the distribution of the run's own at its start."""
+    """Draws points (n, ambient_dim), float64, from the distribution that the run's own points started from."""
     if config.net == "r3_trained" and config.r3 == "code":
         spread = task_class(config.task).R3_SPREAD
         return spread * torch.randn(n, manifold.ambient_dim, generator=generator, dtype=torch.float64)
@@ -88,14 +95,15 @@ def fresh_points(config: Config, manifold: mk.Manifold, n: int, generator: torch
 
 @dataclass
 class Compared:
-    """Diagrams of one set of points, and those of each draw."""
+    """The diagrams of one set of points, and those of each draw."""
 
-    what: str
-    own: list[np.ndarray]
-    drawn: list[list[np.ndarray]]
+    what: str  # says in words which points these are
+    own: list[np.ndarray]  # H0, H1, ...
+    drawn: list[list[np.ndarray]]  # the same for each draw
 
     def numbers(self) -> dict[str, Any]:
-        """p: the share of draws, the own points counted among them, that reach as far as the own points."""
+        """Returns numbers for a JSON record. p is the share of draws, counting the own points as one, that reach as far
+        as the own points."""
         found: dict[str, Any] = {}
         for k, own in enumerate(self.own):
             entry: dict[str, Any] = {"features": len(own)}
@@ -110,8 +118,10 @@ class Compared:
 
 def compare(config: Config, points: Tensor, manifold: mk.Manifold, *, most: int = MOST_POINTS, draws: int = DRAWS,
             seed: int = DRAW_SEED) -> list[Compared]:
-    """The run's points as used, and, where that differs, the rows of the authors' reading, each against `draws`
-    sets of fresh points: those of the second are misread too."""
+    """Compares the run's points with `draws` sets of fresh points.
+
+    Where the authors' code would have saved other rows (see `misread`), a second comparison misreads both sides.
+    """
     generator = torch.Generator().manual_seed(seed)
     points = points.detach().to("cpu", torch.float64)
     n = min(len(points), most)
@@ -129,8 +139,13 @@ def compare(config: Config, points: Tensor, manifold: mk.Manifold, *, most: int 
 
 
 def picture(config: Config, points: Tensor, manifold: mk.Manifold, what: str) -> tuple[Figure, dict[str, Any]]:
-    """Of one run, and its numbers. A row for each set of points: components against scale, then births and deaths of
-    loops and voids. what: the title's second line."""
+    """Draws the diagrams of one run and returns (figure, numbers).
+
+    A row of the figure shows one set of points: components against scale, then births and deaths of loops and voids.
+
+    Args:
+        what: the title's second line.
+    """
     compared = compare(config, points, manifold)
     n = min(len(points), MOST_POINTS)
     title = (f"Persistent homology of {n} points{f' of {len(points)}' if n < len(points) else ''}\n{what}\n"
@@ -155,7 +170,7 @@ def _figure(title: str, compared: list[Compared]) -> Figure:
 
 
 def _components(ax: Axes, each: Compared) -> None:
-    """How many components are left at each distance; the band: least and most of the draws."""
+    """Draws how many components are left at each distance; the band reaches from the least to the most of the draws."""
     top = max(d[0][:, 1].max() for d in (each.own, *each.drawn)) * 1.05
     at = np.linspace(0, top, 400)
 

@@ -1,8 +1,9 @@
-"""Where in the arena each hidden unit of a navigation net is active, and how much that looks like a grid cell.
+"""Maps where in the arena each hidden unit of a navigation net is active, and how much that looks like a grid cell.
 
-A rate map is a unit's mean state in each bin of the arena. Two numbers are taken of it: the spatial information
-(Skaggs et al. 1993) and the grid score (Sargolini et al. 2006, over several rings as Banino et al. 2018 do). Both
-are also taken of maps in which every walk's states are counted at another walk's positions: what smooth noise gives.
+A rate map is a unit's mean state in each bin of the arena. Two scores describe it: the spatial information (Skaggs et
+al. 1993) and the grid score (Sargolini et al. 2006, over several rings as Banino et al. 2018 do). For comparison, both
+are also computed for maps in which every walk's states are counted at another walk's positions: they show what smooth
+noise scores.
 """
 
 from __future__ import annotations
@@ -16,45 +17,49 @@ from torch import Tensor
 
 from moduli_kernels import plots
 
-from .navigation import BOX, walks
+from ..navigation import BOX, walks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .navigation import NavigationTask
+    from ..navigation import NavigationTask
 
-BINS = 40  # a side: 5.5 cm
-SIGMA = 1.5  # of the Gaussian that smooths the maps, bins
-LEAST_VISITS = 5.0  # a bin with fewer visits, smoothed, has no rate
-LEAST_ACTIVE = 0.01  # a unit above 0 in a smaller share of all steps is called silent
+BINS = 40  # along a side of the arena, 5.5 cm each
+SIGMA = 1.5  # width of the Gaussian that smooths the maps, bins
+LEAST_VISITS = 5.0  # a bin with fewer (smoothed) visits has no rate
+LEAST_ACTIVE = 0.01  # a unit that is above 0 in a smaller share of all steps is called silent
 LEAST_OVERLAP = 20  # bins that a map and its shifted copy must share for their correlation (Sargolini et al.)
-RING_INSIDE = 0.2  # of the arena's side; the central peak lies within
-RING_OUTSIDES = tuple(0.4 + 0.6 * i / 9 for i in range(10))  # the best ring counts
+RING_INSIDE = 0.2  # inner radius in sides of the arena; the central peak lies within it
+RING_OUTSIDES = tuple(0.4 + 0.6 * i / 9 for i in range(10))  # outer radii; the best ring counts
 ANGLES = (30, 60, 90, 120, 150)
-WALK_SEED = 4  # of the walks, the same for all nets
+WALK_SEED = 4  # all nets see the same walks
 BATCH = 250  # walks at once
-SAMPLES = 100_000  # 62 a bin
+SAMPLES = 100_000  # steps in all, 62 a bin
 SHUFFLES = 10
-SHUFFLED_UNITS = 512  # at most, picked at random: their pooled scores give the threshold
-QUANTILE = 0.95  # of the shuffled scores: what a unit must exceed
+SHUFFLED_UNITS = 512  # at most so many units, picked at random, give the threshold by their pooled shuffled scores
+QUANTILE = 0.95  # the share of shuffled scores that a unit must exceed
 
 
 class Accumulator:
-    """Sums of states over the bins of the arena, of as many batches as are added.
+    """Sums states over the bins of the arena, for as many batches as are added.
 
-    units: of the net. bins: a side of the arena, which is `box` metres wide and centred at 0. Bin [i, j] is the i-th
-    from below and the j-th from the left.
+    Bin [i, j] is the i-th from below and the j-th from the left.
+
+    Args:
+        units: how many the net has.
+        bins: how many along a side of the arena.
+        box: side of the arena in metres; it is centred at 0.
     """
 
     def __init__(self, units: int, *, bins: int = BINS, box: float = BOX, device: str | torch.device = "cpu") -> None:
         self.bins, self.box = bins, box
-        # One bin more takes the steps that end outside the box.
+        # An extra bin at the end counts the steps that end outside the box.
         self.sums = torch.zeros(bins * bins + 1, units, device=device)
         self.visits = torch.zeros(bins * bins + 1, dtype=torch.float64, device=device)
 
     def add(self, states: Tensor, positions: Tensor) -> None:
-        """(..., units), (..., 2) m."""
+        """Adds states (..., units) at positions (..., 2) in metres."""
         place = torch.floor((positions.reshape(-1, 2) / self.box + 0.5) * self.bins).long()
         inside = ((place >= 0) & (place < self.bins)).all(dim=1)
         cell = torch.where(inside, place[:, 1] * self.bins + place[:, 0], self.bins**2)
@@ -62,8 +67,11 @@ class Accumulator:
         self.visits += torch.bincount(cell, minlength=self.bins**2 + 1)
 
     def maps(self, sigma: float = SIGMA) -> tuple[Tensor, Tensor]:
-        """Rate maps (units, bins, bins), in units of the state, NaN where too few came; visits (bins, bins).
-        sigma: of the Gaussian, bins; 0: none. Sums and visits are smoothed alike."""
+        """Returns rate maps (units, bins, bins), NaN where too few came, and visits (bins, bins).
+
+        Args:
+            sigma: width of the Gaussian that smooths sums and visits alike, bins; 0 for none.
+        """
         square = (self.bins, self.bins)
         visits = self.visits[:-1].reshape(square)
         seen = _smooth(visits, sigma)
@@ -72,7 +80,7 @@ class Accumulator:
 
 
 def _smooth(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian over the last two, square dimensions; nothing comes from beyond the border."""
+    """Smooths with a Gaussian over the last two (square) dimensions; nothing comes from beyond the border."""
     if sigma == 0:
         return image
     at = torch.arange(image.shape[-1], dtype=image.dtype, device=image.device)
@@ -81,10 +89,17 @@ def _smooth(image: Tensor, sigma: float) -> Tensor:
 
 
 def spatial_information(maps: Tensor, visits: Tensor) -> Tensor:
-    """Bits that the unit's activity tells of the place, per unit of mean activity (Skaggs et al. 1993):
-    sum_i p_i (r_i / r) log2(r_i / r), p the share of visits, r the mean of the rates r_i >= 0 over them.
+    """Returns the bits that a unit's activity says about the place, per unit of mean activity (Skaggs et al. 1993).
 
-    maps (units, bins, bins), visits (bins, bins) -> (units,), NaN for a unit that is 0 everywhere.
+    This is sum_i p_i (r_i / r) log2(r_i / r), where p_i is the share of visits to bin i, r_i >= 0 its rate and r the
+    mean rate over all visits.
+
+    Args:
+        maps: (units, bins, bins).
+        visits: (bins, bins).
+
+    Returns:
+        (units,), NaN for a unit that is 0 everywhere.
     """
     rates = maps.flatten(1)
     known = ~rates.isnan()
@@ -97,12 +112,19 @@ def spatial_information(maps: Tensor, visits: Tensor) -> Tensor:
 
 
 def autocorrelograms(maps: Tensor) -> Tensor:
-    """Correlation of each map with itself shifted, over the bins that both have: (units, b, b) -> (units, 2b - 1,
-    2b - 1), shift 0 in the middle; NaN where fewer than LEAST_OVERLAP bins overlap or one part is constant."""
+    """Correlates each map with itself, shifted, over the bins that both have.
+
+    Args:
+        maps: (units, b, b).
+
+    Returns:
+        (units, 2b - 1, 2b - 1), with shift 0 in the middle; NaN where fewer than LEAST_OVERLAP bins overlap or one part
+        is constant.
+    """
     b = maps.shape[-1]
     known = (~maps.isnan()).double()
     values = torch.nan_to_num(maps.double())
-    # Correlations do not depend on mean and scale; rounding does.
+    # Correlations do not depend on mean and scale, but rounding errors do, so both are taken out first.
     values = values - values.sum(dim=(1, 2), keepdim=True) / known.sum(dim=(1, 2), keepdim=True).clamp(min=1)
     values = values / values.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-300) * known
 
@@ -120,11 +142,11 @@ def autocorrelograms(maps: Tensor) -> Tensor:
 
 
 def grid_scores(maps: Tensor, chunk: int = 128) -> Tensor:
-    """(units, b, b) -> (units,), between -2 and 2: high for fields on a hexagonal lattice, low for other ones.
+    """Returns each unit's grid score, (units, b, b) -> (units,), between -2 and 2 and NaN for a constant map.
 
-    The autocorrelogram, cut to a ring around its middle, is correlated with itself rotated; the score is the lower of
-    the correlations at 60 and 120 degrees less the highest of those at 30, 90 and 150 (Sargolini et al. 2006), of
-    the ring in which it is highest. NaN for a constant map.
+    It is high for fields on a hexagonal lattice and low for other ones: the autocorrelogram, cut to a ring around its
+    middle, is correlated with itself rotated, and the score is the lower of the correlations at 60 and 120 degrees less
+    the highest of those at 30, 90 and 150 (Sargolini et al. 2006). The ring with the highest score counts.
     """
     return torch.cat([_grid_scores(part) for part in maps.split(chunk)])
 
@@ -135,7 +157,7 @@ def _grid_scores(maps: Tensor) -> Tensor:
     known, correlation = (~correlation.isnan()).double(), torch.nan_to_num(correlation)
     at = torch.linspace(-1, 1, 2 * b - 1, dtype=torch.float64, device=maps.device)
     y, x = torch.meshgrid(at, at, indexing="ij")
-    lag = torch.hypot(x, y) * (b - 1) / b  # of the arena's side
+    lag = torch.hypot(x, y) * (b - 1) / b  # in sides of the arena
     rings = torch.stack([((lag >= RING_INSIDE) & (lag <= outside)).flatten() for outside in RING_OUTSIDES]).double()
     both = torch.stack((correlation * known, known), dim=1)
     found = {}
@@ -152,7 +174,7 @@ def _grid_scores(maps: Tensor) -> Tensor:
 
 
 def _ring_correlation(a: Tensor, c: Tensor, weight: Tensor, rings: Tensor) -> Tensor:
-    """Pearson's correlation of a and c (units, lags) within each ring (rings, lags) where weight is 1:
+    """Returns Pearson's correlation of a and c, both (units, lags), within each ring (rings, lags) where weight is 1:
     (units, rings)."""
     count = weight @ rings.T
 
@@ -166,24 +188,24 @@ def _ring_correlation(a: Tensor, c: Tensor, weight: Tensor, rings: Tensor) -> Te
 
 @dataclass
 class Measured:
-    """Of one net. Scores are (units,), NaN for silent units; those of shuffled maps (shuffles, some of the units)."""
+    """What was measured on one net. Silent units have the score NaN."""
 
     maps: Tensor  # (units, bins, bins)
     visits: Tensor  # (bins, bins)
     active: Tensor  # (units,) bool: not silent
-    scores: dict[str, Tensor]  # "grid_score", "spatial_information"
-    shuffled: dict[str, Tensor]
+    scores: dict[str, Tensor]  # "grid_score", "spatial_information": (units,)
+    shuffled: dict[str, Tensor]  # the same for shuffled maps: (shuffles, some of the units)
 
     def threshold(self, score: str) -> float:
-        """The QUANTILE of the shuffled scores of all active units together; NaN without any."""
+        """Returns the QUANTILE of the shuffled scores of all active units together; NaN without any."""
         return self.shuffled[score].nanquantile(QUANTILE).item()
 
     def share(self, score: str) -> float:
-        """Of the active units, those whose score exceeds the threshold; about 1 - QUANTILE by chance."""
+        """Returns the share of active units whose score exceeds the threshold; by chance it is about 1 - QUANTILE."""
         return (self.scores[score][self.active] > self.threshold(score)).double().mean().item()
 
     def numbers(self) -> dict[str, Any]:
-        """For a JSON record."""
+        """Returns the numbers for a JSON record."""
         found: dict[str, Any] = {"units": len(self.active), "active": int(self.active.sum())}
         found["visits of a bin"] = {"least": self.visits.min().item(), "median": self.visits.median().item()}
         for name, values in self.scores.items():
@@ -197,8 +219,10 @@ class Measured:
 @torch.no_grad()
 def measure(task: NavigationTask, *, samples: int = SAMPLES, bins: int = BINS, sigma: float = SIGMA,
             shuffles: int = SHUFFLES, seed: int = WALK_SEED) -> Measured:
-    """Rate maps and scores of the task's net, over fresh walks of about `samples` steps in all. The task's generator
-    stays as it is."""
+    """Measures rate maps and scores of the task's net over fresh walks of about `samples` steps in all.
+
+    The state of the task's generator does not change.
+    """
     count = math.ceil(samples / task.steps)
     model, device, units = task.model, task.generator.device, task.model.rnn.hidden_size
     generator = torch.Generator(device).manual_seed(seed)
@@ -211,7 +235,7 @@ def measure(task: NavigationTask, *, samples: int = SAMPLES, bins: int = BINS, s
         states, _ = model.rnn(batch.moves, model.encoder(task.activation(batch.start))[None])  # (steps, batch, units)
         above += (states > 0).sum(dim=(0, 1))
         real.add(states, batch.positions)
-        for null in nulls:  # each walk's states at the positions of the walk `by` places on
+        for null in nulls:  # each walk's states are counted at the positions of the walk `by` places on
             by = int(torch.randint(1, max(2, batch.start.shape[0]), (1,), generator=generator, device=device))
             null.add(states[..., some], batch.positions.roll(by, dims=1))
     active = above.double() / (count * task.steps) >= LEAST_ACTIVE
@@ -227,7 +251,11 @@ def _scores(maps: Tensor, visits: Tensor, active: Tensor) -> dict[str, Tensor]:
 
 
 def picture(task: NavigationTask, untrained: NavigationTask, what: str) -> tuple[Figure, dict[str, Any]]:
-    """Of a trained net beside the same net untrained, and the numbers of both. what: of the title."""
+    """Draws a trained net beside the same net untrained and returns (figure, numbers of both).
+
+    Args:
+        what: says in the title which net it is.
+    """
     ours, theirs = measure(task), measure(untrained)
     if not ours.active.any():
         raise ValueError("run must be of a net with active hidden units, got one in which all are silent; name another")
@@ -237,7 +265,7 @@ def picture(task: NavigationTask, untrained: NavigationTask, what: str) -> tuple
 
 
 def _figure(title: str, trained: Measured, untrained: Measured, count: int = 6) -> Figure:
-    """The units of highest grid score with their autocorrelograms, those of highest spatial information, and how
+    """Draws the units of highest grid score with their autocorrelograms, those of highest spatial information, and how
     the scores are spread."""
     from matplotlib.figure import Figure
 
@@ -280,7 +308,7 @@ def _best(scores: Tensor, count: int) -> list[int]:
 
 
 def _spread(ax: Axes, name: str, label: str, trained: Measured, untrained: Measured) -> None:
-    """Histograms over units, and the score that a unit must exceed."""
+    """Draws histograms over units, and the score that a unit must exceed."""
     share = "{:s}: {:.0f} % of the units above the threshold of its own shuffled walks"
     several = [
         (trained.scores[name], share.format("trained net", 100 * trained.share(name)), plots.COLOURS[0], "-"),

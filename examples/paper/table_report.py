@@ -1,4 +1,4 @@
-"""A table of our trials beside the paper's figures: text, Markdown, a picture."""
+"""Shows a table of our trials beside the paper's numbers: as text, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 from moduli_kernels import plots
 
-from .config import task_class
-from .ledger import Ledger
+from ..training import files
+from ..training.config import task_class
+from ..training.ledger import Ledger
+from .claims import Verdict, errors
 from .tables import Table
-from .verdicts import Verdict, errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def spread(values: list[float], digits: int, collapsed: int = 0) -> str:
-    """Mean, standard deviation and count of trials."""
+    """Writes mean, standard deviation and number of trials."""
     if not values:
         return f"{collapsed} collapsed" if collapsed else "-"
     text = f"{statistics.fmean(values):.{digits}f}"
@@ -28,7 +29,7 @@ def spread(values: list[float], digits: int, collapsed: int = 0) -> str:
 
 
 def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **changes) -> list[list[str]]:
-    """Cells of the table: a head, then for each row the paper's figures and ours."""
+    """Returns the table's cells: a head, then for each row the paper's numbers and ours."""
     digits = task_class(table.task).DIGITS
     found = [["", "", *table.columns]]
     for row in table.rows:
@@ -50,7 +51,7 @@ def lines_of(table: Table, preset: str, ledger: Ledger, seeds: list[int], **chan
 
 
 def heading(table: Table, preset: str, what: str, seeds: list[int]) -> str:
-    """Which table, of what, how."""
+    """Says which table it is, what it measures and how the nets were trained."""
     name = f"Table {table.name}" if table.paper else table.name
     note = f"; {table.note}" if table.note else ""
     return (f"{name}: {table.task}, {table.metric}; preset {preset}: {what}; mean ± standard deviation (trials), "
@@ -58,7 +59,7 @@ def heading(table: Table, preset: str, what: str, seeds: list[int]) -> str:
 
 
 def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
-    """The table and the verdicts, for a file."""
+    """Writes the table and the verdicts for a file."""
     head, *body = rows
     name, *protocol = title.split("; ", 1)
     lines = [f"# {name}", "", *(f"{words[0].upper()}{words[1:]}.\n" for words in protocol)]
@@ -74,7 +75,7 @@ def markdown(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
 
 
 def text(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
-    """The same, for a terminal."""
+    """Writes the same for a terminal."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [title, ""]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -83,8 +84,8 @@ def text(title: str, rows: list[list[str]], judged: list[Verdict]) -> str:
         for v in judged:
             if v.words == words:
                 counts = f"{v.counts[0]} and {v.counts[1]} trials"
-                told = counts if v.means is None else f"{_means(v)}, p = {_p(v)}, {counts}"
-                lines.append(f"  {v.verdict}: {v.pair} ({told})")
+                found = counts if v.means is None else f"{_means(v)}, p = {_p(v)}, {counts}"
+                lines.append(f"  {v.verdict}: {v.pair} ({found})")
     return "\n".join(lines)
 
 
@@ -96,13 +97,13 @@ def _means(verdict: Verdict) -> str:
     return "" if verdict.means is None else f"{verdict.means[0]:.3g}, {verdict.means[1]:.3g}"
 
 
-# in the paper's measure
+# measuring point -> words, marker and colour in the picture
 MOMENTS = {"pruned_error": ("as pruning ends", "s", plots.COLOURS[1]), "paper": ("at the end", "o", plots.COLOURS[0])}
 
 
 def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[int], **changes) -> Figure:
-    """A panel a row: a mark for each trial at both measuring points, a bar for their mean, and the paper's mean ±
-    standard deviation beside them."""
+    """Draws a panel for each row. A mark stands for a trial at either measuring point, a bar for the mean, and beside
+    them the paper's mean ± standard deviation."""
     from matplotlib.figure import Figure
 
     ours = {(row, c, moment): errors(table, row, c, preset, ledger, seeds, moment, **changes)[0]
@@ -141,20 +142,19 @@ def picture(table: Table, title: str, preset: str, ledger: Ledger, seeds: list[i
 
 
 def _held(table: Table, row: str, preset: str) -> bool:
-    """Whether a row's nets train on after pruning."""
+    """Returns whether a row's nets train on after pruning."""
     config = table.config(row, table.columns[0], 0, preset)
     return 0 < config.pruned_at() < len(config.schedule) - 1
 
 
 def write(folder: Path, table: Table, preset: str, what: str, ledger: Ledger, seeds: list[int],
           judged: list[Verdict], **changes) -> tuple[str, list[Path]]:
-    """(what a terminal shows, the files written)."""
+    """Writes the table into `folder` and returns (what a terminal shows, the files written)."""
     rows = lines_of(table, preset, ledger, seeds, **changes)
     title = heading(table, preset, what, seeds)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = (f"table-{table.name}" if table.paper else table.name) + ("" if preset == "full" else f"-{preset}")
     paths = [folder / f"{stem}.md"]
-    paths[0].write_text(markdown(title, rows, judged))
+    files.write_text(paths[0], markdown(title, rows, judged))
     try:
         drawn = picture(table, title, preset, ledger, seeds, **changes)
         drawn.savefig(folder / f"{stem}.png", dpi=110)

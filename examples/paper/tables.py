@@ -7,15 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .config import Config
-from .nets import INHIBITORS, NETS
+from ..training.config import Config, task_module
+from ..training.nets import INHIBITORS, NETS
 
 REFERENCE = Path(__file__).resolve().parent / "reference.json"
-# Tables of our own: what the paper does not show.
+# Tables of our own, for what the paper does not show.
 OWN = {
     "adding-cuts": {
         "task": "adding", "metric": "test RMSE", "columns": ["torus", "none", "l1_matched", "shuffled"],
@@ -30,25 +29,25 @@ OWN = {
 
 @dataclass(frozen=True)
 class Table:
-    """columns and rows are as printed; paper: (row, column) -> (mean, standard deviation), of `trials` trials."""
+    """A grid of trials."""
 
     name: str
     task: str
     metric: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # as they are printed
     rows: tuple[str, ...]
-    trials: int
-    paper: dict[tuple[str, str], tuple[float, float]]
+    trials: int  # how many the paper has in a cell
+    paper: dict[tuple[str, str], tuple[float, float]]  # (row, column) -> the paper's mean and standard deviation
     note: str = ""
 
     def settings(self, row: str, column: str) -> dict[str, Any]:
-        """Of Preset.config: net, cut, lottery, and what the table varies."""
+        """Returns a cell's arguments of Preset.config: net, cut, lottery, and what the table varies."""
         matched = re.fullmatch(r"(?:(\w+) )?(\d+)% (sparse|lottery)", row)
         if matched is None:
             raise ValueError(f"row must be like '90% sparse' or 'torus 90% lottery', got {row!r} of table {self.name}")
         net, cut, kind = matched.groups()
         found: dict[str, Any] = {"cut": int(cut) / 100, "lottery": kind == "lottery"}
-        if net is not None:  # Tables 17-20: a row a net, a column a strength
+        if net is not None:  # in Tables 17 to 20 a row is a net and a column a strength
             return {**found, "net": net, "strength": float(column)}
         if column in INHIBITORS:
             return {**found, "net": "torus", "inhibitor": column}
@@ -58,13 +57,16 @@ class Table:
         return {**found, "net": name}
 
     def config(self, row: str, column: str, seed: int, preset: str, **changes: Any) -> Config:
-        """The trial of a cell. changes: fields of Config for all cells, e.g. device."""
-        its = import_module(f"{__package__}.{self.task}").PRESETS[preset]
+        """Returns the trial of a cell. `changes` are fields of Config for all cells, such as the device."""
+        its = task_module(self.task).PRESETS[preset]
         return its.config(self.task, seed=seed, **{**changes, **self.settings(row, column)})
 
     def trials_of(self, seeds: list[int], preset: str, rows: str = "", **changes: Any) -> Iterator[Config]:
-        """All cells of the first seed first; sparse nets before the lotteries that need their masks. rows: only those
-        in whose name this pattern is found."""
+        """Yields all cells of the first seed, then of the next; sparse nets before the lotteries that need their masks.
+
+        Args:
+            rows: a pattern; only rows in whose name it is found count.
+        """
         for seed in seeds:
             for row in sorted(self.rows, key=lambda row: "lottery" in row):
                 for column in self.columns if re.search(rows, row) else ():
@@ -72,8 +74,8 @@ class Table:
 
 
 @cache
-def tables() -> dict[str, Table]:
-    """Name ("1" ... "20", own names) -> table, l1_matched beside every l1."""
+def all_tables() -> dict[str, Table]:
+    """Returns name ("1" ... "20", names of our own) -> table. Beside every column l1 stands l1_matched."""
     found = {}
     for each in json.loads(REFERENCE.read_text())["tables"]:
         columns = list(each["columns"])

@@ -1,26 +1,25 @@
-"""One checkpoint file, written so that a kill at any moment leaves the old or the new one, never half of one.
+"""A run's checkpoint: one safetensors file that is written whole or not at all.
 
-safetensors holds the tensors and, in its header, one JSON text for the rest; nothing is pickled.
+The file holds the tensors and, in its header, one JSON text for everything else. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from . import files
+
 NAME = "checkpoint.safetensors"
 
 
 class Held(RuntimeError):
-    """The folder is another process's."""
+    """Another process is working in the folder."""
 
 
 def save(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
@@ -29,31 +28,20 @@ def save(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None
 
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     data = serialize(ready, {"info": json.dumps(info)})
-    # In the same folder, since os.replace is atomic within one file system only.
-    descriptor, partial = tempfile.mkstemp(dir=folder, prefix=NAME, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the data is on disk before the name points to it
-        os.replace(partial, folder / NAME)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with files.whole_file(folder / NAME) as file:
+        file.write(data)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors on the CPU, info), or None where there is no checkpoint; RuntimeError for a damaged one."""
+    """Reads (tensors on the CPU, info); None where there is no checkpoint. Raises RuntimeError for a damaged one."""
     return _read(folder, lambda file: {key: file.get_tensor(key) for key in file.keys()})
 
 
 def load_info(folder: Path) -> dict[str, Any] | None:
-    """The info alone, from the file's header: a full-size net's tensors take seconds. As `load` otherwise."""
+    """Reads the info alone, from the file's header, since a full-size net's tensors take seconds to read.
+
+    Returns None where there is no checkpoint; raises RuntimeError for a damaged one.
+    """
     read = _read(folder, lambda file: {})
     return None if read is None else read[1]
 
@@ -76,22 +64,20 @@ def _read(folder: Path, tensors: Callable[[Any], dict[str, Tensor]]) -> tuple[di
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Makes and holds the folder, clears what a killed process left; Held if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, however that ends
-        except OSError as error:
-            raise Held(f"{folder} is being trained by another process; wait for it or stop it") from error
-        for partial in folder.glob(f"{NAME}*.partial"):
-            partial.unlink(missing_ok=True)
-        yield
+    """Makes the folder, holds it, and clears what a killed process left. Raises Held if another process has it."""
+    try:
+        with files.locked(folder / "lock", wait=False):
+            files.clear_partial(folder / NAME)
+            yield
+    except files.Locked as error:
+        raise Held(f"{folder} is being trained by another process; wait for it or stop it") from error
 
 
 def flatten(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the prefix and a dot before every key."""
     return {f"{prefix}.{key}": tensor for key, tensor in state.items()}
 
 
 def select(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `flatten`."""
+    """Returns the tensors whose keys have the prefix, without it: the inverse of `flatten`."""
     return {k.removeprefix(f"{prefix}."): t for k, t in tensors.items() if k.startswith(f"{prefix}.")}

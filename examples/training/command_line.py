@@ -6,28 +6,24 @@ import argparse
 import inspect
 import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import checkpoint
-from .config import PRECISIONS, REDUCTIONS, TASKS, Config, Result, task_class
+from .config import EXAMPLES, PRECISIONS, REDUCTIONS, TASKS, Config, Result, task_class, task_module
 from .ledger import Ledger
 from .nets import INHIBITORS, NETS, R3
-from .parts import shares
-from .report import with_unit
+from .timing import shares
 from .workers import train_all
 
-COMMON = ("epoch", "sparsity", "density", "loss", "penalty", "lr", "error")  # of a history entry, whatever the task
-HERE = Path(__file__).resolve().parent
+COMMON = ("epoch", "sparsity", "density", "loss", "penalty", "lr", "error")  # in every history entry, for any task
 
 
 def parser(task: str) -> argparse.ArgumentParser:
-    """Options: what the paper varies, where paper and code differ, what the task has of its own."""
-    module = import_module(f"{__package__}.{task}")
+    """Returns the parser of a task's command: what the paper varies, where paper and code differ, its own options."""
+    module = task_module(task)
     made = argparse.ArgumentParser(
         prog=f"python -m examples.{task}", description=module.__doc__.splitlines()[0],
         epilog="Defaults are the preset's. Stopped or killed, the same command goes on from the last epoch. The result "
@@ -37,10 +33,10 @@ def parser(task: str) -> argparse.ArgumentParser:
     made.add_argument("--net", choices=tuple(NETS), default="torus", metavar="NET",
                       help=f"points and penalty: {', '.join(NETS)} (default torus)")
     made.add_argument("--cut", type=float, default=0.0, metavar="SHARE",
-                      help="of the weights to prune, e.g. 0.9 (default 0)")
+                      help="share of the weights to prune, e.g. 0.9 (default 0)")
     made.add_argument("--lottery", action="store_true",
                       help="fresh weights on the final mask of the same run without --lottery, which is trained first")
-    made.add_argument("--seed", type=int, default=0, help="of weights, data and points (default 0)")
+    made.add_argument("--seed", type=int, default=0, help="seed of weights, data and points (default 0)")
 
     its = made.add_argument_group("the penalty")
     its.add_argument("--strength", type=float, help="lambda")
@@ -57,14 +53,14 @@ def parser(task: str) -> argparse.ArgumentParser:
                      help="trained points' gradients shrink by this factor an epoch (the adding code has 0.99)")
 
     its = made.add_argument_group("training")
-    its.add_argument("--epochs", type=int, help="in which the sparsity rises to the cut")
+    its.add_argument("--epochs", type=int, help="epochs in which the sparsity rises to the cut")
     its.add_argument("--before", type=int, help="epochs at sparsity 0 ahead of them")
     its.add_argument("--hold", type=int,
                      help="epochs on the final mask after them, in which trained points rest (adding: 10 in the "
                           "authors' latest code, 3 in an earlier one)")
     its.add_argument("--batches", type=int,
-                     help="an epoch (adding: the paper says 500,000 in all, the code has 313 an epoch)")
-    its.add_argument("--lr", type=float)
+                     help="batches an epoch (adding: the paper says 500,000 in all, the code has 313 an epoch)")
+    its.add_argument("--lr", type=float, help="learning rate")
     its.add_argument("--clip", type=float, help="norm the gradient is clipped to")
     its.add_argument("--precision", choices=PRECISIONS, help="tf32 for CUDA; bfloat16: autocast (default float32)")
 
@@ -81,52 +77,50 @@ def parser(task: str) -> argparse.ArgumentParser:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     its.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
     its.add_argument("--graph", action="store_true", default=None, help="steps as CUDA graphs (adding, navigation)")
-    its.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
+    its.add_argument("--out", type=Path, default=EXAMPLES, help="folder for runs/ (checkpoints) and results/")
     its.add_argument("--logs", action="store_true", help="TensorBoard logs in the run's folder under runs/")
     return made
 
 
 def task_options(task: str) -> dict[str, Any]:
-    """Keyword -> default of the task's __init__."""
+    """Returns keyword -> default of the task's __init__."""
     found = inspect.signature(task_class(task).__init__).parameters
     return {name: p.default for name, p in found.items() if name not in ("self", "seed", "device")}
 
 
 def config_of(task: str, options: argparse.Namespace) -> Config:
-    """The run that the command line asks for."""
-    module: ModuleType = import_module(f"{__package__}.{task}")
+    """Returns the run that the command line asks for."""
     given = {name: value for name, value in vars(options).items() if value is not None}
-    its = _of(given, tuple(task_options(task)))
-    shape = ("epochs", "before", "hold", "batches", "lr", "strength", "clip")
-    settings = ("inhibitor", "reduction", "r3", "point_damping", "precision", "device", "graph")
-    preset = module.PRESETS[options.preset]
-    preset = replace(preset, **_of(given, shape), options={**preset.options, **its})
-    return preset.config(task, options.net, options.seed, options.cut, lottery=options.lottery, **_of(given, settings))
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: given[name] for name in names if name in given}
+
+    preset = task_module(task).PRESETS[options.preset]
+    preset = replace(preset, **chosen("epochs", "before", "hold", "batches", "lr", "strength", "clip"),
+                     options={**preset.options, **chosen(*task_options(task))})
+    settings = chosen("inhibitor", "reduction", "r3", "point_damping", "precision", "device", "graph")
+    return preset.config(task, options.net, options.seed, options.cut, lottery=options.lottery, **settings)
 
 
-def _of(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: given[name] for name in names if name in given}
-
-
-def said(config: Config, result: Result) -> str:
-    """The result in some lines."""
+def in_words(config: Config, result: Result) -> str:
+    """Puts the result into some lines."""
     if result.collapsed:
         return f"COLLAPSED: {result.collapsed}. The last good checkpoint stays."
-    first = config.pruned_at()
+    first, with_unit = config.pruned_at(), task_class(config.task).with_unit
     lines = []
     if 0 < first < len(result.history) - 1:
-        lines.append(f"error as pruning ends: {with_unit(config.task, result.history[first]['error'])}")
+        lines.append(f"error as pruning ends: {with_unit(result.history[first]['error'])}")
     last = result.history[-1]
     kept = f"{100 * last['density']:.2f} % of W_hh kept"
-    lines.append(f"error at the end: {with_unit(config.task, last['error'])}, {kept}")
+    lines.append(f"error at the end: {with_unit(last['error'])}, {kept}")
     lines += [f"{name}: {value:.4g}" for name, value in last.items() if name not in COMMON]
-    lines += [f"for comparison, {name}: {with_unit(config.task, value)}" for name, value in result.references.items()]
+    lines += [f"for comparison, {name}: {with_unit(value)}" for name, value in result.references.items()]
     lines.append(f"{result.seconds / 60:.1f} minutes; of the training steps: {shares(result.parts)}")
     return "\n".join(lines)
 
 
 def main(task: str, arguments: list[str] | None = None) -> int:
-    """What `python -m examples.<task>` does."""
+    """Does what `python -m examples.<task>` is for, and returns its exit status."""
     assert task in TASKS
     options = parser(task).parse_args(arguments)
     try:
@@ -141,6 +135,6 @@ def main(task: str, arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         print(f"\nFailed: {error}", file=sys.stderr)
         return 1
-    print(said(config, result))
+    print(in_words(config, result))
     print(f"Checkpoint: {folder / checkpoint.NAME}\nLedger: {ledger.path}")
     return 1 if result.collapsed else 0

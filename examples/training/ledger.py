@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .config import Config, Result
 
 
 class Ledger:
-    """A file of trials. Lines are only ever added, so files of several machines are put together with `cat`; of two
-    trials with one key the first counts.
+    """A file of trials. Lines are only ever added, so the files of several machines can be joined with `cat`.
 
-    A record: key, config, error (after the last epoch; None: collapsed), pruned_error (after the first epoch at the
-    last sparsity), errors (of each epoch), last (all that was measured after the last epoch), seconds, parts,
-    peak_mib, collapsed, references, environment (device, versions, commit), finished (UTC).
+    Of two trials with one key the first counts. A record has these fields:
+
+        key, config      the experiment
+        error            after the last epoch; None if the run collapsed
+        pruned_error     after the first epoch at the last sparsity
+        errors           after each epoch
+        last             everything that was measured after the last epoch
+        seconds, parts   time in all, and for each part of the training steps
+        peak_mib         peak memory, MiB
+        collapsed        how the run ended, if not well
+        references       errors of simple answers to the same tests
+        environment      device, versions, commit
+        finished         UTC time
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, int] | None = None  # size and time of the file when it was last read
         self._trials: dict[str, dict[str, Any]] = {}
 
     def trials(self) -> dict[str, dict[str, Any]]:
-        """Key -> record. A torn line (a writer was killed, a disk full) counts as none."""
+        """Returns key -> record. A torn line (a writer was killed, or the disk was full) is skipped."""
         if not self.path.exists():
             return {}
         stat = self.path.stat()
@@ -43,15 +52,13 @@ class Ledger:
         return self._trials
 
     def append(self, config: Config, result: Result) -> None:
-        """OSError where the line cannot be written whole; the lines before it stay as they are."""
+        """Adds a line. Raises OSError where it cannot be written whole; the lines before it stay as they are."""
         line = (json.dumps(_record(config, result)) + "\n").encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with files.locked(self.path.with_name(f"{self.path.name}.lock")), open(self.path, "a+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
-                if file.read(1) != b"\n":  # a torn line stays one line
+                if file.read(1) != b"\n":  # the last line is torn: it must not run into the new one
                     line = b"\n" + line
             try:
                 file.write(line)

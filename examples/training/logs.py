@@ -1,12 +1,16 @@
-"""TensorBoard logs of a run: tensorboard --logdir examples/runs"""
+"""TensorBoard logs of a run. Look at them with `tensorboard --logdir examples/runs`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-class Board:
-    """Writes one point an epoch. first: finished epochs; what an interrupted run wrote beyond them is dropped."""
+class TensorBoardLog:
+    """Writes one point an epoch.
+
+    Args:
+        first: the number of epochs that are finished. Points that an interrupted run wrote beyond them are dropped.
+    """
 
     def __init__(self, folder: Path, first: int) -> None:
         try:
@@ -16,7 +20,12 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=first + 1)
 
     def write(self, entry: dict[str, float], parts: dict[str, float]) -> None:
-        """entry: of Result.history. parts: seconds of the parts of the training steps so far."""
+        """Writes an epoch.
+
+        Args:
+            entry: the epoch's entry in Result.history.
+            parts: seconds that each part of the training steps has taken so far.
+        """
         for name, value in entry.items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, entry["epoch"])

@@ -1,34 +1,82 @@
-"""How several nets come along, in one terminal: live bars where rich can draw them, else lines."""
+"""Shows how several nets come along: live bars in a terminal, else a line a net from time to time."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from .config import Config
-from .report import with_unit
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from .config import Config, task_class
 
 LABELS = ("loss", "error", "sparsity", "left")
-MANY = 12  # nets, from which on ended ones make room
-LINE_SECONDS, LINE_SECONDS_OF_MANY = 5.0, 30.0  # between plain lines of a net
+MANY = 12  # above so many nets, one bar counts them all, and a net's own bar goes when the net has ended
+LINE_SECONDS, LINE_SECONDS_OF_MANY = 5.0, 30.0  # between two lines of a net
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+class Display:
+    """Use it in a `with` block: `show` reports on a net, `end` says that its training has ended."""
 
+    def __init__(self, configs: list[Config]) -> None:
+        self._names = _names(configs)
+        self._many = len(configs) > MANY
+        self._live = sys.stdout.isatty()
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
+        columns += [TextColumn(f"[dim]{label}[/] {{task.fields[{label}]}}") for label in LABELS]
+        self._progress = Progress(*columns, expand=True, disable=not self._live)
+        self._bars: dict[str, TaskID] = {}
+        self._last_line: dict[str, float] = {}  # when a net's last line was printed
+        self._begun, self._ended = time.monotonic(), 0
+        if self._many:
+            self._whole = self._add("all nets", total=len(configs))
+        else:
+            for config in configs:
+                self._bars[config.key] = self._add(self._names[config.key], start=False)
 
-def _texts(config: Config, p: dict[str, Any]) -> dict[str, str]:
-    error = "-" if p["error"] is None else with_unit(config.task, p["error"])
-    return {"loss": f"{p['loss']:.4f}", "error": error, "sparsity": f"{100 * p['sparsity']:.0f} %",
-            "left": _clock(p["left"])}
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, config: Config, progress: dict[str, Any]) -> None:
+        """Shows what Run.train reports on a net."""
+        key, texts = config.key, _texts(config, progress)
+        if key not in self._bars:
+            self._bars[key] = self._add(self._names[key])
+        self._progress.start_task(self._bars[key])
+        self._progress.update(self._bars[key], total=progress["steps"], completed=progress["step"], **texts)
+        if not self._live:
+            self._line(key, progress, texts)
+
+    def end(self, config: Config) -> None:
+        """Counts a net as ended."""
+        self._ended += 1
+        if not self._many:
+            return
+        whole = len(self._names)
+        left = _clock((time.monotonic() - self._begun) * (whole - self._ended) / self._ended)
+        self._progress.update(self._whole, completed=self._ended, left=left)
+        if config.key in self._bars:
+            self._progress.remove_task(self._bars.pop(config.key))
+        if not self._live:
+            print(f"{self._ended} of {whole} nets, {left} left", flush=True)
+
+    def _add(self, name: str, total: int | None = None, start: bool = True) -> TaskID:
+        return self._progress.add_task(name, total=total, start=start, **dict.fromkeys(LABELS, "-"))
+
+    def _line(self, key: str, progress: dict[str, Any], texts: dict[str, str]) -> None:
+        now, pause = time.monotonic(), LINE_SECONDS_OF_MANY if self._many else LINE_SECONDS
+        if now - self._last_line.get(key, -pause) >= pause or progress["step"] == progress["steps"]:
+            self._last_line[key] = now
+            done = f"{self._names[key]}  {100 * progress['step'] / progress['steps']:3.0f} %"
+            print(f"{done}  " + "  ".join(f"{label} {texts[label]}" for label in LABELS), flush=True)
 
 
 def _names(configs: list[Config]) -> dict[str, str]:
+    """Returns a name of the same width for each net."""
     def name(c: Config) -> str:
         return f"{c.net}{' lottery' if c.lottery else ''} {100 * c.schedule[-1]:g} % seed {c.seed}"
 
@@ -36,71 +84,15 @@ def _names(configs: list[Config]) -> dict[str, str]:
     return {c.key: name(c).ljust(width) for c in configs}
 
 
-class _Lines:
-    def __init__(self, configs: list[Config]) -> None:
-        self.names, self.begun, self.ended = _names(configs), time.monotonic(), 0
-        self.seconds = LINE_SECONDS if len(configs) <= MANY else LINE_SECONDS_OF_MANY
-        self.last: dict[str, float] = {}
-
-    def __call__(self, config: Config, p: dict[str, Any]) -> None:
-        now, key = time.monotonic(), config.key
-        if now - self.last.get(key, -self.seconds) >= self.seconds or p["step"] == p["steps"]:
-            self.last[key] = now
-            t = _texts(config, p)
-            done = f"{self.names[key]}  {100 * p['step'] / p['steps']:3.0f} %"
-            print(f"{done}  " + "  ".join(f"{label} {t[label]}" for label in LABELS), flush=True)
-
-    def end(self, config: Config) -> None:
-        self.ended += 1
-        whole = len(self.names)
-        if whole > MANY:
-            left = (time.monotonic() - self.begun) * (whole - self.ended) / self.ended
-            print(f"{self.ended} of {whole} nets, {_clock(left)} left", flush=True)
+def _texts(config: Config, progress: dict[str, Any]) -> dict[str, str]:
+    error = progress["error"]
+    return {"loss": f"{progress['loss']:.4f}",
+            "error": "-" if error is None else task_class(config.task).with_unit(error),
+            "sparsity": f"{100 * progress['sparsity']:.0f} %", "left": _clock(progress["left"])}
 
 
-class _Bars:
-    def __init__(self, configs: list[Config], progress: Any) -> None:
-        self.names, self.progress, self.bars = _names(configs), progress, {}
-        self.begun, self.ended = time.monotonic(), 0
-        self.whole = None
-        if len(configs) > MANY:
-            self.whole = progress.add_task("all nets", total=len(configs), **dict.fromkeys(LABELS, "-"))
-        else:
-            for config in configs:
-                self._bar(config, start=False)
-
-    def _bar(self, config: Config, *, start: bool = True) -> Any:
-        key = config.key
-        if key not in self.bars:
-            blank = dict.fromkeys(LABELS, "-")
-            self.bars[key] = self.progress.add_task(self.names[key], total=None, start=start, **blank)
-        return self.bars[key]
-
-    def __call__(self, config: Config, p: dict[str, Any]) -> None:
-        bar = self._bar(config)
-        self.progress.start_task(bar)
-        self.progress.update(bar, total=p["steps"], completed=p["step"], **_texts(config, p))
-
-    def end(self, config: Config) -> None:
-        self.ended += 1
-        if self.whole is not None:
-            left = (time.monotonic() - self.begun) * (len(self.names) - self.ended) / self.ended
-            self.progress.update(self.whole, completed=self.ended, left=_clock(left))
-            if config.key in self.bars:
-                self.progress.remove_task(self.bars.pop(config.key))
-
-
-@contextlib.contextmanager
-def display(configs: list[Config]) -> Iterator[Any]:
-    """Gives show(config, progress) and show.end(config)."""
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn
-    except ImportError:
-        Progress = None
-    if Progress is None or not sys.stdout.isatty():
-        yield _Lines(configs)
-        return
-    columns = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
-    columns += [TextColumn(f"[dim]{label}[/] {{task.fields[{label}]}}") for label in LABELS]
-    with Progress(*columns, expand=True) as progress:
-        yield _Bars(configs, progress)
+def _clock(seconds: float) -> str:
+    """Writes a time as 4:05 or 1:04:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,8 +1,8 @@
 """Trains a task while pruning it: epochs, schedule, penalty, evaluation, and a checkpoint after every epoch.
 
-Killed at any moment and started again with the same configuration, a run goes on from its last checkpoint
-and, on the CPU, ends bitwise where an unbroken run ends: the checkpoint holds weights, masks, points, optimizer
-and every random state.
+A run that was killed at any moment and is started again with the same configuration goes on from its last checkpoint.
+On the CPU it ends bitwise where an unbroken run ends, since the checkpoint holds weights, masks, points, the
+optimizer's state and every random state.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import moduli_kernels as mk
 from moduli_kernels.env_report import environment
 
 from . import checkpoint, nets
-from .board import Board
 from .config import Config, Result, finished, task_class
-from .graph import GraphedStep
-from .parts import Parts
+from .cuda_graph import GraphedStep
+from .logs import TensorBoardLog
+from .timing import StepClock
 
-REPORT_SECONDS = 0.25
-POINTS_SEED = 2000  # added to a run's seed, apart from the streams of weights and data
-LOTTERY_SEED = 3000  # of the fresh weights of a lottery run
+REPORT_SECONDS = 0.25  # between two reports of a run's progress
+POINTS_SEED = 2000  # added to a run's seed, so that points are not drawn from the numbers of weights or data
+LOTTERY_SEED = 3000  # the same for the fresh weights of a lottery run
 
 
 class Collapse(Exception):
@@ -38,13 +38,22 @@ class Collapse(Exception):
 
 
 class Run:
-    """One net in training. Making it loads the checkpoint in `folder`, if there is one; a lottery run looks for
-    its antecedent's beside it. logs: train() writes TensorBoard's into folder/logs."""
+    """One net in training. It loads the checkpoint in `folder`, if there is one.
+
+    A lottery run looks for the checkpoint of its antecedent beside `folder`, and raises RuntimeError without it.
+
+    Args:
+        logs: train() writes TensorBoard logs into folder/logs.
+
+    Attributes:
+        task, geometry, penalty, pruner, optimizer: what is trained; see task.py and nets.py.
+        points: the trained points, empty where points are fixed.
+        result: what there is of the run so far.
+    """
 
     def __init__(self, config: Config, folder: Path, *, logs: bool = False) -> None:
         self.config, self.folder, self.logs = config, folder, logs
-        # Every sum is then taken in the same order, whatever else the machine does.
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # so that every sum is taken in the same order, whatever else the machine does
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
         random.seed(config.seed)
         self.task = task_class(config.task)(**config.options, seed=config.seed, device=config.device)
@@ -52,21 +61,21 @@ class Run:
         choice = {"strength": config.strength, "reduction": config.reduction, "r3": config.r3, "generator": generator}
         self.geometry = nets.geometry(self.task, config.net, config.inhibitor, **choice)
         self.penalty = nets.penalty(self.geometry, self.task, config.net, **choice)
-        self.points = list(self.geometry.parameters())  # empty where they are fixed
+        self.points = list(self.geometry.parameters())
         groups = [{"params": list(self.task.model.parameters())}]
         if self.points:
-            groups.append({"params": self.points, "weight_decay": 0.0})  # decay would pull them to the origin
+            groups.append({"params": self.points, "weight_decay": 0.0})  # decay would pull points to the origin
         self.optimizer = self.task.optimizer(groups, config.lr)
         for group in self.optimizer.param_groups if config.graph else ():
             group["capturable"] = True
         self.pruner = self._pruner(generator)
-        self.parts = Parts("cpu" if config.graph else config.device)  # a graph has no parts for events
+        self.clock = StepClock("cpu" if config.graph else config.device)  # a graph has no room for events
         self.result = Result()
         if not self._load() and config.lottery:
             self._inherit()
 
     def neurons_order(self) -> Tensor:
-        """The hidden neurons (of the first recurrent weight) in manifold order of their points, (n,) int64."""
+        """Returns the neurons of the first recurrent weight in manifold order of their points, (n,) int64."""
         _, regularizer = next(iter(self.geometry.items()))
         return mk.manifold_order(regularizer.rows.points.detach(), regularizer.manifold)
 
@@ -86,7 +95,7 @@ class Run:
         return mk.MagnitudePruner(targets, optimizer=self.optimizer, **blocks)
 
     def _inherit(self) -> None:
-        """Masks and points of the antecedent, fresh weights."""
+        """Takes masks and points from the antecedent, and draws fresh weights."""
         antecedent = self.config.antecedent()
         folder = antecedent.folder(self.folder.parent)
         if finished(antecedent, folder) is None:
@@ -100,14 +109,20 @@ class Run:
 
     def train(self, report: Callable[[dict[str, Any]], None] = lambda progress: None,
               after_epoch: Callable[[int], None] = lambda epoch: None) -> Result:
-        """Trains the epochs that are left; `report` gets a dict about four times a second. after_epoch: called with
-        the number of epochs done, before they are saved: again, if killed in between, with the same net."""
+        """Trains the epochs that are left and returns the result of the whole run.
+
+        Args:
+            report: called about four times a second with a dict: step, steps, loss, error (after the last epoch, or
+                None), sparsity, left (seconds).
+            after_epoch: called with the number of epochs done, before they are saved. If the process is killed in
+                between, the next one calls it again with the same net.
+        """
         config, result = self.config, self.result
         if not result.environment:
             result.environment, result.references = environment(), self.task.references()
         begun, first = time.perf_counter(), len(result.history)
         spent, parts = result.seconds, dict(result.parts)
-        board = Board(self.folder / "logs", first) if self.logs else None
+        log = TensorBoardLog(self.folder / "logs", first) if self.logs else None
         for epoch in range(first, len(config.schedule)):
             try:
                 entry = self._epoch(epoch, report, begun, first)
@@ -115,17 +130,17 @@ class Run:
                 result.collapsed = str(collapse)
                 return result
             result.history.append(entry)
-            if board is not None:
-                board.write(entry, self.parts.seconds())
+            if log is not None:
+                log.write(entry, self.clock.seconds())
             result.seconds = spent + time.perf_counter() - begun
-            result.parts = {name: parts.get(name, 0.0) + more for name, more in self.parts.seconds().items()}
+            result.parts = {name: parts.get(name, 0.0) + more for name, more in self.clock.seconds().items()}
             result.peak_mib = max(result.peak_mib, _peak_mib(config.device))
             after_epoch(epoch + 1)
             self._save()
         return result
 
     def _epoch(self, epoch: int, report: Callable, begun: float, first: int) -> dict[str, float]:
-        config, task, model, parts = self.config, self.task, self.task.model, self.parts
+        config, task, model, clock = self.config, self.task, self.task.model, self.clock
         sparsity, epochs = config.sparsities()[epoch], len(config.schedule)
         self.pruner.step_to(sparsity)
         resting = config.lottery or epoch >= epochs - config.frozen_epochs
@@ -138,11 +153,11 @@ class Run:
         damping = None if resting else config.point_damping**epoch
         step = functools.partial(self._step, damping=damping)
         if config.graph:
-            step = GraphedStep(step, self.optimizer)  # of this epoch's masks and learning rate
+            step = GraphedStep(step, self.optimizer)  # a new one, with this epoch's masks and learning rate
         for _ in range(config.batches):
-            parts.begin()
+            clock.begin()
             batch = next(batches)
-            parts.end("data")
+            clock.end("data")
             self._set_learning_rate((epoch * config.batches + len(losses)) / (epochs * config.batches))
             losses.append(step(batch))
             if len(losses) == config.batches or time.perf_counter() - reported > REPORT_SECONDS:
@@ -164,16 +179,19 @@ class Run:
                 "lr": self.optimizer.param_groups[0]["lr"], **task.measures()}
 
     def _step(self, batch: Any, damping: float | None) -> Tensor:
-        """One step; (loss, penalty). damping: of trained points' gradients, None where they rest. Holds nothing that a
-        CUDA graph could not: the host reads no tensor."""
-        config, parts = self.config, self.parts
+        """Takes one step and returns (loss, penalty). The host reads no tensor here, so that a CUDA graph can hold it.
+
+        Args:
+            damping: multiplies the gradients of trained points; None where they rest.
+        """
+        config, clock = self.config, self.clock
         self.optimizer.zero_grad()
         with self._precision():
             loss = self.task.loss(batch)
         extra = self.task.extra_penalty()
-        parts.end("forward")
+        clock.end("forward")
         (loss if extra is None else loss + config.strength * extra).backward()
-        parts.end("backward")
+        clock.end("backward")
         penalty = torch.zeros_like(loss)
         if self.penalty is not None:
             penalty = self.penalty()
@@ -181,11 +199,11 @@ class Run:
             if damping is not None:
                 for points in self.points:
                     points.grad *= damping
-        parts.end("penalty")
+        clock.end("penalty")
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), config.clip)
         self.optimizer.step()
-        parts.end("update")
+        clock.end("update")
         return torch.stack((loss.detach().float(), penalty.detach().float()))
 
     def _set_learning_rate(self, done: float) -> None:
@@ -201,7 +219,7 @@ class Run:
     # -- checkpoints --
 
     def _modules(self) -> dict[str, torch.nn.Module]:
-        # The model's state has the masks; the points are kept beside a control's coefficients.
+        # The masks are in the model's state. A control's penalty holds coefficients, so the points are saved apart.
         modules = {"model": self.task.model, "geometry": self.geometry}
         return modules if self.penalty is None else {**modules, "penalty": self.penalty}
 
@@ -218,13 +236,13 @@ class Run:
         for i, state in self.optimizer.state_dict()["state"].items():
             kept = {key: value for key, value in state.items() if value is not None}  # SGD without momentum: None
             tensors |= checkpoint.flatten(f"optimizer.{i}", kept)
-        # A moduli net's penalty is its geometry: safetensors wants every tensor to be its own.
+        # A moduli net's penalty is its geometry, and safetensors takes no two tensors with the same memory.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         info = {"config": asdict(self.config), "result": asdict(self.result), "random": random.getstate()}
         checkpoint.save(self.folder, tensors, info)
 
     def _load(self) -> bool:
-        """Whether there was a checkpoint to go on from."""
+        """Loads the checkpoint and returns whether there was one."""
         loaded = checkpoint.load(self.folder)
         if loaded is None:
             return False
@@ -233,10 +251,10 @@ class Run:
             message = f"the checkpoint in {self.folder} must be of this configuration, got another; delete it"
             raise RuntimeError(message)
         self._load_parts(tensors)
-        state = self.optimizer.state_dict()  # its settings come from the configuration
+        state = self.optimizer.state_dict()  # its settings stay those of the configuration
         count = sum(len(group["params"]) for group in state["param_groups"])
         moments = {i: checkpoint.select(f"optimizer.{i}", tensors) for i in range(count)}
-        state["state"] = {i: each for i, each in moments.items() if each}  # resting points have none
+        state["state"] = {i: each for i, each in moments.items() if each}  # points that rest have no moments
         self.optimizer.load_state_dict(state)
         torch.set_rng_state(tensors["rng.torch"])
         self.task.generator.set_state(tensors["rng.task"])

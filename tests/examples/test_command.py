@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from examples import command, trainer  # noqa: E402
 from examples.adding import PRESETS  # noqa: E402
-from examples.config import TASKS, Config, Result, task_class  # noqa: E402
-from examples.nets import INHIBITORS, NETS  # noqa: E402
+from examples.training import command_line, trainer  # noqa: E402
+from examples.training.config import TASKS, Config, Result, task_class  # noqa: E402
+from examples.training.nets import INHIBITORS, NETS  # noqa: E402
 
 OF_TASKS = {  # what paper.md 6.5 finds paper and code to differ in
     "navigation": ("--target", "--loss-at", "--decoder", "--weight-decay", "--zero-below", "--fresh-tests", "--world"),
@@ -22,14 +22,14 @@ OF_TASKS = {  # what paper.md 6.5 finds paper and code to differ in
 
 
 def asked(task, *arguments):
-    return command.config_of(task, command.parser(task).parse_args(arguments))
+    return command_line.config_of(task, command_line.parser(task).parse_args(arguments))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_help_lists_what_paper_and_code_differ_in(task, capsys):
     pytest.importorskip("soundfile" if task == "speech" else "torch")
     with pytest.raises(SystemExit) as left:
-        command.main(task, ["--help"])
+        command_line.main(task, ["--help"])
     shown = capsys.readouterr().out
     assert left.value.code == 0
     for option in ("--reduction", "--r3", "--hold", "--batches", "--lottery", "--precision", *OF_TASKS[task]):
@@ -42,7 +42,7 @@ def test_presets_name_every_option_of_the_task(task):
     """So that a change of a default cannot change what a line of the ledger stands for."""
     pytest.importorskip("soundfile" if task == "speech" else "torch")
     module = importlib.import_module(f"examples.{task}")
-    options = command.task_options(task)
+    options = command_line.task_options(task)
     assert set(module.OPTIONS) == set(options)
     assert {"full", "quick"} <= module.PRESETS.keys()
     for preset in module.PRESETS.values():
@@ -81,7 +81,7 @@ def in_this_process(monkeypatch):
             results.append(trainer.Run(config, folder, logs=logs).train())
         return results
 
-    monkeypatch.setattr(command, "train_all", train_all)
+    monkeypatch.setattr(command_line, "train_all", train_all)
 
 
 TINY = ("--hidden", "8", "--steps", "5", "--batch", "4", "--tests", "20", "--before", "0", "--epochs", "2",
@@ -90,7 +90,7 @@ TINY = ("--hidden", "8", "--steps", "5", "--batch", "4", "--tests", "20", "--bef
 
 def test_a_run_is_a_line_in_the_ledger_and_says_what_came_of_it(in_this_process, tmp_path, capsys):
     arguments = [*TINY, "--out", str(tmp_path), "--net", "none"]
-    assert command.main("adding", arguments) == 0 and command.main("adding", arguments) == 0
+    assert command_line.main("adding", arguments) == 0 and command_line.main("adding", arguments) == 0
     shown = capsys.readouterr().out
     assert "error as pruning ends" in shown and "always answering 1" in shown and "of the training steps: " in shown
     (line,) = (tmp_path / "results" / "adding.jsonl").read_text().splitlines()
@@ -100,13 +100,13 @@ def test_a_run_is_a_line_in_the_ledger_and_says_what_came_of_it(in_this_process,
 def test_a_collapse_is_told_and_recorded(in_this_process, tmp_path, capsys, monkeypatch):
     loss = task_class("adding").loss
     monkeypatch.setattr(task_class("adding"), "loss", lambda self, batch: loss(self, batch) * math.nan)
-    assert command.main("adding", [*TINY, "--out", str(tmp_path)]) == 1
+    assert command_line.main("adding", [*TINY, "--out", str(tmp_path)]) == 1
     assert "COLLAPSED: loss became non-finite at step 1" in capsys.readouterr().out
     assert "non-finite" in json.loads((tmp_path / "results" / "adding.jsonl").read_text())["collapsed"]
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
-    assert command.main("adding", ["--cut", "1.5", "--out", str(tmp_path)]) == 1
+    assert command_line.main("adding", ["--cut", "1.5", "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().err
     assert "must be in [0, 1], got 1.5" in shown and "Traceback" not in shown
     with pytest.raises(ValueError, match="graph must be False on the CPU"):
@@ -136,9 +136,9 @@ def test_tensorboard_logs_of_a_run_that_was_interrupted(tmp_path):
 
 
 def test_the_shares_of_a_step_add_up():
-    from examples.parts import Parts, shares
+    from examples.training.timing import StepClock, shares
 
-    parts = Parts("cpu")
+    parts = StepClock("cpu")
     for _ in range(3):
         parts.begin()
         for name in ("data", "forward"):

@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("pooch")
 pytest.importorskip("rich")
 
-from examples import data, download  # noqa: E402
-from examples.download import DataError  # noqa: E402
+from examples.data import datasets, download  # noqa: E402
+from examples.data.download import DataError  # noqa: E402
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_wikitext = pytest.mark.skipif(not (SHARED / "wikitext-2").exists(), reason="needs shared/data/wikitext-2")
 needs_librispeech = pytest.mark.skipif(not (SHARED / "mini_librispeech").exists(),
                                        reason="needs shared/data/mini_librispeech")
@@ -70,7 +70,7 @@ def alone(tmp_path, monkeypatch):
     """A cache of one's own, no proxy, no waiting between tries, and small reads, so that breaks lose nothing."""
     monkeypatch.setattr(download, "CHUNK", 100)
     monkeypatch.setattr(download, "cache", lambda: tmp_path / "cache")
-    monkeypatch.setattr(data, "cache", download.cache)
+    monkeypatch.setattr(datasets, "cache", download.cache)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("pooch.core.time.sleep", lambda _: None)
 
@@ -192,7 +192,7 @@ def texts(monkeypatch):
     """A corpus in WikiText-2's place."""
     made = {split: f" \n = {split} = \n naïve words <unk> \n" for split in ("train", "valid", "test")}
     sums = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in made.items()}
-    monkeypatch.setattr(data, "WIKITEXT2_SHA256", sums)
+    monkeypatch.setattr(datasets, "WIKITEXT2_SHA256", sums)
     return made
 
 
@@ -209,7 +209,7 @@ def test_the_texts_are_read_from_files(tmp_path, texts, layout):
     (tmp_path / "wikitext-2").mkdir()
     for split, text in texts.items():
         (tmp_path / layout.format(split)).write_bytes(text.encode())
-    assert data.wikitext2(tmp_path) == data.wikitext2(str(tmp_path)) == texts
+    assert datasets.wikitext2(tmp_path) == datasets.wikitext2(str(tmp_path)) == texts
 
 
 def test_the_texts_are_read_from_either_archive(tmp_path, texts):
@@ -219,15 +219,15 @@ def test_the_texts_are_read_from_either_archive(tmp_path, texts):
     with zipfile.ZipFile(tmp_path / "zip" / "wikitext-2-v1.zip", "w") as archive:
         for split, text in texts.items():
             archive.writestr(f"wikitext-2/wiki.{split}.tokens", text)
-    assert data.wikitext2(tmp_path / "tar") == data.wikitext2(tmp_path / "zip") == texts
+    assert datasets.wikitext2(tmp_path / "tar") == datasets.wikitext2(tmp_path / "zip") == texts
 
 
 def test_the_texts_are_fetched(server, tmp_path, texts, monkeypatch):
     server.files = {f"/{split}.txt": text.encode() for split, text in texts.items()}
-    monkeypatch.setattr(data, "WIKITEXT2_URL", server.url)
-    assert data.wikitext2() == texts
+    monkeypatch.setattr(datasets, "WIKITEXT2_URL", server.url)
+    assert datasets.wikitext2() == texts
     server.files = {}
-    assert data.wikitext2() == texts and len(server.requests) == 3
+    assert datasets.wikitext2() == texts and len(server.requests) == 3
 
 
 @pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content.replace(b"words", b"Words")])
@@ -237,12 +237,12 @@ def test_an_altered_text_is_named_with_both_checksums(tmp_path, texts, change):
     altered = change(texts["valid"].encode())
     (tmp_path / "valid.txt").write_bytes(altered)
     with pytest.raises(DataError, match="valid.txt must have sha256 .*, got .*truncated or altered") as raised:
-        data.wikitext2(tmp_path)
-    assert data.WIKITEXT2_SHA256["valid"] in str(raised.value)
+        datasets.wikitext2(tmp_path)
+    assert datasets.WIKITEXT2_SHA256["valid"] in str(raised.value)
     assert hashlib.sha256(altered).hexdigest() in str(raised.value)
 
 
-@pytest.mark.parametrize("name", data.WIKITEXT2_ARCHIVES)
+@pytest.mark.parametrize("name", datasets.WIKITEXT2_ARCHIVES)
 def test_a_truncated_archive_is_named_with_both_checksums(tmp_path, texts, name):
     noise = b"".join(hashlib.sha256(bytes([i])).digest() for i in range(256))  # does not compress away
     path = tmp_path / name
@@ -254,21 +254,21 @@ def test_a_truncated_archive_is_named_with_both_checksums(tmp_path, texts, name)
     path.write_bytes(path.read_bytes()[:4000])
     got = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(DataError, match=f"{name} must have a whole archive .*truncated or altered") as raised:
-        data.wikitext2(tmp_path)
-    assert data.WIKITEXT2_SHA256["train"] in str(raised.value) and got in str(raised.value)
+        datasets.wikitext2(tmp_path)
+    assert datasets.WIKITEXT2_SHA256["train"] in str(raised.value) and got in str(raised.value)
 
 
 def test_an_archive_without_a_text_and_an_empty_folder_are_told(tmp_path, texts):
     with pytest.raises(DataError, match="data must be a folder with train.txt, .*wikitext-2.tar.xz"):
-        data.wikitext2(tmp_path)
+        datasets.wikitext2(tmp_path)
     write_tar(tmp_path / "wikitext-2.tar.xz", {"train.txt": texts["train"].encode()})
     with pytest.raises(DataError, match=r"valid.txt must have sha256 .*\(0 bytes\)"):
-        data.wikitext2(tmp_path)
+        datasets.wikitext2(tmp_path)
 
 
 @needs_wikitext
 def test_the_shared_wikitext2_is_the_one_expected():
-    texts = data.wikitext2(SHARED)
+    texts = datasets.wikitext2(SHARED)
     lengths = {split: sum(len(line.split()) + 1 for line in text.split("\n")[:-1]) for split, text in texts.items()}
     assert lengths == {"train": 2_088_628, "valid": 217_646, "test": 245_569}
 
@@ -290,7 +290,7 @@ def part(monkeypatch):
         listing = f"{folder}/{speaker}-{chapter}.trans.txt"
         published[listing] = published.get(listing, b"") + line
         copied["dev-clean-2/transcripts.txt"] += line
-    monkeypatch.setitem(data.PARTS, "dev-clean-2", data.PARTS["dev-clean-2"]._replace(clips=3))
+    monkeypatch.setitem(datasets.PARTS, "dev-clean-2", datasets.PARTS["dev-clean-2"]._replace(clips=3))
     return published, copied
 
 
@@ -298,7 +298,7 @@ def register(monkeypatch, path):
     """Makes the archive the one that is expected."""
     content = path.read_bytes()
     sums = {"md5": hashlib.md5(content).hexdigest(), "copy_sha256": hashlib.sha256(content).hexdigest()}
-    monkeypatch.setitem(data.PARTS, "dev-clean-2", data.PARTS["dev-clean-2"]._replace(**sums))
+    monkeypatch.setitem(datasets.PARTS, "dev-clean-2", datasets.PARTS["dev-clean-2"]._replace(**sums))
 
 
 def assert_clips(clips, suffix):
@@ -316,7 +316,7 @@ def test_clips_are_read_from_archives_and_folders(tmp_path, part, monkeypatch, f
         write_tar(place / name, members)
         register(monkeypatch, place / name)
         for _ in range(2):  # unpacked, then found unpacked
-            clips = data.librispeech("dev-clean-2", tmp_path / str(i))
+            clips = datasets.librispeech("dev-clean-2", tmp_path / str(i))
             assert_clips(clips, suffix)
             assert clips[0].audio.is_relative_to(tmp_path / "cache")
         (place / name).unlink()
@@ -324,7 +324,7 @@ def test_clips_are_read_from_archives_and_folders(tmp_path, part, monkeypatch, f
             path = place / member.removeprefix("LibriSpeech/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        clips = data.librispeech("dev-clean-2", tmp_path / str(i))
+        clips = datasets.librispeech("dev-clean-2", tmp_path / str(i))
         assert_clips(clips, suffix)
         assert clips[0].audio.is_relative_to(place)
 
@@ -334,11 +334,11 @@ def test_clips_are_fetched_and_need_their_archive_no_more_once_unpacked(server, 
     register(monkeypatch, tmp_path / "made.tar.gz")
     server.files = {"/31/dev-clean-2.tar.gz": (tmp_path / "made.tar.gz").read_bytes()}
     server.breaks += [200]
-    monkeypatch.setattr(data, "OPENSLR_URL", server.url)
-    assert_clips(data.librispeech("dev-clean-2"), ".flac")
+    monkeypatch.setattr(datasets, "OPENSLR_URL", server.url)
+    assert_clips(datasets.librispeech("dev-clean-2"), ".flac")
     assert server.requests == ["", "bytes=200-"]
     (tmp_path / "cache" / "dev-clean-2.tar.gz").unlink()
-    assert_clips(data.librispeech("dev-clean-2"), ".flac")
+    assert_clips(datasets.librispeech("dev-clean-2"), ".flac")
     assert len(server.requests) == 2
 
 
@@ -348,10 +348,10 @@ def test_an_altered_archive_is_named_with_both_checksums_even_when_unpacked(tmp_
     write_tar(path, part[0])
     register(monkeypatch, path)
     expected = hashlib.new(kind, path.read_bytes()).hexdigest()
-    data.librispeech("dev-clean-2", tmp_path)
+    datasets.librispeech("dev-clean-2", tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=f"{name} must have {kind} .*truncated or altered") as raised:
-        data.librispeech("dev-clean-2", tmp_path)
+        datasets.librispeech("dev-clean-2", tmp_path)
     assert expected in str(raised.value) and hashlib.new(kind, path.read_bytes()).hexdigest() in str(raised.value)
 
 
@@ -360,7 +360,7 @@ def test_an_archive_that_cannot_be_unpacked_leaves_nothing(tmp_path, monkeypatch
     path.write_bytes(b"no archive at all")
     register(monkeypatch, path)
     with pytest.raises(DataError, match="dev-clean-2.tar.gz .* must be unpacked to"):
-        data.librispeech("dev-clean-2", tmp_path)
+        datasets.librispeech("dev-clean-2", tmp_path)
     assert left(tmp_path) == []
 
 
@@ -373,18 +373,18 @@ def test_a_folder_that_lacks_something_is_named(tmp_path, part, lost, message):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content if name != lost else b"")
     with pytest.raises(DataError, match=f"{tmp_path}/dev-clean-2 {message}"):
-        data.librispeech("dev-clean-2", tmp_path)
+        datasets.librispeech("dev-clean-2", tmp_path)
 
 
 def test_missing_and_unknown_parts_are_told(tmp_path):
     with pytest.raises(DataError, match=r"data must be a folder with test-clean.tar.gz \(md5 32fa31d27d2e1cad"):
-        data.librispeech("test-clean", tmp_path)
+        datasets.librispeech("test-clean", tmp_path)
     with pytest.raises(ValueError, match="part must be one of train-clean-5, .*, got 'dev'"):
-        data.librispeech("dev", tmp_path)
+        datasets.librispeech("dev", tmp_path)
 
 
 @needs_librispeech
 def test_the_shared_mini_librispeech_is_the_one_expected():
-    clips = data.librispeech("dev-clean-2", SHARED)
+    clips = datasets.librispeech("dev-clean-2", SHARED)
     assert len(clips) == 1089 and clips[0].id == "1272-135031-0000"
     assert clips[0].words.startswith("BECAUSE YOU WERE SLEEPING") and clips[0].audio.stat().st_size == 22992

@@ -13,15 +13,17 @@ import pytest
 
 import moduli_kernels as mk
 
-for needed in ("safetensors", "matplotlib", "psutil"):
+for needed in ("safetensors", "matplotlib", "psutil", "rich"):
     pytest.importorskip(needed)
 
 import psutil  # noqa: E402
 
-from examples import demo, report, workers  # noqa: E402
-from examples.trainer import Config, Result  # noqa: E402
+from examples import demo  # noqa: E402
+from examples.paper import demo_report  # noqa: E402
+from examples.training import workers  # noqa: E402
+from examples.training.config import Config, Result  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = demo.Mode(
     "minute size, to test the machinery",
     {"lr": 1e-3, "strength": 0.1, "batches": 4, "schedule": [0.0, 0.9],
@@ -103,11 +105,11 @@ def test_adding_over_seeds_and_a_second_call_reuses_what_is_trained(tmp_path, ca
 def test_stages_are_the_epochs_at_each_sparsity():
     navigation, adding = demo.modes("navigation")["demo"], demo.modes("adding")["demo"]
     schedule = navigation.settings["schedule"]
-    at = report.stages(schedule, navigation.wanted)
+    at = demo_report.stages(schedule, navigation.wanted)
     assert list(at) == ["0 %", "50 %", "75 %", "90 %", "90 %, stabilized"]
     assert at["90 %, stabilized"] == len(schedule) - 1 and schedule[at["90 %"] - 1] < 0.9
     assert schedule[at["0 %"]] == 0 and schedule[at["0 %"] + 1] > 0
-    at = report.stages(adding.settings["schedule"], adding.wanted)
+    at = demo_report.stages(adding.settings["schedule"], adding.wanted)
     assert list(at) == ["0 %", "50 %", "75 %", "90 %", "95 %", "95 %, stabilized"]
     assert at["95 %, stabilized"] - at["95 %"] == adding.settings["frozen_epochs"]
 
@@ -120,17 +122,17 @@ def test_full_has_three_seeds_and_shuffled():
 
 def test_papers_figures_are_those_of_its_tables():
     # Table 1 and Tables 8 and 9 of the paper, as (net, stage) -> mean.
-    assert report.paper("navigation")["rows"]["none"]["90 %"] == (71.75, 32.67)
-    assert report.paper("navigation")["rows"]["torus"]["75 %"] == (4.86, 0.3)
-    assert report.paper("adding")["rows"]["torus_trained"]["95 %, stabilized"] == (0.055, 0.012)
+    assert demo_report.papers_numbers("navigation")["rows"]["none"]["90 %"] == (71.75, 32.67)
+    assert demo_report.papers_numbers("navigation")["rows"]["torus"]["75 %"] == (4.86, 0.3)
+    assert demo_report.papers_numbers("adding")["rows"]["torus_trained"]["95 %, stabilized"] == (0.055, 0.012)
 
 
 def test_a_collapsed_net_is_reported_as_such():
     config = Config(task="navigation", seed=0, net="none", **TINY.settings)
     entry = {"epoch": 1, "sparsity": 0.0, "density": 1.0, "loss": 3.0, "penalty": 0.0, "error": 90.0}
     result = Result(history=[entry], collapsed="loss became non-finite at step 6 (epoch 2)")
-    rows = report.summarize([config], [result], (0.0, 0.9))
-    text = report.table("navigation", rows, "tiny", {})
+    rows = demo_report.summarize([config], [result], (0.0, 0.9))
+    text = demo_report.table("navigation", rows, "tiny", {})
     assert rows[0].density is None and list(rows[0].errors) == ["0 %"]
     assert "COLLAPSED none, seed 0: loss became non-finite at step 6 (epoch 2)" in text
 

@@ -15,10 +15,11 @@ pytest.importorskip("safetensors")
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-from examples import paper_figures, persistence, rate_maps  # noqa: E402
-from examples.config import Config  # noqa: E402
+from examples import paper_figures  # noqa: E402
 from examples.navigation import BOX  # noqa: E402
-from examples.trainer import Run  # noqa: E402
+from examples.paper import figures, persistence, rate_maps, saved_runs  # noqa: E402
+from examples.training.config import Config  # noqa: E402
+from examples.training.trainer import Run  # noqa: E402
 
 NAVIGATION = Config(
     task="navigation", net="torus", seed=0, options={"hidden": 24, "landmarks": 24, "steps": 5, "batch": 8},
@@ -294,7 +295,7 @@ def test_a_saved_run_is_the_run(root):
         run = Run(config, folder)
         weight, mask = run.task.recurrent()[0]
         _, regularizer = next(iter(run.geometry.items()))
-        saved = paper_figures.saved(folder)
+        saved = saved_runs.saved(folder)
         assert saved.config == config and saved.result == run.result
         for got, expected in zip(saved.first(), (weight, mask, regularizer.rows.points)):
             assert torch.equal(got, expected.detach())
@@ -303,14 +304,14 @@ def test_a_saved_run_is_the_run(root):
 
 def test_kept_connections_drawn_are_the_mask(root, monkeypatch):
     drawn = []
-    plot = paper_figures.plots.plot_connections
+    plot = figures.plots.plot_connections
 
     def seen(mask, points, manifold, neurons, ax):
         drawn.append((mask, neurons))
         return plot(mask, points, manifold, neurons=neurons, ax=ax)
 
-    monkeypatch.setattr(paper_figures.plots, "plot_connections", seen)
-    pictures, runs, numbers = paper_figures.connections(paper_figures.finished_runs(root), False)
+    monkeypatch.setattr(figures.plots, "plot_connections", seen)
+    pictures, runs, numbers = figures.connections(saved_runs.finished_runs(root), False)
     assert [run.config for run in runs] == [NAVIGATION]  # unpruned nets and R^3 are not taken
     run = Run(NAVIGATION, NAVIGATION.folder(root))
     (mask, neurons), = drawn
@@ -327,7 +328,7 @@ def test_kept_connections_drawn_are_the_mask(root, monkeypatch):
 
 
 def test_weights_drawn_are_rows_and_columns_dense_and_pruned(root):
-    pictures, runs, numbers = paper_figures.neuron_weights(paper_figures.finished_runs(root), False)
+    pictures, runs, numbers = figures.neuron_weights(saved_runs.finished_runs(root), False)
     assert [run.sparsity for run in runs] == [0.0, 0.9]
     axes = [ax for ax in pictures["neuron_weights"].axes if "neuron" in ax.get_title()]
     assert len(axes) == 4
@@ -344,14 +345,14 @@ def test_weights_drawn_are_rows_and_columns_dense_and_pruned(root):
 def test_inhibitors_of_figure_6_are_the_papers():
     d = torch.linspace(0, 7, 50, dtype=torch.float64)
     expected = (d**2, 10 - 10 * (torch.exp(-d**2 / 5) - torch.exp(-d**2)), 10 + 10 * torch.cos(2 * d))
-    for inhibitor, values in zip(paper_figures.INHIBITORS.values(), expected, strict=True):
+    for inhibitor, values in zip(figures.INHIBITORS.values(), expected, strict=True):
         assert torch.allclose(inhibitor(d), values)
 
 
 def test_every_figure_of_short_runs(root, tmp_path, monkeypatch, capsys):
     pytest.importorskip("ripser")
     monkeypatch.setattr(rate_maps, "picture", small_rate_maps)
-    monkeypatch.setattr(paper_figures, "DPI", 40)
+    monkeypatch.setattr(figures, "DPI", 40)
     assert paper_figures.main(["--runs", str(root), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "left out" not in out and out.count("Figure ") == 5
@@ -362,7 +363,7 @@ def test_every_figure_of_short_runs(root, tmp_path, monkeypatch, capsys):
     assert set(records) == {"connections", "inhibitors", "neuron_weights", "persistence", "rate_maps"}
     (run,) = records["persistence"]["runs"]
     assert run["config"]["net"] == "r3_trained" and run["config"]["seed"] == 1
-    assert run["end"] == paper_figures.saved(ADDING.folder(root)).result.history[-1]
+    assert run["end"] == saved_runs.saved(ADDING.folder(root)).result.history[-1]
     for record in records.values():
         assert {"commit", "dirty", "versions"} <= record["drawn_at"].keys() and record["numbers"]
         assert all({"commit", "versions"} <= run["trained_at"].keys() for run in record["runs"])
@@ -388,7 +389,7 @@ def test_given_runs_are_drawn(root, tmp_path, capsys):
 
 
 def test_figures_without_a_run_are_left_out_or_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paper_figures, "DPI", 40)
+    monkeypatch.setattr(figures, "DPI", 40)
     runs, out = ["--runs", str(tmp_path / "none")], ["--out", str(tmp_path / "out")]
     assert paper_figures.main([*runs, *out]) == 0  # figure 6 needs none
     said = capsys.readouterr().out
@@ -420,7 +421,7 @@ def test_folders_that_are_no_finished_run_are_refused(root, tmp_path, capsys):
     with pytest.raises(Stop):
         run.train()
     assert refused(unfinished) == f"Failed: run must be finished, got {unfinished} after 1 of 2 epochs; let it go on.\n"
-    assert paper_figures.finished_runs(tmp_path) == []
+    assert saved_runs.finished_runs(tmp_path) == []
     adding = ADDING.folder(root)
     assert refused(adding, "rate_maps") == ("Failed: run must be of navigation, on a device that is here, got adding "
                                             f"on cpu in {adding}; name another.\n")

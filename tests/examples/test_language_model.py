@@ -12,12 +12,13 @@ import moduli_kernels as mk
 
 pytest.importorskip("safetensors")
 
-from examples import data, language_model  # noqa: E402
-from examples.config import Config  # noqa: E402
-from examples.trainer import Run  # noqa: E402
-from tests.example_runs import assert_same_nets  # noqa: E402
+from examples import language_model  # noqa: E402
+from examples.data import datasets  # noqa: E402
+from examples.training.config import Config  # noqa: E402
+from examples.training.trainer import Run  # noqa: E402
+from tests.support.example_runs import assert_same_nets  # noqa: E402
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_wikitext = pytest.mark.skipif(not (SHARED / "wikitext-2").exists(), reason="needs shared/data/wikitext-2")
 OPTIONS = {"hidden": 10, "embedding": 8, "layers": 2, "batch": 4, "bptt": 7}
 CONFIG = Config(
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("restored")
 def small(monkeypatch):
     """A generated corpus in WikiText-2's place."""
     texts = {"train": sentences(90, 1), "valid": sentences(30, 2), "test": sentences(35, 3)}
-    monkeypatch.setattr(language_model.data_sets, "wikitext2", lambda data: texts)
+    monkeypatch.setattr(language_model.datasets, "wikitext2", lambda data: texts)
     return texts
 
 
@@ -88,7 +89,7 @@ def test_windows_are_get_batch_of_pytorchs_example():
 
 @needs_wikitext
 def test_wikitext2_has_the_published_sizes_and_its_unigram_loss():
-    texts = data.wikitext2(SHARED)
+    texts = datasets.wikitext2(SHARED)
     corpus = language_model.corpus(texts)
     assert [len(tokens) for tokens in corpus[:3]] == [2_088_628, 217_646, 245_569]
     assert corpus.words == 33_278 == len(corpus.train.unique())  # so no word of the test text is unseen

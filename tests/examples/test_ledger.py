@@ -10,18 +10,10 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from examples.adding import PRESETS  # noqa: E402
-from examples.config import Result  # noqa: E402
-from examples.ledger import Ledger  # noqa: E402
+from examples.training.ledger import Ledger  # noqa: E402
+from tests.support.example_runs import CONFIG, result  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = PRESETS["full"].config("adding", "torus", 0, 0.95)
-
-
-def result(config=CONFIG, collapsed=None):
-    history = [{"epoch": k + 1, "sparsity": s, "density": 1 - s, "error": 1 / (k + 1)}
-               for k, s in enumerate(config.sparsities())]
-    return Result(history=history if collapsed is None else history[:4], seconds=1.0, collapsed=collapsed)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_record_holds_both_measuring_points(tmp_path):
@@ -93,8 +85,8 @@ WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from tests.test_example_ledger import CONFIG, result
-from examples.ledger import Ledger
+from examples.training.ledger import Ledger
+from tests.support.example_runs import CONFIG, result
 ledger = Ledger(Path(sys.argv[1]))
 for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 40):
     ledger.append(replace(CONFIG, seed=seed), result())
@@ -103,7 +95,7 @@ for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 40):
 
 def test_several_writers_lose_and_mix_no_line(tmp_path):
     path = tmp_path / "adding.jsonl"
-    there = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(k)], env=there) for k in (0, 40, 80)]
     assert [writer.wait(120) for writer in writers] == [0, 0, 0]
     assert {json.loads(line)["config"]["seed"] for line in path.read_text().splitlines()} == set(range(120))

@@ -16,14 +16,16 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("jiwer")
 pytest.importorskip("safetensors")
 
-from examples import checkpoint, command, speech, speech_data
-from examples.config import Config
-from examples.data import Clip
-from examples.download import DataError
-from examples.trainer import Run
-from tests.example_runs import assert_same_nets
+from examples import speech
+from examples.data import speech_features
+from examples.data.datasets import Clip
+from examples.data.download import DataError
+from examples.training import checkpoint, command_line
+from examples.training.config import Config
+from examples.training.trainer import Run
+from tests.support.example_runs import assert_same_nets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "mini_librispeech" / "dev-clean-2.tar"
 COUNT = 12
 TINY = {"n_mels": 20, "stride": 4, "channels": 2, "hidden": 16, "batch": 3}
@@ -71,7 +73,7 @@ def world(clips, cache_folder, monkeypatch, restored):
     """Tasks get the few clips: 8 of the training part, 4 of the test part."""
     parts = {"train-clean-5": clips[:8], "dev-clean-2": clips[8:], "train-clean-100": clips[:10]}
     monkeypatch.setattr(speech, "librispeech", lambda part, data: parts[part])
-    monkeypatch.setattr(speech_data, "cache", lambda: cache_folder)
+    monkeypatch.setattr(speech_features, "cache", lambda: cache_folder)
     torch.set_num_threads(1)
 
 
@@ -106,53 +108,53 @@ def slow_log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
 @pytest.mark.parametrize("length", [1200, 1199, 400 + 159 + 160])
 def test_features_are_the_definitions(n_mels, length):
     samples = np.random.default_rng(length).normal(size=length) * 0.1
-    found = speech_data.log_mel(torch.tensor(samples, dtype=torch.float32), speech_data.mel_filters(n_mels))
+    found = speech_features.log_mel(torch.tensor(samples, dtype=torch.float32), speech_features.mel_filters(n_mels))
     expected = slow_log_mel(samples, n_mels)
     assert found.shape == expected.shape == ((length - 400) // 160 + 1, n_mels)
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_a_silent_clip_has_finite_features():
-    found = speech_data.log_mel(torch.zeros(4000), speech_data.mel_filters(40))
+    found = speech_features.log_mel(torch.zeros(4000), speech_features.mel_filters(40))
     assert torch.equal(found, torch.zeros(23, 40))
 
 
 def test_more_bands_than_frequencies_are_refused():
     with pytest.raises(ValueError, match="n_mels must be small enough .* got 900"):
-        speech_data.mel_filters(900)
+        speech_features.mel_filters(900)
 
 
 def test_formats_give_the_same_features(clips, tmp_path):
     samples, rate = soundfile.read(clips[0].audio, dtype="int16")
     for kind in ("flac", "wav"):
         soundfile.write(tmp_path / f"a.{kind}", samples, rate, subtype="PCM_16")
-    found = [speech_data.load([Clip("a", tmp_path / f"a.{kind}", "A")], 20)[0] for kind in ("flac", "wav")]
+    found = [speech_features.load([Clip("a", tmp_path / f"a.{kind}", "A")], 20)[0] for kind in ("flac", "wav")]
     assert torch.equal(*found)
-    original = speech_data.load(clips[:1], 20)[0]
+    original = speech_features.load(clips[:1], 20)[0]
     # 16-bit samples and, for Opus, the decoder's float ones: they differ by at most a step of 2^-15.
     assert (found[0] - original).abs().mean() < 0.05
 
 
 def test_the_corpus_holds_each_clips_features_and_words(clips):
-    corpus, filters = speech_data.load(clips, 20), speech_data.mel_filters(20)
+    corpus, filters = speech_features.load(clips, 20), speech_features.mel_filters(20)
     assert len(corpus) == COUNT and corpus.words == [clip.words.lower() for clip in clips]
     for i, clip in enumerate(clips):
         samples, _ = soundfile.read(clip.audio, dtype="float32")
-        expected = speech_data.log_mel(torch.from_numpy(samples), filters)
+        expected = speech_features.log_mel(torch.from_numpy(samples), filters)
         assert corpus.frames(i) == len(expected)
         torch.testing.assert_close(corpus[i], expected, rtol=1e-3, atol=1e-3)  # float16
 
 
 def test_features_are_computed_once(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(speech_data, "cache", lambda: tmp_path)
-    first, (path,) = speech_data.load(clips, 20), tmp_path.rglob(checkpoint.NAME)
-    monkeypatch.setattr(speech_data, "_fill", lambda *_: pytest.fail("computed again"))
-    again = speech_data.load(clips, 20)
+    monkeypatch.setattr(speech_features, "cache", lambda: tmp_path)
+    first, (path,) = speech_features.load(clips, 20), tmp_path.rglob(checkpoint.NAME)
+    monkeypatch.setattr(speech_features, "_fill", lambda *_: pytest.fail("computed again"))
+    again = speech_features.load(clips, 20)
     assert torch.equal(first.features, again.features)
     assert (first.starts, first.words) == (again.starts, again.words)
     monkeypatch.undo()
-    monkeypatch.setattr(speech_data, "cache", lambda: tmp_path)
-    speech_data.load(clips[:3], 20), speech_data.load(clips, 40)
+    monkeypatch.setattr(speech_features, "cache", lambda: tmp_path)
+    speech_features.load(clips[:3], 20), speech_features.load(clips, 40)
     assert len(list(tmp_path.rglob(checkpoint.NAME))) == 3  # other clips, other settings: other files
     assert path.exists()
 
@@ -162,17 +164,17 @@ def test_features_are_computed_once(clips, tmp_path, monkeypatch):
     lambda data: data.replace(b'"starts', b'"stirts'),
 ], ids=["cut short", "empty", "one bit", "header"])
 def test_a_damaged_cache_is_told_and_made_again(clips, tmp_path, monkeypatch, capsys, damage):
-    monkeypatch.setattr(speech_data, "cache", lambda: tmp_path)
-    whole = speech_data.load(clips, 20).features.clone()
+    monkeypatch.setattr(speech_features, "cache", lambda: tmp_path)
+    whole = speech_features.load(clips, 20).features.clone()
     (path,) = tmp_path.rglob(checkpoint.NAME)
     changed = damage(path.read_bytes())
     path.unlink()  # the file is mapped to memory: write another, do not change it under the reader
     path.write_bytes(changed)
     path.with_name(f"{checkpoint.NAME}x.partial").write_bytes(b"of a killed process")
-    assert torch.equal(speech_data.load(clips, 20).features, whole)
+    assert torch.equal(speech_features.load(clips, 20).features, whole)
     assert f"{path} is damaged: its features are computed again" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.partial"))
-    speech_data.load(clips, 20)
+    speech_features.load(clips, 20)
     assert capsys.readouterr().err == ""
 
 
@@ -194,15 +196,15 @@ def test_data_that_are_none_are_named(tmp_path, content, words, message):
     path = tmp_path / "x.wav"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        speech_data.load([Clip("x", path, words)], 20)
+        speech_features.load([Clip("x", path, words)], 20)
 
 
 # -- characters --
 
 
 def test_there_are_28_characters_and_a_blank():
-    assert speech_data.CLASSES == 29 and len(set(speech_data.CHARACTERS)) == 28
-    assert speech_data.encode("A Z'") == [3, 1, 28, 2]
+    assert speech_features.CLASSES == 29 and len(set(speech_features.CHARACTERS)) == 28
+    assert speech_features.encode("A Z'") == [3, 1, 28, 2]
 
 
 @pytest.mark.parametrize("best, text", [
@@ -210,8 +212,8 @@ def test_there_are_28_characters_and_a_blank():
     ("__l_ll'", "ll'"),
 ])
 def test_greedy_decoding(best, text):
-    labels = [0 if character == "_" else speech_data.encode(character)[0] for character in best]
-    assert speech_data.decode(labels) == text
+    labels = [0 if character == "_" else speech_features.encode(character)[0] for character in best]
+    assert speech_features.decode(labels) == text
 
 
 def test_error_rates_by_hand(monkeypatch):
@@ -240,7 +242,7 @@ def test_transcribing_is_decoding_the_best_class_of_each_step():
         batch = task._collate([i])
         scores, steps = task.model(batch.features, batch.frames)
         assert scores.shape[0] == steps.item() == (task.corpus.frames(i) - 1) // 4 + 1
-        assert text == speech_data.decode(scores[:, 0].argmax(-1).tolist())
+        assert text == speech_features.decode(scores[:, 0].argmax(-1).tolist())
         losses.append(task._ctc(scores, steps, batch).item())
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -338,7 +340,7 @@ def test_options_that_cannot_be_are_named(options, message):
 def texts(task, batch):
     ends = batch.lengths.cumsum(0).tolist()
     labels = batch.labels.tolist()
-    return ["".join(speech_data.CHARACTERS[k - 1] for k in labels[a:b]) for a, b in zip([0, *ends], ends)]
+    return ["".join(speech_features.CHARACTERS[k - 1] for k in labels[a:b]) for a, b in zip([0, *ends], ends)]
 
 
 def test_a_pass_has_every_clip_once_and_epochs_differ():
@@ -365,7 +367,8 @@ def test_clips_of_like_length_are_together_in_batches_of_any_order():
     task = tiny(batch=5)
     lengths = torch.randint(100, 1600, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    task.corpus, task.train = speech_data.Corpus(torch.ones(sum(lengths), 20).half(), starts, ["a"] * 100), range(100)
+    task.train = range(100)
+    task.corpus = speech_features.Corpus(torch.ones(sum(lengths), 20).half(), starts, ["a"] * 100)
     batches = list(task.batches(20))
     used = [batch.frames.sum().item() / batch.features[..., 0].numel() for batch in batches]
     assert sum(used) / 20 > 0.8  # 0.6 in batches of random clips
@@ -388,7 +391,7 @@ def test_learning_rates():
 def test_every_option_is_told():
     arguments = set(inspect.signature(speech.SpeechTask.__init__).parameters) - {"self", "seed", "device"}
     assert arguments == set(speech.OPTIONS) and set(speech.CHOICES) < arguments
-    shown = command.parser("speech").format_help()
+    shown = command_line.parser("speech").format_help()
     assert all(f"--{name.replace('_', '-')}" in shown for name in arguments)
 
 

@@ -15,12 +15,12 @@ import moduli_kernels as mk
 
 pytest.importorskip("safetensors")
 
-from examples import checkpoint  # noqa: E402
-from examples.config import Config  # noqa: E402
-from examples.trainer import Run  # noqa: E402
-from tests.example_runs import assert_same_nets  # noqa: E402
+from examples.training import checkpoint  # noqa: E402
+from examples.training.config import Config  # noqa: E402
+from examples.training.trainer import Run  # noqa: E402
+from tests.support.example_runs import assert_same_nets  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAVIGATION = Config(
     task="navigation", net="torus", seed=0, options={"hidden": 16, "landmarks": 24, "steps": 5, "batch": 8},
     schedule=[0.0] + mk.linear_schedule(0.9, 3), batches=6, lr=1e-3, strength=1e-3,
@@ -128,9 +128,9 @@ def test_another_configuration_has_another_folder(tmp_path):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from examples import checkpoint
-from examples.config import Config  # noqa: E402
-from examples.trainer import Run
+from examples.training import checkpoint
+from examples.training.config import Config
+from examples.training.trainer import Run
 
 config, folder, where = Config(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
