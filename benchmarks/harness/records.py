@@ -1,4 +1,4 @@
-"""The JSON file of a run: results/<machine>/<time>.json, written after every case."""
+"""The JSON file of a run, results/<machine>/<time>.json, which grows with every case."""
 from __future__ import annotations
 
 import json
@@ -11,28 +11,29 @@ from typing import Any
 
 import torch
 
+from examples.training import files
 from moduli_kernels.env_report import environment
 
-# For a tree that travelled without its .git: what `git describe --always --dirty --abbrev=40` said where it came from.
+# Environment variable for a tree without .git: what `git describe --always --dirty --abbrev=40` says at its origin.
 COMMIT = "MODULI_KERNELS_COMMIT"
 NAME = re.compile(r"\d{8}-\d{6}\.json")
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-QUICK = "quick.json"  # overwritten by the next quick run, ignored by git and by the report
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
+QUICK = "quick.json"  # the next quick run overwrites it; git and the report ignore it
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """A folder's name for the machine: "amd-epyc-2-cores"."""
+    """Returns a folder's name for the machine, such as "amd-epyc-2-cores"."""
     words = re.sub(r"\(.*?\)|@.*", " ", environment["cpu"]).lower()
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {environment['cores']} cores").strip("-")
 
 
 def gpu_machine(name: str) -> str:
-    """A folder's name for a GPU: "nvidia-h100-80gb-hbm3"."""
+    """Returns a folder's name for a GPU, such as "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def gpu_header(quick: bool) -> dict[str, Any]:
-    """What the record of a run on a GPU begins with. l2: bytes of its second-level cache."""
+    """Returns what the record of a run on a GPU begins with; `l2` is the bytes of its second-level cache."""
     facts = environment()
     asked = os.environ.get(COMMIT)
     if facts["commit"] is None and asked:
@@ -44,7 +45,7 @@ def gpu_header(quick: bool) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver."""
+    """Returns the version of NVIDIA's driver; None if it cannot be found."""
     try:
         done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True,
                               capture_output=True, timeout=30)
@@ -54,22 +55,25 @@ def driver() -> str | None:
 
 
 def append(path: pathlib.Path, header: dict[str, Any], list_name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry to a list of the run's file, which is never seen half written."""
+    """Adds an entry to a list of the run's file, which is never half written."""
     run = json.loads(path.read_text()) if path.exists() else header | {"penalty": [], "memory": []}
     run.setdefault(list_name, []).append(entry)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(partial, path)
+    files.write_text(path, json.dumps(run, indent=1) + "\n")
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a run; `file` is its path."""
     run = json.loads(path.read_text())
     run["file"] = path
     return run
 
 
 def latest(folder: pathlib.Path = RESULTS) -> pathlib.Path | None:
-    """The newest run of all machines, quick ones aside, and such of `make gpu` as measured no speed."""
+    """Returns the newest run of all machines. Quick runs, and runs of `make gpu` that timed nothing, do not count."""
     runs = [path for path in folder.glob("*/*.json") if NAME.fullmatch(path.name)]
     return max(runs, key=lambda path: path.name, default=None)
+
+
+def commit_in_words(environment: dict[str, Any]) -> str:
+    """Names the commit of a run."""
+    return (environment["commit"] or "unknown")[:12] + (" with uncommitted changes" if environment["dirty"] else "")

@@ -1,15 +1,17 @@
-"""The harness itself: a wrong peer is put out, a wrong kernel stops the run, verdicts follow the numbers."""
+"""The harness: a wrong peer is put out, a wrong kernel stops the run, verdicts follow the numbers."""
 from __future__ import annotations
 
 import pytest
 import torch
 
-from . import report
-from .cases import CASES, GOALS, Goal
-from .contest import Contest, quartiles, relative_error
-from .peers import Contestant
+from benchmarks import report
+from benchmarks.harness.measuring import quartiles, relative_error
+from benchmarks.penalty.cases import CASES, GOALS, Goal
+from benchmarks.penalty.contest import PenaltyContest
+from benchmarks.penalty.peers import Contestant
+from benchmarks.penalty.report import goal_row
 
-# torch warns of itself when its compiler is first imported
+# torch's compiler gives a DeprecationWarning when it is first imported.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning:torch")
 
 TRAINED = next(case for case in CASES if case.name == "torus-dog-4096-trained").smaller()
@@ -18,13 +20,13 @@ TRAINED = next(case for case in CASES if case.name == "torus-dog-4096-trained").
 @pytest.fixture
 def contest():
     """A contest whose peers need no compiler: ours, the floors and two eager forms."""
-    made = Contest(TRAINED)
+    made = PenaltyContest(TRAINED)
     made.contestants = [one for one in made.contestants if one.kind != "compiled"]
     return made
 
 
-def _add(contest: Contest, kind: str, value=1.0, weight=1.0, points=1.0) -> None:
-    """A contestant that is right but for the factors given."""
+def _add(contest: PenaltyContest, kind: str, value=1.0, weight=1.0, points=1.0) -> None:
+    """Adds a contestant that is right but for the factors given."""
     right = next(one for one in contest.contestants if one.name == "eager formula")
 
     def run(me: Contestant) -> torch.Tensor:
@@ -79,7 +81,7 @@ def test_rounds_are_shared_and_recorded(contest):
 
 def test_release_inside_keeps_the_gradient_for_the_next_round():
     case = next(case for case in CASES if case.release).smaller()
-    contest = Contest(case)
+    contest = PenaltyContest(case)
     contest.contestants = [one for one in contest.contestants if one.kind in ("ours", "floor")]
     contest.verify()
     contest.others()
@@ -103,13 +105,13 @@ def _record(**ratios):
 
 def test_verdicts():
     faster, copy = Goal("c", "c", "fastest compiled form", 12.0), Goal("c", "c", "copy into a buffer", 2.0)
-    assert "slow_one" not in report._figure(faster, _record(slow_one=20.0, quick_one=12.5), False)
-    assert report._figure(faster, _record(slow_one=20.0, quick_one=12.5), False).endswith("| reached |")
-    assert report._figure(faster, _record(slow_one=20.0, quick_one=11.9), False).endswith("| NOT reached |")
-    assert report._figure(copy, _record(copy=0.51), False).endswith("its time | reached |")
-    assert report._figure(copy, _record(copy=0.49), False).endswith("its time | NOT reached |")
-    assert "not measured" in report._figure(copy, _record(quick_one=3.0), False)
-    assert "reached" not in report._figure(faster, _record(quick_one=12.5), True)
+    assert "slow_one" not in goal_row(faster, _record(slow_one=20.0, quick_one=12.5), False)
+    assert goal_row(faster, _record(slow_one=20.0, quick_one=12.5), False).endswith("| reached |")
+    assert goal_row(faster, _record(slow_one=20.0, quick_one=11.9), False).endswith("| NOT reached |")
+    assert goal_row(copy, _record(copy=0.51), False).endswith("its time | reached |")
+    assert goal_row(copy, _record(copy=0.49), False).endswith("its time | NOT reached |")
+    assert "not measured" in goal_row(copy, _record(quick_one=3.0), False)
+    assert "reached" not in goal_row(faster, _record(quick_one=12.5), True)
 
 
 def test_every_goal_names_a_case():

@@ -1,124 +1,62 @@
-"""How few blocks hold the weights that pruned nets keep: tables and a picture of what train_masks.py has trained.
+"""Shows how few blocks hold the weights that pruned nets keep: tables and a picture of what training.py has trained.
 
-    python -m benchmarks.mask_table [--folder benchmarks/masks]
+    python -m benchmarks.masks.table [--folder benchmarks/masks]
 
-Reads runs.json and *.npz in the folder, prints the tables and writes them there as TABLE.md, all figures as
-table.json, and masks.png: each W_hh mask at 95 % in manifold order.
+It reads runs.json and *.npz in the folder, prints the tables and writes them there as TABLE.md, all numbers as
+table.json, and masks.png, which shows each W_hh mask at 95 % in manifold order.
 
-A kernel that skips empty blocks is as fast as the share of blocks that are not empty. That share depends on the
-order of the neurons, which rows and columns of a recurrent matrix have in common. Counted are blocks of 16, 32 and 64:
+A kernel that skips empty blocks is as fast as the share of blocks that are not empty. That share depends on the order
+of the neurons, which is the same for rows and columns of a recurrent matrix. Blocks of 16, 32 and 64 are counted in
+these orders:
 
-manifold    in `mk.manifold_order` of the neurons' points on the torus, which block-pruned nets were cut in as well
-own         in the best order found for this very mask, points unseen: by how many weights a neuron keeps ("degree":
-            good where few neurons hold most), reverse Cuthill-McKee ("rcm"), or the first eigenvectors of the
-            normalized adjacency after the trivial one, sorted by ("fiedler") or walked by bisection in 2 and in 4
-            dimensions ("spectral2", "spectral4": a flat torus lies in 4), all of the pattern made symmetric; neurons
-            without a weight come last. Where it beats manifold order, there is more structure than the points know
-random      of a random mask that keeps as many weights, the mean of 5: what blocks a net fills that knows of none
+    manifold    `mk.manifold_order` of the neurons' points on the torus, in which block-pruned nets were cut as well
+    own         the best order that was found from the mask alone, without the points (see blocks.py, own_orders). Where
+                it beats manifold order, the mask has more structure than the points know
+    random      a random mask that keeps as many weights, the mean of 5: it shows what blocks hold without any structure
 
-"filled" is the share of blocks with at least one kept weight. "for 90 %" is the share of blocks, fullest first, that
-hold 90 % of the kept weights: what dense blocks would store if the other weights went to a list of single ones.
-Near: the share of kept weights between neurons at most 2 apart on the torus; by chance, of all pairs of neurons.
-Idle: neurons with no kept weight, in or out. Errors are at the last epoch of each sparsity, when its mask was taken.
+The columns of the tables:
+
+    filled      the share of blocks with at least one kept weight
+    for 90 %    the share of blocks, fullest first, that hold 90 % of the kept weights. Dense blocks would store so much
+                if the other weights went to a list of single ones
+    near        the share of kept weights between neurons that are at most 2 apart on the torus; "by chance" is that
+                share of all pairs of neurons
+    idle        the share of neurons that keep no weight, in or out
+    error       at the last epoch of each sparsity, when its mask was taken
 """
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 import moduli_kernels as mk
+from examples.training import files
 
-from .train_masks import MASKS, runs
+from .blocks import OWN, SHARE, SIDES, block_counts, blocks_of
+from .training import MASKS, runs
 
-SIDES = (16, 32, 64)
-DRAWS = 5
-NEAR = 2.0
-SHARE = 90  # percent of the kept weights, for "for 90 %"
-PICTURED = 95
-OWN = ("degree", "rcm", "fiedler", "spectral2", "spectral4")
+NEAR = 2.0  # distance on the torus
+PICTURED = 95  # percent cut in the picture
 Record = dict[str, Any]
 
 
-# --- masks and orders ------------------------------------------------------------------------------------------
-
 def read(path: Path) -> tuple[dict[int, np.ndarray], torch.Tensor]:
-    """Percent cut -> mask (n, n) bool, True = kept; and the points (n, 2) of the neurons."""
+    """Returns percent cut -> mask (n, n) bool, True = kept; and the points (n, 2) of the neurons."""
     with np.load(path) as stored:
         points = torch.from_numpy(stored["points"])
         packed = {int(key.removeprefix("mask_")): stored[key] for key in stored if key.startswith("mask_")}
     return {cut: np.unpackbits(bits, axis=1, count=len(points)).astype(bool) for cut, bits in packed.items()}, points
 
 
-def own_orders(mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Orders of the neurons found from the mask (n, n) alone, by name: (n,) permutations."""
-    linked = mask | mask.T
-    alone = np.flatnonzero(~linked.any(0))
-    some = np.flatnonzero(linked.any(0))
-    graph = linked[np.ix_(some, some)].astype(float)
-    # All eigenvectors that are asked for, several of one eigenvalue too, which sparse solvers may miss.
-    root = np.sqrt(graph.sum(0))
-    last = len(some) - 1
-    _, vectors = eigh(graph / np.outer(root, root), subset_by_index=(max(last - 4, 0), last))
-    coordinates = torch.from_numpy(vectors[:, -2::-1] / root[:, None])
-    orders = {"degree": np.argsort(-graph.sum(0), kind="stable"),
-              "rcm": reverse_cuthill_mckee(csr_array(graph), symmetric_mode=True)}
-    for name, dimensions in (("fiedler", 1), ("spectral2", 2), ("spectral4", 4)):
-        orders[name] = mk.manifold_order(coordinates[:, :dimensions], mk.Euclidean(dimensions)).numpy()
-    return {name: np.concatenate([some[order], alone]) for name, order in orders.items()}
-
-
-def block_counts(mask: np.ndarray, side: int) -> np.ndarray:
-    """How many weights each block keeps, (blocks down, blocks across); the last ones may be smaller."""
-    starts = [np.arange(0, size, side) for size in mask.shape]
-    return np.add.reduceat(np.add.reduceat(mask, starts[0], axis=0, dtype=np.int64), starts[1], axis=1)
-
-
-def filled(counts: np.ndarray) -> float:
-    """The share of blocks that keep a weight."""
-    return float((counts > 0).mean())
-
-
-def holding(counts: np.ndarray, percent: int = SHARE) -> float:
-    """The smallest share of blocks that together keep so many percent of the weights."""
-    held = np.sort(counts, axis=None)[::-1].cumsum()
-    wanted = -(-percent * int(counts.sum()) // 100)  # rounded up
-    return float((held < wanted).sum() + (wanted > 0)) / counts.size
-
-
-def random_mask(n: int, kept: int, seed: int) -> np.ndarray:
-    mask = np.zeros(n * n, dtype=bool)
-    mask[np.random.default_rng(seed).choice(n * n, kept, replace=False)] = True
-    return mask.reshape(n, n)
-
-
-MEASURES: dict[str, Callable[[np.ndarray], float]] = {"filled": filled, "holding": holding}
-
-
-def blocks_of(mask: np.ndarray, points: torch.Tensor) -> Record:
-    """{measure: {side: {order: share}}}, of `manifold`, each of OWN, and `random`."""
-    orders = {"manifold": mk.manifold_order(points, "torus").numpy(), **own_orders(mask)}
-    ordered = {name: [mask[np.ix_(order, order)]] for name, order in orders.items()}
-    ordered["random"] = [random_mask(len(mask), int(mask.sum()), seed) for seed in range(DRAWS)]
-    counts = {(name, side): [block_counts(one, side) for one in masks]
-              for name, masks in ordered.items() for side in SIDES}
-    return {measure: {side: {name: float(np.mean([share(c) for c in counts[name, side]])) for name in ordered}
-                      for side in SIDES}
-            for measure, share in MEASURES.items()}
-
-
 # --- runs ------------------------------------------------------------------------------------------------------
 
 def measured(folder: Path) -> list[Record]:
-    """One record for every run and sparsity of which there is a mask, in the order in which nets are trained."""
+    """Returns a record for every run and sparsity that has a mask, in the order in which nets are trained."""
     rows = []
     recorded = json.loads((folder / "runs.json").read_text())
     for name in runs(only="masks"):
@@ -139,12 +77,12 @@ def measured(folder: Path) -> list[Record]:
 
 
 def error_at(run: Record, cut: int) -> float:
-    """In cm, at the last epoch of that sparsity (percent)."""
+    """Returns the error in cm at the last epoch of that sparsity (percent)."""
     return [entry["error"] for entry in run["history"] if round(100 * entry["sparsity"]) == cut][-1]
 
 
 def quality(folder: Path) -> list[Record]:
-    """Of the quality runs: the error at the end, by seed, for each side of the blocks and order."""
+    """Returns the quality runs' errors at the end, by seed, for each side of the blocks and each order."""
     rows: dict[tuple[int, str], Record] = {}
     for name, run in json.loads((folder / "runs.json").read_text()).items():
         if name.startswith("quality-"):
@@ -158,9 +96,9 @@ def quality(folder: Path) -> list[Record]:
 # --- tables and picture ----------------------------------------------------------------------------------------
 
 def tables(rows: list[Record], by_block: list[Record]) -> str:
-    """Everything as Markdown; shares in percent."""
+    """Writes everything as Markdown, with shares in percent."""
     lines = ["# Masks: blocks that hold what is kept", "",
-             "Written by `python -m benchmarks.mask_table`, whose docstring says what is counted. Shares in percent."]
+             "Written by `python -m benchmarks.masks.table`, whose docstring says what is counted. Shares in percent."]
     lines += ["", "## Nets", "", "| run | cut | error, cm | W_hh density | near (by chance) | idle |",
               "| --- " * 6 + "|"]
     for row in rows:
@@ -191,7 +129,7 @@ def _shares(share: dict[str, float]) -> list[str]:
 
 
 def picture(folder: Path, rows: list[Record], path: Path) -> None:
-    """Masks in manifold order, a row for each penalty and number of neurons: pruned weight by weight, and in blocks."""
+    """Draws masks in manifold order: a row for each penalty and size, cut weight by weight and in blocks."""
     from matplotlib.figure import Figure
 
     shown: dict[tuple, dict[bool, Record]] = {}
@@ -219,16 +157,17 @@ def picture(folder: Path, rows: list[Record], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mask_table", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=MASKS, help="where train_masks.py has put runs.json and *.npz")
+    """Writes tables and picture."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.masks.table", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=MASKS, help="where training.py has put runs.json and *.npz")
     folder = parser.parse_args().folder
     if not (folder / "runs.json").exists():
-        parser.error(f"there is no {folder / 'runs.json'}; train nets first with `python -m benchmarks.train_masks`")
+        parser.error(f"there is no {folder / 'runs.json'}; train nets first with `python -m benchmarks.masks.training`")
     rows, by_block = measured(folder), quality(folder)
     text = tables(rows, by_block)
     print(text, end="")
-    (folder / "TABLE.md").write_text(text)
-    (folder / "table.json").write_text(json.dumps({"masks": rows, "quality": by_block}, indent=1) + "\n")
+    files.write_text(folder / "TABLE.md", text)
+    files.write_text(folder / "table.json", json.dumps({"masks": rows, "quality": by_block}, indent=1) + "\n")
     picture(folder, rows, folder / "masks.png")
 
 

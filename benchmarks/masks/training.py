@@ -1,35 +1,34 @@
-"""Trains nets for their masks: what patterns do penalties and pruning modes leave, and at what error?
+"""Trains nets for their masks: which patterns do penalties and pruning modes leave, and at what error?
 
-    python -m benchmarks.train_masks [--jobs 1] [--only quality|masks]
+    python -m benchmarks.masks.training [--jobs 1] [--only quality|masks]
 
-masks: navigation, W_hh alone cut to 90, 95 and 98 % on the way, for each penalty and pruning mode; each run's masks
-go to benchmarks/masks/<run>.npz with the neurons' points. quality: what blocks cost, at 90 %, over 3 seeds. Errors go
-to benchmarks/masks/runs.json; a run that stands there is not trained again, one that was killed goes on from its last
-epoch. `python -m benchmarks.mask_table` counts the blocks that the masks fill.
+The runs "masks" are navigation nets of which W_hh alone is cut to 90, 95 and 98 %, for each penalty and pruning mode.
+Their masks go to benchmarks/masks/<run>.npz with the neurons' points. The runs "quality" show what blocks cost at 90 %,
+over 3 seeds. All errors go to benchmarks/masks/runs.json. A run that is in that file is not trained again; one that was
+killed goes on from its last epoch. `python -m benchmarks.masks.table` counts the blocks that the masks fill.
 """
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import multiprocessing
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from examples.config import Config
-from examples.trainer import Run
+from examples.training import files
+from examples.training.config import EXAMPLES, Config
+from examples.training.trainer import Run
 from moduli_kernels import linear_schedule
 
-MASKS = Path(__file__).resolve().parent / "masks"
+MASKS = Path(__file__).resolve().parent
 RUNS = MASKS / "runs.json"
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "examples" / "runs"  # git-ignored
+CHECKPOINTS = EXAMPLES / "runs"  # ignored by git
 
 SPARSITIES = (0.9, 0.95, 0.98)
-EPOCHS_AT_EACH = 4  # the last ones measure what is left after some training at that sparsity
+EPOCHS_AT_EACH = 4  # masks and errors are those after the last of them
 BEFORE = [0.0] * 12 + linear_schedule(0.9, 13)
 WORLD = {"landmarks": 128, "width_cm": 24, "batch": 50, "steps": 20}
 PENALTIES = {"torus-0.1": ("torus", 0.1), "torus-0.5": ("torus", 0.5), "torus-2": ("torus", 2.0),
@@ -38,6 +37,7 @@ BLOCK = 16  # side of the blocks of the pruning mode "block"
 
 
 def config(penalty: str, hidden: int, sparsities: tuple[float, ...], seed: int = 0, **settings) -> Config:
+    """Returns the configuration of one run."""
     net, strength = PENALTIES[penalty]
     schedule = BEFORE + [sparsity for sparsity in sparsities for _ in range(EPOCHS_AT_EACH)]
     return Config(task="navigation", net=net, seed=seed, options={**WORLD, "hidden": hidden}, schedule=schedule,
@@ -45,7 +45,7 @@ def config(penalty: str, hidden: int, sparsities: tuple[float, ...], seed: int =
 
 
 def runs(only: str | None) -> dict[str, Config]:
-    """Name -> configuration, in the order they are trained."""
+    """Returns name -> configuration, in the order in which nets are trained."""
     made = {}
     if only != "quality":
         for penalty in PENALTIES:
@@ -66,7 +66,7 @@ def runs(only: str | None) -> dict[str, Config]:
 
 
 def train(name: str, its: Config) -> None:
-    """One run to its end; records it."""
+    """Trains one run to its end and records it."""
     if name in recorded():
         return
     folder = its.folder(CHECKPOINTS)
@@ -79,45 +79,41 @@ def train(name: str, its: Config) -> None:
             masks |= dict(stored)
 
     def keep(epoch: int) -> None:
-        """The mask as it is at the last epoch of each sparsity."""
+        """Keeps the mask at the last epoch of each sparsity."""
         if epoch < len(BEFORE) or epoch < len(its.schedule) and its.schedule[epoch] == its.schedule[epoch - 1]:
             return
         ((_, mask),) = run.task.recurrent()
         masks[f"mask_{round(100 * its.schedule[epoch - 1])}"] = np.packbits(mask.cpu().numpy(), axis=1)
-        _write(partial, masks)
+        write_arrays(partial, masks)
 
     result = run.train(after_epoch=keep)
     _, regularizer = next(iter(run.geometry.items()))
     if not name.startswith("quality"):
-        _write(MASKS / f"{name}.npz", masks | {"points": regularizer.rows.points.cpu().numpy()})
+        write_arrays(MASKS / f"{name}.npz", masks | {"points": regularizer.rows.points.cpu().numpy()})
     _record(name, {"config": asdict(its), "history": result.history, "seconds": result.seconds,
                    "collapsed": result.collapsed, "references": result.references, "environment": result.environment})
     print(f"{name}: error {result.history[-1]['error']:.1f} cm, {result.seconds / 60:.1f} minutes", flush=True)
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    with open(unfinished, "wb") as file:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file, whole or not at all."""
+    with files.whole_file(path) as file:
         np.savez_compressed(file, **arrays)
-    os.replace(unfinished, path)
 
 
 def recorded() -> dict[str, Any]:
+    """Returns name -> record of the runs that have ended."""
     return json.loads(RUNS.read_text()) if RUNS.exists() else {}
 
 
 def _record(name: str, entry: dict[str, Any]) -> None:
-    RUNS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RUNS.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        unfinished = RUNS.with_suffix(".partial")
-        unfinished.write_text(json.dumps(recorded() | {name: entry}, indent=1) + "\n")
-        os.replace(unfinished, RUNS)
+    with files.locked(RUNS.with_suffix(".lock")):
+        files.write_text(RUNS, json.dumps(recorded() | {name: entry}, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_masks", description=__doc__.splitlines()[0])
+    """Trains the runs that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.masks.training", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="nets trained at once, one core each")
     parser.add_argument("--only", choices=("quality", "masks"))
     options = parser.parse_args()

@@ -1,19 +1,18 @@
 """The penalty against its peers and the copy of W, in time and memory.
 
-Every case is one contest: in each round all contestants take one turn, so that what else the machine does hits all
-alike, and ratios are taken within a round. pytest-benchmark times ours (its table); the record holds everybody.
+Every case is one contest: in each round all contestants take one turn, and ratios are taken within a round.
+pytest-benchmark's table shows ours; the record holds everybody.
 """
 from __future__ import annotations
 
-import gc
-
 import pytest
 
-from . import memory
-from .cases import CASES, MANIFOLDS
-from .contest import Contest
+from benchmarks.harness.contest import measure
+from benchmarks.penalty import memory
+from benchmarks.penalty.cases import CASES, MANIFOLDS
+from benchmarks.penalty.contest import PenaltyContest
 
-# the compiler of the peers warns of what is no concern here (the suite turns warnings into errors)
+# The peers' compiler gives warnings, which pytest would turn into errors.
 pytestmark = pytest.mark.filterwarnings("default")
 
 TRAINED, FROZEN = (case for case in CASES if case.headline and case.n == 4096)
@@ -25,20 +24,8 @@ MEMORY += [(case, "ours") for case in CASES if case.n == 2048 and case.manifold_
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_penalty(case, benchmark, quick, save):
-    contest = Contest(case.smaller() if quick else case)
-    contest.verify()
-    contest.warm_up(2)
-    gc.collect()
-    gc.disable()  # a collection would fall into somebody's turn
-    try:
-        # setup is everybody else's turn, outside of pytest-benchmark's clock
-        benchmark.pedantic(contest.ours, setup=contest.others, rounds=contest.case.rounds(quick))
-    finally:
-        gc.enable()
-    record = contest.record()
-    for one in record["contestants"][1:]:
-        benchmark.extra_info[one["name"]] = f"{one['ratio'][1]:.2f} x our time"
-    save("penalty", record)
+    contest = PenaltyContest(case.smaller() if quick else case)
+    save("penalty", measure(contest, benchmark, contest.case.rounds(quick), warm_up=2))
 
 
 @pytest.mark.skipif(not memory.available(), reason="peak memory is read from /proc (Linux)")

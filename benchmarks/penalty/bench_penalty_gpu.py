@@ -1,8 +1,10 @@
 """The penalty on a GPU against its peers, the copy of W and its goals; peak memory. `make gpu PART=bench` runs it.
 
-    pytest benchmarks/bench_penalty_gpu.py [--quick] [-k CASE]
-    python -m benchmarks.bench_penalty_gpu CASE ...      only compiles what the cases need, into torch's and Triton's
-                                                         caches: several of these at once spare the run its compilers
+    pytest benchmarks/penalty/bench_penalty_gpu.py [--quick] [-k CASE]
+    python -m benchmarks.penalty.bench_penalty_gpu CASE ...
+
+The second command only compiles what the cases need, into torch's and Triton's caches. Several of these at once save
+the run the time of its compilers.
 """
 from __future__ import annotations
 
@@ -11,16 +13,17 @@ import sys
 import pytest
 import torch
 
-from . import memory
-from .cases_gpu import GPU_CASES, MEMORY_CASES
-from .contest_gpu import GpuContest, measure, measure_calls
-from .peers_gpu import small_net
+from benchmarks.harness.stopwatch import measure_calls
+from benchmarks.penalty import memory
+from benchmarks.penalty.cases_gpu import GPU_CASES, MEMORY_CASES
+from benchmarks.penalty.contest_gpu import GpuContest, measure
+from benchmarks.penalty.peers_gpu import small_net
 
-# the compiler of the peers warns of what is no concern here (the suite turns warnings into errors)
+# The peers' compiler gives warnings, which pytest would turn into errors.
 pytestmark = [pytest.mark.filterwarnings("default"),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
               pytest.mark.usefixtures("in_time")]
-REPLAYS = 20
+REPLAYS = 20  # of the small net's CUDA graph in a turn
 
 
 def test_three_layers(quick, save_gpu):
@@ -42,6 +45,7 @@ def test_penalty(case, quick, save_gpu):
 
 
 def prepare(names: list[str]) -> None:
+    """Compiles what these cases need."""
     for case in GPU_CASES:
         if case.name in names:
             GpuContest(case).verify()

@@ -1,4 +1,4 @@
-"""What is measured: the cases, and the figures they are to reach."""
+"""The cases of the penalty on the CPU, and the goals they are to reach."""
 from __future__ import annotations
 
 import dataclasses
@@ -23,8 +23,10 @@ from moduli_kernels.geometry.manifolds import sqrt_of_square
 
 @dataclass(frozen=True)
 class DampedCosine(Inhibitor):
-    """The function behind the tabulated case, which no built-in inhibitor is: f(d) = c (1 - cos(mu d) exp(-s/sigma)),
-    s = d^2. The peers compute the formula, ours reads a table of it."""
+    """The function of the tabulated case, f(d) = c (1 - cos(mu d) exp(-s/sigma)) with s = d^2.
+
+    It is no built-in inhibitor. The peers compute the formula; ours reads a table of it.
+    """
 
     c: float = 50.0
     mu: float = 2.0
@@ -51,14 +53,16 @@ INHIBITORS: dict[str, Inhibitor] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One contest. The weight is (n, n) float32, rows and columns share their points.
+    """One contest. The weight is (n, n) float32; rows and columns share their points.
 
-    peers: "all" forms; "fast": those that come near being fastest, for the sweep and variants; "formula": the formula
-    under torch.compile alone; "none".
-    release: whether the previous gradient is dropped inside the timed region, as optimizer.zero_grad() does.
-    allocators: the settings of malloc under which the case is run (see conftest.py).
-    seed: with 0, two of 2048 points on the torus are exactly half a period apart, where the gradient is a choice and
-    forms that are equally right differ.
+    Attributes:
+        peers: which forms take part. "all"; "fast", those that come near being fastest, for the sweep and variants;
+            "formula", the formula under torch.compile alone; or "none".
+        gradients: whether gradients are computed, or the value alone.
+        release: whether the previous gradient is dropped inside the timed region, as optimizer.zero_grad() does.
+        allocators: the settings of malloc under which the case is run (see conftest.py).
+        seed: of weight and points. With 0, two of 2048 points on the torus are exactly half a period apart, where
+            forms that are equally right give different gradients.
     """
 
     name: str
@@ -79,45 +83,46 @@ class Case:
 
     @property
     def inhibitor(self) -> Inhibitor:
-        """What our op is given."""
+        """The inhibitor that our op is given."""
         return INHIBITORS[self.inhibitor_name]
 
     @property
     def formula(self) -> Inhibitor:
-        """What the peers compute."""
+        """The inhibitor that the peers compute."""
         return DampedCosine() if self.inhibitor_name == "tabulated" else self.inhibitor
 
     @property
     def headline(self) -> bool:
-        """Where the slowest forms and max-autotune are measured too."""
+        """Whether the slowest forms and max-autotune are measured too."""
         return (self.manifold_name, self.inhibitor_name, self.peers) == ("torus", "dog", "all")
 
     @property
     def stacked(self) -> bool:
-        """Whether the form with the (n, n, k) differences is measured: the slowest to compile on a CPU."""
+        """Whether the form with (n, n, k) differences is measured, the slowest to compile on a CPU."""
         return self.headline
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """What ours is held to before it is timed: relative errors, gradients in norm."""
+        """The largest relative errors with which ours is timed, gradients in norm."""
         return ACCURACY_GOALS
 
     @property
     def scale(self) -> float:
-        """The mean over entries, strength 1."""
+        """The factor before the sum: a mean over entries with strength 1."""
         return 1.0 / self.n**2
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """weight (n, n) and points (n, k)."""
+        """Draws weight (n, n) and points (n, k)."""
         generator = torch.Generator().manual_seed(self.seed)
         weight = torch.randn(self.n, self.n, generator=generator) / self.n**0.5
         return weight, self.manifold.sample(self.n, generator=generator)
 
     def rounds(self, quick: bool) -> int:
+        """Returns how many rounds the case takes."""
         return 3 if quick else 300 if self.n <= 512 else 150 if self.n <= 1024 else 21 if self.n <= 4096 else 15
 
     def smaller(self) -> Case:
-        """The same case at a size that shows in seconds whether everything works."""
+        """Returns the same case at a size that shows in seconds whether everything works."""
         return dataclasses.replace(self, n=max(65, self.n // 16))
 
 
@@ -149,8 +154,11 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Goal:
-    """The ratio a case is to reach: at least `ratio` times faster than the fastest of `against`, or, where that is the
-    copy, at most `ratio` times its time."""
+    """The ratio that a case is to reach.
+
+    Ours is to be `ratio` times faster than the fastest of `against`. Where that is the copy, ours is to take at most
+    `ratio` times its time.
+    """
 
     case: str
     label: str
@@ -158,13 +166,14 @@ class Goal:
     ratio: float
 
     def opponents(self, contestants: list[dict]) -> list[dict]:
-        """Those of a record's contestants that the case is held against."""
+        """Returns the contestants of a record that ours is compared with."""
         if self.against == "fastest compiled form":
             return [one for one in contestants if one["kind"] == "compiled"]
         return [one for one in contestants if one["name"] == self.against]
 
     @property
     def at_most(self) -> bool:
+        """Whether the ratio is an upper bound on our time."""
         return self.against == "copy into a buffer"
 
 
@@ -176,7 +185,7 @@ def _goals() -> tuple[Goal, ...]:
         goals.append(Goal(case + "trained", label + "trained points", fastest, trained))
         if n == 4096:
             goals.append(Goal(case + "trained", label + "trained points", "copy into a buffer", 2.0))
-        # the second is stricter than asked for: no autograd between value and gradient, W read once
+        # The second opponent is stricter than a user's code: it has no autograd and reads W once.
         goals += [Goal(case + "frozen", label + "frozen points", against, frozen)
                   for against in ("cached", "cached, hand-derived")]
     eased = {("circle", "diffusion"): 3.0, ("torus", "constant"): 1.5}
@@ -189,5 +198,5 @@ def _goals() -> tuple[Goal, ...]:
 
 
 GOALS = _goals()
-MEMORY_GOAL = 0.01  # of W, times columns of a point, beyond W and its gradients
-ACCURACY_GOALS = {"value": 1e-6, "weight": 1e-5, "points": 1e-5}  # ours in float32; gradients in norm
+MEMORY_GOAL = 0.01  # memory beyond W and its gradients, as a share of W, for each column of a point
+ACCURACY_GOALS = {"value": 1e-6, "weight": 1e-5, "points": 1e-5}  # relative errors in float32; gradients in norm

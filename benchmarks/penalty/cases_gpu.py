@@ -1,4 +1,4 @@
-"""What is measured on a GPU: the cases, and the figures they are to reach."""
+"""The cases of the penalty on a GPU, and the goals they are to reach."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from .cases import ACCURACY_GOALS, MEMORY_GOAL, Case
 
-# of 16-bit weights: one rounding of dW, for float16 of numbers below its normal ones (the gradient of a mean)
+# dW of a 16-bit weight is rounded once; in float16 the gradient of a mean lies below the normal numbers.
 ACCURACY_16_BIT = {torch.bfloat16: ACCURACY_GOALS | {"weight": 4e-3},
                    torch.float16: ACCURACY_GOALS | {"weight": 1.5e-2}}
-KEPT = 0.02  # of the entries, in the masked case
-LAYERS, LAYER = 3, 128  # the small net: so many recurrent weights of so many neurons
+KEPT = 0.02  # the share of the entries that the masked case keeps
+LAYERS, LAYER = 3, 128  # the small net has so many recurrent weights of so many neurons
 
 
 @dataclass(frozen=True)
 class GpuCase(Case):
-    """kept: the share of entries that a mask keeps; None without a mask."""
+    """A case on a GPU."""
 
     dtype: torch.dtype = torch.float32
-    kept: float | None = None
+    kept: float | None = None  # the share of entries that a mask keeps; None without a mask
     device: str = "cuda"
 
     @property
@@ -40,7 +40,7 @@ class GpuCase(Case):
         return weight.to(self.device, self.dtype), points.to(self.device)
 
     def mask(self, device: torch.device) -> Tensor:
-        """(n, n) bool, True = kept."""
+        """Draws the mask, (n, n) bool, True = kept."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         return (torch.rand(self.n, self.n, generator=generator) < self.kept).to(device)
 
@@ -53,7 +53,7 @@ def _torus(n: int, trained: bool, suffix: str = "", **options) -> GpuCase:
 
 
 MASKED = _torus(4096, True, "-masked", peers="none", kept=KEPT)
-# the most wanted first: a run that is out of time leaves out the last
+# The most important cases come first, since a run that is out of time leaves out the last ones.
 GPU_CASES: tuple[GpuCase, ...] = (
     _torus(8192, False, peers="none"),
     _torus(8192, True, peers="none"),
@@ -81,27 +81,28 @@ GRAPH = "ours, under a CUDA graph"
 
 @dataclass(frozen=True)
 class GpuGoal:
-    """A line of the table: what is measured, and what it is to reach. `figure` gives None where a run lacks it."""
+    """A line of the table: what is measured and the limit that it is to reach."""
 
     case: str
     label: str
     limit: float
 
     def goal(self) -> str:
+        """Puts the goal into words."""
         raise NotImplementedError
 
     def figure(self, run: dict[str, Any]) -> tuple[str, bool] | None:
-        """(the value in words, whether it reaches the goal)."""
+        """Returns (the value in words, whether it reaches the goal), or None where the run lacks it."""
         raise NotImplementedError
 
     def _contestants(self, run: dict[str, Any]) -> list[dict]:
-        """Of this case, ours first."""
+        """Returns the contestants of this case, ours first."""
         return next((one["contestants"] for one in run["penalty"] if one["case"] == self.case), [])
 
 
 @dataclass(frozen=True)
 class Share(GpuGoal):
-    """Of the bandwidth of the copy in the same run, both counting one read and one write of n x n."""
+    """The share of the copy's bandwidth in the same run; both count one read and one write of n x n."""
 
     def goal(self) -> str:
         return f">= {100 * self.limit:.0f} % of the copy"
@@ -116,7 +117,7 @@ class Share(GpuGoal):
 
 @dataclass(frozen=True)
 class Faster(GpuGoal):
-    """By that factor than the fastest contestant of `against`: a kind, or a name."""
+    """Ours is faster by that factor than the fastest contestant of `against`, which is a kind or a name."""
 
     against: str
 
@@ -134,7 +135,7 @@ class Faster(GpuGoal):
 
 @dataclass(frozen=True)
 class FasterThanDense(GpuGoal):
-    """`subject`, of a masked weight, by that factor than the dense kernel, which is `ours` in its contest."""
+    """`subject`, which works on a masked weight, is faster by that factor than the dense kernel `ours`."""
 
     subject: str
 
@@ -151,6 +152,8 @@ class FasterThanDense(GpuGoal):
 
 @dataclass(frozen=True)
 class Seconds(GpuGoal):
+    """Ours takes at most so many seconds under a CUDA graph."""
+
     def goal(self) -> str:
         return f"<= {1e6 * self.limit:g} us"
 
@@ -164,6 +167,8 @@ class Seconds(GpuGoal):
 
 @dataclass(frozen=True)
 class Memory(GpuGoal):
+    """Ours needs less memory beyond W and its gradients than that share of W for each column of a point."""
+
     def goal(self) -> str:
         return f"< {100 * self.limit:g} % x columns of a point, of W"
 

@@ -1,4 +1,4 @@
-"""Other ways to write the squared distances, for the peers: as (n, n, k) tensors, and by acos on spheres."""
+"""Other ways to write the squared distances, for the peers: through (n, n, k) tensors, and by acos on spheres."""
 from __future__ import annotations
 
 import torch
@@ -9,8 +9,15 @@ from moduli_kernels.geometry.manifolds import Manifold, sqrt_of_square, wrap
 
 
 def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
-    """As manifold.squared_distance, (n, k), (m, k) -> (n, m), through one (n, m, k) tensor. Periodic coordinates lie
-    within their period."""
+    """Returns manifold.squared_distance(x, y), computed through one (n, m, k) tensor.
+
+    Args:
+        x: points, (n, k). Periodic coordinates lie within their period.
+        y: points, (m, k).
+
+    Returns:
+        (n, m).
+    """
     if isinstance(manifold, Product):
         return sum(stacked_squared_distance(m, a, b)
                    for m, a, b in zip(manifold.manifolds, manifold.split(x), manifold.split(y)))
@@ -34,10 +41,12 @@ def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor
 
 
 class AcosSphere(Sphere):
-    """theta = acos <x^, y^>, held off 1 so that its derivative is finite: absolute error up to 5e-4 near 0 and pi,
-    and cheaper than atan2."""
+    """A sphere whose angle is acos <x^, y^>, which is cheaper than atan2.
 
-    LIMIT = 1 - 1.2e-7  # the float32 next to 1 but one
+    The cosine is kept off 1, so that the derivative is finite. The absolute error is up to 5e-4 near 0 and pi.
+    """
+
+    LIMIT = 1 - 1.2e-7  # the second float32 below 1
 
     def _cosine(self, x: Tensor, y: Tensor) -> Tensor:
         cosine = sum(x[:, c, None] * y[None, :, c] for c in range(x.shape[1]))

@@ -1,11 +1,10 @@
-"""Peak memory of one contestant beyond the weight and its gradients: on the CPU in a process of its own, on a GPU by
-the counters of torch's allocator.
+"""Measures a contestant's peak memory beyond the weight and its gradients.
 
-    python -m benchmarks.memory CASE [--peer NAME] [--quick]      prints a JSON record
+    python -m benchmarks.penalty.memory CASE [--peer NAME] [--quick]      prints a JSON record
 
-The peak is the kernel's high-water mark of resident memory (Linux), which sees every allocation, whoever makes it.
-It is exact to about 0.1 MB, since Linux counts pages in batches.
-malloc is told to give back freed memory at once, so that nothing kept from the warm-up hides a later need.
+On the CPU each contestant has a process of its own. Its peak is Linux' high-water mark of resident memory, which sees
+every allocation and is exact to about 0.1 MB, since Linux counts pages in batches. malloc is set to give freed memory
+back at once, so that memory kept from the warm-up does not hide a later need. On a GPU, torch's allocator counts.
 """
 from __future__ import annotations
 
@@ -27,21 +26,22 @@ STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clea
 
 
 def available() -> bool:
+    """Returns whether peak memory can be measured here."""
     return STATUS.exists() and CLEAR.exists()
 
 
 def run(case: str, peer: str, quick: bool, threads: int) -> dict[str, Any]:
-    """The record of a fresh process; raises RuntimeError with what it said where it fails."""
-    command = [sys.executable, "-m", "benchmarks.memory", case, "--peer", peer, "--threads", str(threads)]
+    """Measures in a fresh process and returns its record. Raises RuntimeError with the process' words if it fails."""
+    command = [sys.executable, "-m", "benchmarks.penalty.memory", case, "--peer", peer, "--threads", str(threads)]
     done = subprocess.run(command + ["--quick"] * quick, env=os.environ | GIVE_BACK, text=True, capture_output=True,
-                          cwd=pathlib.Path(__file__).resolve().parent.parent)
+                          cwd=pathlib.Path(__file__).resolve().parents[2])
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {peer!r} in {case} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _status(field: str) -> int:
-    """VmRSS or VmHWM in bytes."""
+    """Reads VmRSS or VmHWM, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
@@ -50,9 +50,9 @@ def _measure(name: str, peer: str, quick: bool) -> dict[str, Any]:
     case = next(case for case in CASES if case.name == name)
     case = case.smaller() if quick else case
     weight, points = case.inputs()
-    # the others' coefficients and buffers go with this list, before anything is measured
+    # The list is dropped, so that the others' coefficients and buffers are gone before anything is measured.
     one = next(c for c in Peers(case, weight, points).all() if c.name == peer)
-    for _ in range(3):  # compiled, warm, and threads started
+    for _ in range(3):  # so that everything is compiled and warm and threads have started
         one.step()
         one.release()
     highest = 0
@@ -61,14 +61,13 @@ def _measure(name: str, peer: str, quick: bool) -> dict[str, Any]:
         CLEAR.write_text("5")  # the high-water mark starts again from what is resident now
         one.step()
         highest = max(highest, _status("VmHWM") - before)
-        gradients = sum(leaf.grad.nbytes for leaf in (one.weight, one.points) if leaf.grad is not None)
+        gradients = _gradients(one)
         one.release()
-    return {"case": name, "n": case.n, "columns": points.shape[1], "contestant": peer, "kind": one.kind,
-            "weight": weight.nbytes, "gradients": gradients, "beyond": highest - gradients}
+    return _record(name, one, highest, gradients)
 
 
 def on_gpu(name: str, one: Contestant) -> dict[str, Any]:
-    """The record of a contestant that is warm."""
+    """Returns the record of a contestant on a GPU that is warm."""
     one.step()
     one.release()
     torch.cuda.synchronize()
@@ -77,14 +76,23 @@ def on_gpu(name: str, one: Contestant) -> dict[str, Any]:
     one.step()
     torch.cuda.synchronize()
     highest = torch.cuda.max_memory_allocated() - before
-    gradients = sum(leaf.grad.nbytes for leaf in (one.weight, one.points) if leaf.grad is not None)
+    gradients = _gradients(one)
     one.release()
+    return _record(name, one, highest, gradients)
+
+
+def _gradients(one: Contestant) -> int:
+    """Returns the bytes of a contestant's gradients."""
+    return sum(leaf.grad.nbytes for leaf in (one.weight, one.points) if leaf.grad is not None)
+
+
+def _record(name: str, one: Contestant, highest: int, gradients: int) -> dict[str, Any]:
     return {"case": name, "n": one.weight.shape[0], "columns": one.points.shape[1], "contestant": one.name,
             "kind": one.kind, "weight": one.weight.nbytes, "gradients": gradients, "beyond": highest - gradients}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.penalty.memory", description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=[case.name for case in CASES], metavar="CASE")
     parser.add_argument("--peer", default="ours")
     parser.add_argument("--quick", action="store_true")

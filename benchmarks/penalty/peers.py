@@ -1,16 +1,17 @@
-"""The contestants: ours, the copy that is the floor, and every form of the formula a user could run instead.
+"""The contestants: ours, the copy that is the floor, and every form of the formula that a user could run instead.
 
-Each leaves the gradients in `.grad` of its own leaf tensors, as a training loop finds them; the leaves of all
-contestants share their storage. Forms under torch.compile (dynamic=False, one graph or an error):
+Each contestant leaves the gradients in `.grad` of its own leaf tensors, where a training loop finds them. The leaves of
+all contestants share their storage. Under torch.compile (dynamic=False, one graph or an error) run
 
-    per coordinate      the formula of reference.penalty_formula, forward and backward compiled apart
-    stacked             the same with the (n, n, k) tensor of differences
+    per coordinate      the formula of reference.penalty_formula; forward and backward are compiled apart
+    stacked             the same through the (n, n, k) tensor of differences
     joint graph         value and gradients in one graph, by torch.func
-    hand-derived        value and gradients written out; the compiler may fuse them all
-    symmetric           hand-derived, and with rows and columns sharing their points the column sums of dE are row
-                        sums of the transpose: dE_i = sum_j (t_ij + t_ji) ds_ij/dx_i. One pass, W read twice
-    (acos)              on spheres, the angle as acos of the inner product: fast, loses half the digits near 0 and pi
-    cached              frozen points: the (n, n) coefficients once, then multiplied
+    hand-derived        value and gradients written out, so that the compiler may fuse all of it
+    symmetric           hand-derived, using that rows and columns share their points: the column sums of dE are row sums
+                        of the transpose, dE_i = sum_j (t_ij + t_ji) ds_ij/dx_i. It is one pass that reads W twice
+    (acos)              on spheres, the angle as acos of the inner product: fast, but half of the digits are lost near 0
+                        and pi
+    cached              for frozen points, the (n, n) coefficients are computed once and then multiplied
 """
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ from moduli_kernels.geometry.manifolds import Manifold
 from .cases import Case
 from .distances import AcosSphere, stacked_squared_distance
 
-# Not by CUDA graphs as well: they hand out the same memory at every call, which .grad must not share.
+# Without CUDA graphs, which return the same memory at every call: .grad must not share it.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 Formula = Callable[[Tensor, Tensor], Tensor]
 Gradients = tuple[Tensor, ...]
-"""value, dW and, where points are trained, dE."""
+"""The value, dW and, where points are trained, dE."""
 
 
 @dataclass
 class Contestant:
-    """step() computes; afterwards `value`, `weight.grad` and `points.grad` hold what it found (value None: a floor)."""
+    """After step(), `value`, `weight.grad` and `points.grad` hold what it computed. A floor leaves `value` None."""
 
     name: str
     kind: str  # "ours", "floor", "compiled", "cached" or "eager"
@@ -43,12 +44,14 @@ class Contestant:
     points: Tensor
     run: Callable[[Contestant], Tensor | None]
     value: Tensor | None = None
-    keeps_grad: bool = False  # adds to a weight.grad that is there already
+    keeps_grad: bool = False  # whether it adds to a weight.grad that is there already
 
     def step(self) -> None:
+        """Computes once."""
         self.value = self.run(self)
 
     def release(self) -> None:
+        """Drops what the last step computed."""
         self.value = self.points.grad = None
         if not self.keeps_grad:
             self.weight.grad = None
@@ -63,7 +66,7 @@ class Peers:
         self.made: list[Contestant] = []
 
     def all(self) -> list[Contestant]:
-        """Ours first, then the floors, then the peers."""
+        """Returns ours first, then the floors, then the peers."""
         self._ours()
         self._floors()
         if self.case.peers == "none":
@@ -128,11 +131,11 @@ class Peers:
             tuned = _compile(self._derived(case.manifold, symmetric=True), mode=MAX_AUTOTUNE)
             self._by_hand("hand-derived, symmetric (max-autotune)", "compiled", tuned)
             self._autograd("eager formula", "eager", self._formula(case.manifold))
-            # what the authors' scripts do: all differences, distances, f, times |W|, each a tensor in memory
+            # The authors' scripts hold all differences, the distances, f and f |W| as tensors in memory.
             self._autograd("authors' procedure", "eager", self._formula(case.manifold, stacked=True))
 
     def _plain_l1(self) -> None:
-        """f = const: no distance is needed, and the points' gradient is 0."""
+        """Adds the peers for a constant f, which needs no distance and gives the points no gradient."""
         scale = self.scale * self.inhibitor.c * self.case.grad_output
         nothing = torch.zeros_like(self.points)
 
@@ -229,7 +232,7 @@ class Peers:
         self._add(name, kind, run)
 
     def _by_hand(self, name: str, kind: str, derived: Callable[[Tensor, Tensor], Gradients]) -> None:
-        """Gradients come with the value: no autograd. Its value carries grad_output too, as its gradients do."""
+        """Adds a form that returns gradients with the value, without autograd. All of it carries grad_output."""
         points, grad_output = self.points, self.case.grad_output
 
         def run(me: Contestant) -> Tensor:
@@ -246,6 +249,6 @@ def _compile(function: Callable, mode: str = "default") -> Callable:
 
 
 def _with_acos(manifold: Manifold) -> Manifold:
-    """The manifold with its spheres replaced by AcosSphere."""
+    """Returns the manifold with its spheres replaced by AcosSphere."""
     factors = [AcosSphere(f.dim, f.radius) if isinstance(f, Sphere) else f for f in manifold.factors()]
     return factors[0] if len(factors) == 1 else Product(*factors)

@@ -1,4 +1,4 @@
-"""The contestants on a GPU: those of peers.py, a masked weight in its two forms, and a small net in CUDA graphs."""
+"""The contestants on a GPU: those of peers.py, a masked weight in two forms, and a small net in CUDA graphs."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 import moduli_kernels as mk
 from moduli_kernels import reference
 
+from ..harness import stopwatch
 from .cases_gpu import GRAPH, LAYER, LAYERS, MASKED_INTO, MASKED_VALUES, GpuCase
 from .peers import Contestant, Peers
 
 
 class GpuPeers(Peers):
-    """A masked case has the dense kernel as `ours`, and what costs only the kept entries beside it."""
+    """In a masked case the dense kernel is `ours`; beside it stand two calls that work on the kept entries only."""
 
     case: GpuCase
 
@@ -46,7 +47,7 @@ class GpuPeers(Peers):
 
 
 def small_net(device: str = "cuda") -> dict[str, Callable[[], None]]:
-    """name -> one forward + backward of the penalty of a small net, all weights in one call, ready to be timed."""
+    """Returns name -> a call that takes one forward + backward of a small net's penalty, all weights together."""
     net = nn.RNN(LAYER, LAYER, num_layers=LAYERS, device=device)
     reg = mk.regularize(net, manifold="torus", trainable=True)
     weights = [getattr(net, f"weight_hh_l{k}") for k in range(LAYERS)]
@@ -68,19 +69,5 @@ def small_net(device: str = "cuda") -> dict[str, Callable[[], None]]:
         return run
 
     ours, theirs = step(reg), step(lambda: compiled(*leaves))
-    return {GRAPH: captured(ours), "ours, as called": ours,
-            "per coordinate, under a CUDA graph": captured(theirs), "per coordinate, as called": theirs}
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The replay of a CUDA graph of step()."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return {GRAPH: stopwatch.captured(ours), "ours, as called": ours,
+            "per coordinate, under a CUDA graph": stopwatch.captured(theirs), "per coordinate, as called": theirs}

@@ -1,11 +1,11 @@
-"""Speed against n: one line a contestant, the copy of W as the floor."""
+"""Draws speed against n: one line for each contestant, with the copy of W as the floor."""
 from __future__ import annotations
 
 import pathlib
 from typing import Any
 
 FLOOR = "copy into a buffer"
-# (trained points, contestant, label, colour): one hue a contestant, the floor in grey
+# (trained points, contestant, label, colour): each contestant has its colour, the floor is grey
 LINES = (
     (True, "hand-derived, symmetric", "torch.compile, hand-derived gradients", "#c0563b"),
     (True, "ours", "moduli_kernels", "#1f6f8b"),
@@ -18,7 +18,7 @@ LINES = (
 
 
 def draw(run: dict[str, Any], path: pathlib.Path) -> pathlib.Path | None:
-    """Draws the sweep of a run to `path`; None where the run holds fewer than two sizes."""
+    """Draws the sweep of a run to `path` and returns it; None where the run holds fewer than two sizes."""
     curves = _curves(run["penalty"])
     if max((len(points) for points in curves.values()), default=0) < 2:
         return None
@@ -60,9 +60,9 @@ def draw(run: dict[str, Any], path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _curves(penalty: list[dict[str, Any]]) -> dict[tuple[bool, str], dict[int, list[float]]]:
-    """(trained, contestant) -> n -> quartiles of seconds, of the plain torus + DoG cases."""
+    """Returns (trained, contestant) -> n -> quartiles of seconds, from the plain torus + DoG cases."""
     curves: dict[tuple[bool, str], dict[int, list[float]]] = {}
-    allocators = {one.get("allocator") for one in penalty}  # None on a GPU
+    allocators = {one.get("allocator") for one in penalty}  # a GPU's record names none
     preferred = "retained" if "retained" in allocators else "default" if "default" in allocators else None
     for record in penalty:
         name = f"torus-dog-{record.get('n')}-{'trained' if record.get('trained') else 'frozen'}"

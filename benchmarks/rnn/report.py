@@ -1,15 +1,14 @@
-"""The RNN's part of a report."""
+"""The part of a report that is about the RNN on the CPU."""
 from __future__ import annotations
 
 from typing import Any
 
-from .cases_rnn import ACCURACY, CASES, NEVER_UNDER
+from .cases import ACCURACY, CASES, NEVER_UNDER
+from .contest import OURS, PEER
 
-PEER = "torch.nn.RNN"
 
-
-def report(measured: list[dict[str, Any]], quick: bool) -> list[str]:
-    """Lines of Markdown; empty where the run holds none of the RNN."""
+def report_lines(measured: list[dict[str, Any]], quick: bool) -> list[str]:
+    """Returns lines of Markdown, none where the run measured no RNN."""
     if not measured:
         return []
     goals = {case.name: case.goal for case in CASES}
@@ -25,11 +24,11 @@ def report(measured: list[dict[str, Any]], quick: bool) -> list[str]:
         reached = middle >= (NEVER_UNDER if goal is None else goal)
         verdict = "quick run: none" if quick else "reached" if reached else "NOT reached"
         others = ", ".join(f"{name} {each['ratio'][1]:.2f}" for name, each in by_name.items()
-                           if name not in ("ours", PEER))
+                           if name not in (OURS, PEER))
         lines.append(
             f"| {one['case']} | {one['steps']}, {one['batch']}, {one['layers']} | "
             f"{f'never under {NEVER_UNDER:g} x' if goal is None else f'{goal:g} x'} | "
-            f"{middle:.2f} x [{low:.2f}, {high:.2f}] | {one['path']} | {1e3 * by_name['ours']['time'][1]:.2f} | "
+            f"{middle:.2f} x [{low:.2f}, {high:.2f}] | {one['path']} | {1e3 * by_name[OURS]['time'][1]:.2f} | "
             f"{1e3 * by_name[PEER]['time'][1]:.2f} | {others or '-'} | {verdict} |")
     worst = max((error, one["case"], name) for one in measured for name, error in one["errors"].items())
     lines += ["", "Accuracy of the sparse path against torch.nn.RNN in float64, over the first steps: at worst "

@@ -1,14 +1,15 @@
-"""Measures launch parameters of the Triton kernels on this machine's GPU and prints rows for its generation in
-moduli_kernels/triton/tiles.py.
+"""Measures launch parameters of the Triton kernels on this machine's GPU and prints rows for their table.
 
-    python -m benchmarks.tune_penalty [KIND ...] [--output FILE]
+    python -m benchmarks.tuning.penalty [KIND ...] [--output FILE]
 
-KIND: frozen, flat, curved, some, many (default: all).
+KIND is frozen, flat, curved, some or many (default: all). The rows belong in moduli_kernels/triton/launch_table.py,
+under this GPU's generation.
 
-Each kind of work is measured on the manifolds that stand for it, float32, DoG, at three size classes. First every
-shape of tile at the middle size, then the best at all sizes, then the number of programs. A tile counts by the
-geometric mean, over manifolds and sizes, of its time over the best one's; the table's present tile stays unless another
-is better by more than the noise. A tile that does not compile, or gives another value, is out.
+Each kind of work is measured on the manifolds that stand for it, in float32 with a difference of Gaussians, at three
+sizes. First come all shapes of tiles at the middle size, then the best of them at all sizes, then the number of
+programs. A tile's score is the geometric mean, over manifolds and sizes, of its time over the best tile's. The table's
+present tile stays unless another is better by more than the noise. A tile that does not compile or gives another value
+is out.
 """
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ from typing import Any
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels.triton.penalty import tiles
 
 SIZES = (1024, 4096, 8192)
 MIDDLE = 4096
 WARPS, REPEATS, PREFETCH, REGISTERS = (4, 8, 16), (1, 2, 4), (False, True), (None, 128, 168)
 PROGRAMS = (256, 512, 1024, 2048)
-FINALISTS, CHAMPIONS = 8, 3  # tiles that are measured at all sizes; with other numbers of programs
+FINALISTS = 8  # so many tiles are measured at all sizes
+CHAMPIONS = 3  # so many tiles are measured with other numbers of programs
 NOISE = 0.02
 REPEATS_TIMED = 30
 # kind of work -> manifolds, and whether points are trained
@@ -46,19 +47,20 @@ WORK: dict[str, tuple[tuple[mk.Manifold, ...], bool]] = {
 }
 
 Timer = Callable[[str, Any, int], list[float]]
-"""kind, tile, n -> seconds on each manifold of the kind; infinite where the tile cannot be used."""
+"""Maps kind, tile and n to the seconds on each manifold of the kind, infinite where the tile cannot be used."""
 
 
 @dataclass
 class Found:
-    """scores: tile -> geometric mean of its time over the best one's, of those measured at all sizes."""
+    """What was found for a kind of work."""
 
     kind: str
     tile: Any
-    before: Any
-    scores: dict[Any, float]
+    before: Any  # the table's present tile
+    scores: dict[Any, float]  # of the tiles that were measured at all sizes
 
-    def told(self) -> str:
+    def in_words(self) -> str:
+        """Says whether the present tile stays, or by how much another is faster."""
         if self.tile == self.before:
             return f"{self.kind}: {row(self.kind, self.before).strip()} stays"
         gain = self.scores[self.before] / self.scores[self.tile] - 1
@@ -66,7 +68,7 @@ class Found:
 
 
 def shapes(before: Any) -> list[Any]:
-    """Every tile with the present number of programs; the present tile first."""
+    """Returns every tile with the present number of programs, the present tile first."""
     made = [before._replace(warps=warps, repeat=repeat, prefetch=prefetch, registers=registers)
             for warps, repeat, prefetch, registers in itertools.product(WARPS, REPEATS, PREFETCH, REGISTERS)]
     return list(dict.fromkeys([before, *made]))
@@ -74,7 +76,7 @@ def shapes(before: Any) -> list[Any]:
 
 def scored(tiles: Iterable[Any], seconds: Callable[[Any, int], list[float]],
            sizes: tuple[int, ...]) -> dict[Any, float]:
-    """tile -> score over these sizes, best first; what cannot be used anywhere is left out."""
+    """Returns tile -> score over these sizes, best first. A tile that cannot be used at some size is left out."""
     taken = {tile: [s for n in sizes for s in seconds(tile, n)] for tile in tiles}
     taken = {tile: times for tile, times in taken.items() if all(map(math.isfinite, times))}
     if not taken:
@@ -86,7 +88,7 @@ def scored(tiles: Iterable[Any], seconds: Callable[[Any, int], list[float]],
 
 
 def tune(kind: str, before: Any, timer: Timer) -> Found:
-    """Raises RuntimeError where the present tile cannot be used, for then something else is wrong."""
+    """Searches the best tile. Raises RuntimeError where the present one cannot be used, a sign of another fault."""
     memory: dict[tuple[Any, int], list[float]] = {}
 
     def seconds(tile: Any, n: int) -> list[float]:
@@ -105,7 +107,7 @@ def tune(kind: str, before: Any, timer: Timer) -> Found:
 
 
 def row(kind: str, tile: Any) -> str:
-    """As tiles.py writes it."""
+    """Writes a tile as a row of launch_table.py."""
     arguments = [str(tile.warps), str(tile.repeat), str(tile.programs)]
     if tile.prefetch:
         arguments.append("True")
@@ -115,22 +117,24 @@ def row(kind: str, tile: Any) -> str:
 
 
 def report(found: list[Found], capability: int) -> str:
-    """What is to be put in the table, as Python, with what it gains."""
-    return "\n".join([f"# generation {capability}, moduli_kernels/triton/tiles.py",
-                      *(f"# {each.told()}" for each in found),
+    """Writes what belongs in the table, as Python, with what it gains."""
+    return "\n".join([f"# generation {capability}, moduli_kernels/triton/launch_table.py",
+                      *(f"# {each.in_words()}" for each in found),
                       "{", *(row(each.kind, each.tile) for each in found), "}"])
 
 
 # --- on the GPU ------------------------------------------------------------------------------------------------
 
 class GpuTimer:
-    """Medians of the device's time for value and gradients; weights rotate through more than the cache holds."""
+    """Measures medians of the device's time for value and gradients, with weights that rotate through more memory than
+    the cache holds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
+        from moduli_kernels.triton import launch_table
 
-        from .contest_gpu import Stopwatch
+        from ..harness.stopwatch import Stopwatch
 
-        self.table, self.stopwatch = tiles, Stopwatch()
+        self.table, self.stopwatch = launch_table, Stopwatch()
         self._values: dict[tuple[mk.Manifold, int], float] = {}
 
     def __call__(self, kind: str, tile: Any, n: int) -> list[float]:
@@ -167,7 +171,8 @@ def compile_share(kind: str, before: Any, index: int, count: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_penalty", description=__doc__.splitlines()[0])
+    """Measures the kinds that were asked for, prints their rows, and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning.penalty", description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(WORK))
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the rows and all scores")
     parser.add_argument("--compile", metavar="I/COUNT", help=argparse.SUPPRESS)
@@ -177,28 +182,29 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("tune: launch parameters are measured on a CUDA GPU, and torch finds none here.", file=sys.stderr)
         return 2
-    from moduli_kernels.triton.penalty import tiles
+    from examples.training import files
+    from moduli_kernels.triton import launch_table
 
-    from . import records
+    from ..harness import records
 
     major = torch.cuda.get_device_capability()[0]
-    generation = max([g for g in tiles.TABLE if g <= major], default=min(tiles.TABLE))
+    generation = max([g for g in launch_table.TABLE if g <= major], default=min(launch_table.TABLE))
     kinds = asked.kinds or list(WORK)
     if asked.compile:
         index, count = map(int, asked.compile.split("/"))
-        compile_share(kinds[0], tiles.TABLE[generation][kinds[0]], index, count)
+        compile_share(kinds[0], launch_table.TABLE[generation][kinds[0]], index, count)
         return 0
     found = []
     for kind in kinds:
         count = max(1, min(12, (os.cpu_count() or 2) - 2))
-        for process in [subprocess.Popen([sys.executable, "-m", "benchmarks.tune_penalty", kind, "--compile",
+        for process in [subprocess.Popen([sys.executable, "-m", "benchmarks.tuning.penalty", kind, "--compile",
                                           f"{k}/{count}"], stderr=subprocess.DEVNULL) for k in range(count)]:
             process.wait()
-        found.append(tune(kind, tiles.TABLE[generation][kind], GpuTimer()))
-        print(f"tune: {found[-1].told()}", file=sys.stderr, flush=True)
+        found.append(tune(kind, launch_table.TABLE[generation][kind], GpuTimer()))
+        print(f"tune: {found[-1].in_words()}", file=sys.stderr, flush=True)
     print(report(found, major))
     if asked.output:
-        asked.output.write_text(json.dumps(records.gpu_header(False) | {"rows": [
+        files.write_text(asked.output, json.dumps(records.gpu_header(False) | {"rows": [
             {"kind": each.kind, "tile": each.tile._asdict(), "before": each.before._asdict(),
              "scores": [[tile._asdict(), score] for tile, score in each.scores.items()]} for each in found]}, indent=1))
     return 0

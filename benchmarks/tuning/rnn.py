@@ -1,14 +1,14 @@
 """Measures where the masked RNN is faster than the vendor's, and writes moduli_kernels/rnn_crossovers.json.
 
-    python -m benchmarks.tune_rnn [--device cpu] [--dtype float32] [--threads 2] [--batches 1 8] [--quick]
-                                  [--output FILE]
+    python -m benchmarks.tuning.rnn [--device cpu] [--dtype float32] [--threads 2] [--batches 1 8] [--quick]
+                                    [--output FILE]
 
-On the whole grid of hidden, batch and steps, forward alone and with backward: a layer with hidden inputs, unmasked and
-with both weights masked at random to each density. One round runs torch.nn.RNN's path once and the sparse path once for
-each density, every other round in reverse order; the medians' ratio counts (moduli_kernels/crossovers.py says how it is
-used). A case stops after --seconds, but not before 3 rounds. What the file holds for other devices and dtypes stays,
-and for other sizes of the batch than those of --batches.
-Leave the machine alone meanwhile.
+A case is one layer with as many inputs as neurons, forward alone or with backward, for each size of hidden, batch and
+steps. It is measured without masks and with both weights masked at random to each density. One round runs
+torch.nn.RNN's path once and the sparse path once for each density, every other round in reverse order. The ratio of the
+medians counts; moduli_kernels/rnn_paths.py says how it is used. A case stops after --seconds, but not before 3 rounds.
+The file keeps what it holds for other devices and dtypes, and for other batches than those of --batches. Leave the
+machine alone meanwhile.
 """
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 import moduli_kernels as mk
-from moduli_kernels.rnn import crossovers, timing
+from examples.training import files
+from moduli_kernels import _rnn_timing, rnn_paths
 
 HIDDEN, BATCH, STEPS = (32, 128, 256, 650, 1024, 4096), (1, 8, 32, 200), (1, 20)
 DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -32,7 +34,7 @@ ROUNDS = 3, 15  # at least, at most
 
 
 def drawn(hidden: int, density: float | None, device: str, dtype: torch.dtype) -> mk.SparseRNN:
-    """A layer with this share of its weights kept at random; None: no masks."""
+    """Makes a layer with this share of its weights kept at random; without masks for None."""
     net = mk.SparseRNN(hidden, hidden, nonlinearity="relu", device=device, dtype=dtype, path="sparse")
     if density is not None:
         for name in ("weight_ih_l0", "weight_hh_l0"):
@@ -40,10 +42,11 @@ def drawn(hidden: int, density: float | None, device: str, dtype: torch.dtype) -
     return net
 
 
-def one_pass(net: mk.SparseRNN, x: torch.Tensor, training: bool):
+def one_pass(net: torch.nn.RNN, x: torch.Tensor, training: bool) -> Callable[[], None]:
+    """Returns a call of the net, with backward if training."""
     parameters = list(net.parameters())
 
-    def run():
+    def run() -> None:
         with torch.set_grad_enabled(training):
             output, _ = net(x)
             if training:
@@ -54,7 +57,7 @@ def one_pass(net: mk.SparseRNN, x: torch.Tensor, training: bool):
 
 def ratios(hidden: int, batch: int, steps: int, training: bool, densities: tuple[float, ...], device: str,
            dtype: torch.dtype, seconds: float) -> dict:
-    """A row of the table: time of dense over time of sparse, by density and of a layer without a mask."""
+    """Measures a row of the table: the dense path's time over the sparse path's, without masks and by density."""
     x = torch.randn(steps, batch, hidden, device=device, dtype=dtype)
     nets = {density: drawn(hidden, density, device, dtype) for density in (*densities, None)}
     vendor = torch.nn.RNN(hidden, hidden, nonlinearity="relu", device=device, dtype=dtype)
@@ -65,14 +68,14 @@ def ratios(hidden: int, batch: int, steps: int, training: bool, densities: tuple
     for run in passes.values():
         run()
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / (time.perf_counter() - begin))))
-    times = timing.alternating(passes, x.device, rounds)
+    times = _rnn_timing.alternating(passes, x.device, rounds)
     found = {density: round(times["dense"] / times[density], 3) for density in nets}
     return {"hidden": hidden, "batch": batch, "steps": steps, "training": training, "unmasked": found.pop(None),
             "ratios": list(found.values())}
 
 
-def written(tables: list[dict]) -> str:
-    """The file: a row a line."""
+def as_json(tables: list[dict]) -> str:
+    """Writes the tables with a row on each line."""
     parts = []
     for table in tables:
         head = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in table.items() if key != "rows")
@@ -82,6 +85,7 @@ def written(tables: list[dict]) -> str:
 
 
 def machine(device: str) -> str:
+    """Names the processor or GPU that was measured."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = [line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -90,16 +94,17 @@ def machine(device: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_rnn", description=__doc__.splitlines()[0])
+    """Measures the grid, writes the file, and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning.rnn", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=5.0, help="for one case of the grid")
-    parser.add_argument("--batches", type=int, nargs="+", help=f"of {BATCH}; default: all")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds for one case of the grid")
+    parser.add_argument("--batches", type=int, nargs="+", help=f"sizes of the batch (default: {BATCH})")
     parser.add_argument("--quick", action="store_true", help="a tiny grid: does everything work? No figures")
-    parser.add_argument("--output", type=pathlib.Path, default=crossovers.FILE)
+    parser.add_argument("--output", type=pathlib.Path, default=rnn_paths.FILE)
     asked = parser.parse_args()
-    if asked.quick and asked.output == crossovers.FILE:
+    if asked.quick and asked.output == rnn_paths.FILE:
         parser.error("--quick measures no figures for the package: name a file of your own with --output")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(1)
@@ -113,8 +118,8 @@ def main() -> int:
         print(f"tune: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
     found = {"device": asked.device, "dtype": asked.dtype, "source": f"measured: {machine(asked.device)}, torch "
              f"{torch.__version__}", "densities": list(grid[3]), "rows": rows}
-    found["rows"].sort(key=lambda row: [row[key] for key in (*crossovers.AXES, "training")])
-    asked.output.write_text(written([*(table for table in before if table not in own), found]))
+    found["rows"].sort(key=lambda row: [row[key] for key in (*rnn_paths.AXES, "training")])
+    files.write_text(asked.output, as_json([*(table for table in before if table not in own), found]))
     return 0
 
 

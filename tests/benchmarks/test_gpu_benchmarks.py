@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contest_gpu, memory, peers, peers_gpu, records, report, report_gpu, tune_penalty
-from benchmarks.cases_gpu import GPU_CASES, GPU_GOALS, MASKED, MEMORY_CASES
-from moduli_kernels import runtime
+from benchmarks import report
+from benchmarks.harness import records, stopwatch
+from benchmarks.penalty import contest_gpu, memory, peers, peers_gpu, report_gpu
+from benchmarks.penalty.cases_gpu import GPU_CASES, GPU_GOALS, MASKED, MEMORY_CASES
+from benchmarks.tuning import penalty as tuning_penalty
+from moduli_kernels import _library
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 HEADER = {"device": "cuda", "driver": "580.1", "l2": 50 * 2**20, "multiprocessors": 132, "quick": False,
           "started": "2026-01-01 00:00:00 +0000",
           "environment": {"commit": "0123456789abcdef", "dirty": False, "device": "NVIDIA H100", "cpu": "a CPU",
@@ -26,7 +29,7 @@ HEADER = {"device": "cuda", "driver": "580.1", "l2": 50 * 2**20, "multiprocessor
 
 
 class Clock:
-    """In the place of contest_gpu.Stopwatch: the host's time of the call."""
+    """In the place of stopwatch.Stopwatch: the host's time of the call."""
 
     def __init__(self):
         self.gaps, self.host = {}, {}
@@ -44,9 +47,9 @@ class Clock:
 @pytest.fixture
 def on_cpu(monkeypatch):
     """What asks for a GPU asks the CPU, and nothing is compiled."""
-    monkeypatch.setattr(contest_gpu, "Stopwatch", Clock)
+    monkeypatch.setattr(stopwatch, "Stopwatch", Clock)
     monkeypatch.setattr(peers, "_compile", lambda function, mode="default": function)
-    monkeypatch.setattr(peers_gpu, "captured", lambda step: step)
+    monkeypatch.setattr(stopwatch, "captured", lambda step: step)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=10_000))
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
@@ -64,7 +67,7 @@ def run(on_cpu, monkeypatch) -> dict:
     """The record of every case, few rounds each."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(contest_gpu, "LOOP", 2)
-    penalty = [contest_gpu.measure_calls("three-layers", peers_gpu.small_net("cpu"), 3, 2)]
+    penalty = [stopwatch.measure_calls("three-layers", peers_gpu.small_net("cpu"), 3, 2)]
     penalty += [contest_gpu.measure(small(case), 2) | {"n": case.n} for case in GPU_CASES]
     measured = [memory.on_gpu(case.name, contest_gpu.GpuContest(small(case)).contestants[0]) for case in MEMORY_CASES]
     return json.loads(json.dumps(HEADER | {"penalty": penalty, "memory": measured}))
@@ -78,14 +81,14 @@ def test_every_goal_is_measured_by_some_case(run, tmp_path):
         assert verdict in ("reached", "NOT reached") and value != "-", label
     for one in run["penalty"]:
         assert not one["refused"], one["case"]
-    text = "\n".join(report_gpu.report(run))
+    text = "\n".join(report_gpu.report_lines(run))
     assert "NVIDIA H100, driver 580.1, CUDA 13.0" in text and "0123456789ab" in text
     assert text.count("-scaled") >= 2 and "bfloat16" in text
     assert "**Fewer than 50 rounds:**" in text
     masked = next(one for one in run["penalty"] if one["case"] == MASKED.name)
     assert [one["name"] for one in masked["contestants"]] == [
         "ours", "copy into a buffer", "clone", "masked, into .grad", "masked, compressed values"]
-    from benchmarks.picture import draw
+    from benchmarks.penalty.picture import draw
 
     assert draw(run, tmp_path / "penalty.png").exists()
 
@@ -103,7 +106,7 @@ def test_weights_rotate_through_more_than_the_cache(on_cpu):
     size = ours.weight.nbytes
     assert len(addresses) * size > contest_gpu.CACHES * 10_000 - size and len(addresses) >= 2
     # all contestants go through the same copies
-    assert {leaf.data_ptr() for leaf in contest._rotations["clone"]} == addresses
+    assert {leaf.data_ptr() for leaf in contest.rotations["clone"]} == addresses
 
 
 def test_a_wrong_kernel_is_not_timed(on_cpu, monkeypatch):
@@ -183,11 +186,11 @@ def test_the_commit_of_a_tree_without_git(monkeypatch):
 
 # --- tuning -----------------------------------------------------------------------------------------------
 
-tuning = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
+tuning = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
 
 
 def present(kind: str):
-    from moduli_kernels.triton.penalty.tiles import TABLE
+    from moduli_kernels.triton.launch_table import TABLE
 
     return TABLE[9][kind]
 
@@ -200,28 +203,28 @@ def cost(tile) -> float:
 
 @tuning
 def test_the_table_and_the_search_know_the_same_kinds():
-    from moduli_kernels.triton.penalty.tiles import TABLE, Tile
+    from moduli_kernels.triton.launch_table import TABLE, Tile
 
     for kinds in TABLE.values():
-        assert set(kinds) == set(tune_penalty.WORK)
+        assert set(kinds) == set(tuning_penalty.WORK)
         for kind, tile in kinds.items():
-            assert eval("{" + tune_penalty.row(kind, tile) + "}", {"Tile": Tile}) == {kind: tile}
+            assert eval("{" + tuning_penalty.row(kind, tile) + "}", {"Tile": Tile}) == {kind: tile}
 
 
 @tuning
-@pytest.mark.parametrize("kind", tune_penalty.WORK)
+@pytest.mark.parametrize("kind", tuning_penalty.WORK)
 def test_the_search_finds_the_best(kind):
     calls = []
 
     def timer(kind, tile, n):
         calls.append((tile, n))
-        return [cost(tile) * n * (1 + k) for k in range(len(tune_penalty.WORK[kind][0]))]
+        return [cost(tile) * n * (1 + k) for k in range(len(tuning_penalty.WORK[kind][0]))]
 
-    found = tune_penalty.tune(kind, present(kind), timer)
+    found = tuning_penalty.tune(kind, present(kind), timer)
     assert found.tile == present(kind)._replace(warps=16, repeat=2, prefetch=True, registers=168, programs=1024)
     assert len(calls) == len(set(calls)), "something was timed twice"
     assert found.scores[found.tile] == 1
-    text = tune_penalty.report([found], 9)
+    text = tuning_penalty.report([found], 9)
     assert f'"{kind}": Tile(16, 2, 1024, True, 168),' in text and "% faster than" in text
 
 
@@ -230,16 +233,16 @@ def test_tiles_that_do_not_run_are_out():
     def timer(kind, tile, n):
         return [math.inf if tile.warps == 16 and n == 8192 else cost(tile)]
 
-    assert tune_penalty.tune("flat", present("flat"), timer).tile.warps == 8
+    assert tuning_penalty.tune("flat", present("flat"), timer).tile.warps == 8
     with pytest.raises(RuntimeError, match="does not run here; run the tests first"):
-        tune_penalty.tune("flat", present("flat"), lambda kind, tile, n: [math.inf])
+        tuning_penalty.tune("flat", present("flat"), lambda kind, tile, n: [math.inf])
 
 
 @tuning
 def test_the_present_tile_stays_within_the_noise():
     before = present("flat")
-    found = tune_penalty.tune("flat", before, lambda kind, tile, n: [1.0 if tile == before else 0.99])
-    assert found.tile == before and "stays" in found.told()
+    found = tuning_penalty.tune("flat", before, lambda kind, tile, n: [1.0 if tile == before else 0.99])
+    assert found.tile == before and "stays" in found.in_words()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -247,6 +250,6 @@ def test_the_present_tile_stays_within_the_noise():
     ([], 2, "tune: launch parameters are measured on a CUDA GPU, and torch finds none here."),
     (["square"], 2, "'square' is no kind of work; there are frozen, flat, curved, some, many")])
 def test_tuning_refuses_in_words(arguments, status, words):
-    done = subprocess.run([sys.executable, "-m", "benchmarks.tune_penalty", *arguments], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.tuning.penalty", *arguments], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == status and done.stderr.strip().splitlines()[-1].endswith(words)

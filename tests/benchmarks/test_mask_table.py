@@ -1,4 +1,4 @@
-"""benchmarks/mask_table.py: blocks counted against brute force, orders that are found again, files read and written."""
+"""benchmarks/masks: blocks counted against brute force, orders that are found again, files read and written."""
 from __future__ import annotations
 
 import json
@@ -15,7 +15,7 @@ import moduli_kernels as mk
 for package in ("scipy", "matplotlib", "safetensors"):
     pytest.importorskip(package)
 
-from benchmarks import mask_table, train_masks  # noqa: E402
+from benchmarks.masks import blocks as counting, table as mask_table, training  # noqa: E402
 
 
 def draw_mask(shape, density, seed):
@@ -40,10 +40,10 @@ def torus_mask(n, reach, seed=0):
        density=st.sampled_from([0, 0.02, 0.3, 1]))
 def test_counts_equal_brute_force(shape, side, seed, density):
     mask = draw_mask(shape, density, seed)
-    counts = mask_table.block_counts(mask, side)
+    counts = counting.block_counts(mask, side)
     expected = [int(block.sum()) for block in blocks(mask, side)]
     assert counts.shape == (-(-shape[0] // side), -(-shape[1] // side)) and counts.ravel().tolist() == expected
-    assert mask_table.filled(counts) == np.mean([block.any() for block in blocks(mask, side)])
+    assert counting.filled(counts) == np.mean([block.any() for block in blocks(mask, side)])
 
 
 @settings(max_examples=60)
@@ -51,15 +51,15 @@ def test_counts_equal_brute_force(shape, side, seed, density):
 def test_the_blocks_that_hold_a_share_are_the_fewest(counts, percent):
     fewest = next(k for k in range(len(counts) + 1)
                   if any(100 * sum(some) >= percent * sum(counts) for some in combinations(counts, k)))
-    assert mask_table.holding(np.array(counts), percent) == fewest / len(counts)
+    assert counting.holding(np.array(counts), percent) == fewest / len(counts)
 
 
 def test_random_masks_keep_so_many_and_fill_what_chance_fills():
-    first, second = (mask_table.random_mask(512, 5000, seed) for seed in (0, 1))
+    first, second = (counting.random_mask(512, 5000, seed) for seed in (0, 1))
     assert first.sum() == second.sum() == 5000 and (first != second).any()
-    assert (first == mask_table.random_mask(512, 5000, 0)).all()
+    assert (first == counting.random_mask(512, 5000, 0)).all()
     by_chance = 1 - (1 - 5000 / 512**2) ** 256
-    assert mask_table.filled(mask_table.block_counts(first, 16)) == pytest.approx(by_chance, abs=0.02)
+    assert counting.filled(counting.block_counts(first, 16)) == pytest.approx(by_chance, abs=0.02)
 
 
 # --- orders -----------------------------------------------------------------------------------------------------
@@ -74,10 +74,10 @@ def test_a_block_diagonal_mask_is_found_again(shuffled):
     mask = np.kron(np.eye(n // side, dtype=bool), np.ones((side, side), dtype=bool))
     if shuffled:
         mask = reordered(mask, np.random.default_rng(0).permutation(n))
-    share = {name: mask_table.filled(mask_table.block_counts(reordered(mask, order), side))
-             for name, order in mask_table.own_orders(mask).items()}
+    share = {name: counting.filled(counting.block_counts(reordered(mask, order), side))
+             for name, order in counting.own_orders(mask).items()}
     assert min(share.values()) == side / n
-    counted = mask_table.blocks_of(mask, mk.manifold("torus").sample(n, generator=torch.Generator().manual_seed(0)))
+    counted = counting.blocks_of(mask, mk.manifold("torus").sample(n, generator=torch.Generator().manual_seed(0)))
     assert counted["filled"][16]["rcm"] == 12 / 144 and counted["holding"][16]["rcm"] == 11 / 144
     assert counted["filled"][16]["random"] > 0.99 and counted["filled"][16]["manifold"] > 0.5
 
@@ -87,8 +87,8 @@ def test_orders_are_permutations_and_idle_neurons_come_last():
     idle = [3, 77, 149]
     mask[idle] = mask[:, idle] = False
     mask = np.triu(mask)  # of a pattern that is not symmetric
-    orders = mask_table.own_orders(mask)
-    assert tuple(orders) == mask_table.OWN
+    orders = counting.own_orders(mask)
+    assert tuple(orders) == counting.OWN
     for order in orders.values():
         assert sorted(order) == list(range(150)) and sorted(order[-3:]) == idle
     degrees = (mask | mask.T).sum(0)[orders["degree"]]
@@ -97,12 +97,12 @@ def test_orders_are_permutations_and_idle_neurons_come_last():
 
 def test_a_local_mask_fills_few_blocks_in_manifold_order_and_hubs_in_order_of_degree():
     mask, points = torus_mask(512, 1.0)
-    share = mask_table.blocks_of(mask, points)["filled"][16]
-    assert share["manifold"] < 0.25 and min(share[name] for name in mask_table.OWN) < 0.35 and share["random"] > 0.99
+    share = counting.blocks_of(mask, points)["filled"][16]
+    assert share["manifold"] < 0.25 and min(share[name] for name in counting.OWN) < 0.35 and share["random"] > 0.99
     hubs = np.zeros((512, 512), dtype=bool)
     some = np.random.default_rng(0).choice(512, 64, replace=False)
     hubs[np.ix_(some, some)] = True
-    share = mask_table.blocks_of(hubs, points)["filled"][16]
+    share = counting.blocks_of(hubs, points)["filled"][16]
     assert share["degree"] == (64 / 512) ** 2 and share["manifold"] > 0.5
 
 
@@ -116,7 +116,7 @@ def stored(folder, name, n, seed=0):
     mask, points = torus_mask(n, 2.0, seed)
     masks = {cut: mask & draw_mask((n, n), density, seed) for cut, density in zip(CUTS, (0.8, 0.4, 0.2))}
     packed = {f"mask_{cut}": np.packbits(mask, axis=1) for cut, mask in masks.items()}
-    train_masks._write(folder / f"{name}.npz", packed | {"points": points.numpy()})
+    training.write_arrays(folder / f"{name}.npz", packed | {"points": points.numpy()})
     return masks, points
 
 
@@ -138,7 +138,7 @@ def recorded(config, errors):
 @pytest.fixture
 def folder(tmp_path):
     """What train_masks leaves half-way: two nets (small ones) with masks, and some of the quality runs."""
-    all_runs, found = train_masks.runs(None), {}
+    all_runs, found = training.runs(None), {}
     for name, last in (("torus-0.5-n768-block", 15.0), ("torus-0.5-n768-plain", 11.0)):  # finished in this order
         stored(tmp_path, name, 80, seed=int(last))
         found[name] = recorded(all_runs[name], [40, 30, 20, 13, *[50] * 3, 14, *[60] * 3, last])
@@ -164,7 +164,7 @@ def test_a_row_for_each_run_and_sparsity(folder):
         for side in (16, 32, 64):
             counts = np.array([block.sum() for block in blocks(reordered(mask, order), side)])
             assert row["filled"][side]["manifold"] == (counts > 0).mean()
-            assert row["holding"][side]["manifold"] == mask_table.holding(counts)
+            assert row["holding"][side]["manifold"] == counting.holding(counts)
 
 
 def test_quality_runs_by_block_and_order(folder):
@@ -195,4 +195,4 @@ def test_no_runs_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mask_table", "--folder", str(tmp_path)])
     with pytest.raises(SystemExit):
         mask_table.main()
-    assert "train nets first with `python -m benchmarks.train_masks`" in capsys.readouterr().err
+    assert "train nets first with `python -m benchmarks.masks.training`" in capsys.readouterr().err

@@ -1,23 +1,24 @@
-"""The report of a run on a GPU, as lines of Markdown: report.py prints it."""
+"""The report of a run on a GPU, as lines of Markdown."""
 from __future__ import annotations
 
 from typing import Any
 
+from ..harness.records import commit_in_words
+from ..rnn.cases_gpu import RNN_GPU_GOALS
 from .cases import ACCURACY_GOALS, MEMORY_GOAL
 from .cases_gpu import ACCURACY_16_BIT, COPY, GPU_GOALS
-from .cases_rnn_gpu import RNN_GPU_GOALS
 
 Record = dict[str, Any]
-LEAST_ROUNDS = 50
+LEAST_ROUNDS = 50  # the report warns of cases with fewer
 
 
-def report(run: Record) -> list[str]:
+def report_lines(run: Record) -> list[str]:
+    """Returns the report as lines of Markdown."""
     environment = run["environment"]
     versions = environment["versions"]
-    dirty = " with uncommitted changes" if environment["dirty"] else ""
     lines = [
         "# Penalty on a GPU: measured" + (" (QUICK: small sizes, no figures)" if run["quick"] else ""), "",
-        f"{run['started']}, commit {(environment['commit'] or 'unknown')[:12]}{dirty}, {environment['device']}, driver "
+        f"{run['started']}, commit {commit_in_words(environment)}, {environment['device']}, driver "
         f"{run['driver'] or 'unknown'}, CUDA {versions['cuda']}, torch {versions['torch']}, Triton "
         f"{versions['triton']}, second-level cache {run['l2'] / 2**20:.0f} MiB. float32, torus + DoG, value and "
         "gradients unless said. Times are the device's, by CUDA events, warm, weights rotating through more memory "
@@ -35,7 +36,7 @@ def report(run: Record) -> list[str]:
 
 
 def rows(run: Record) -> list[tuple[str, str, str, str]]:
-    """(case, goal, value, verdict) of every line of the table."""
+    """Returns (case, goal, value, verdict) for every goal."""
     found = []
     for goal in (*GPU_GOALS, *(RNN_GPU_GOALS if "rnn" in run else ())):
         figure = goal.figure(run)
@@ -48,6 +49,7 @@ def rows(run: Record) -> list[tuple[str, str, str, str]]:
 
 
 def figures(run: Record) -> list[str]:
+    """Tabulates the goals and what was measured, and says which measurements to distrust."""
     lines = ["| case | goal | value | verdict |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(run)]
     few = [one["case"] for one in run["penalty"] if one["rounds"] < LEAST_ROUNDS]
@@ -60,7 +62,7 @@ def figures(run: Record) -> list[str]:
 
 
 def scaled(run: Record) -> list[str]:
-    """Ours with grad_output 0.5, which scales the gradients in place, against grad_output 1."""
+    """Tabulates ours with grad_output 0.5, which scales the gradients in place, against grad_output 1."""
     ours = {one["case"]: one["contestants"][0]["time"][1] for one in run["penalty"]}
     pairs = [(case, ours[case], ours[case + "-scaled"]) for case in ours if case + "-scaled" in ours]
     if not pairs:
@@ -70,6 +72,7 @@ def scaled(run: Record) -> list[str]:
 
 
 def contestants(penalty: list[Record]) -> list[str]:
+    """Tabulates every contestant."""
     lines = ["The share of the copy's bandwidth is copy time over time. In a loop: seconds a step with launching, "
              "which small weights are bound by.", "",
              "| case | contestant | us [quartiles] | its time / ours | share of copy bandwidth | in a loop, us |",
@@ -88,6 +91,7 @@ def contestants(penalty: list[Record]) -> list[str]:
 
 
 def accuracy(penalty: list[Record]) -> list[str]:
+    """Tabulates our errors."""
     sixteen = {str(dtype).removeprefix("torch."): goals for dtype, goals in ACCURACY_16_BIT.items()}
     lines = ["Gradients in norm.", "", "| case | value | dW | dE | verdict |", "| --- | --- | --- | --- | --- |"]
     for record in penalty:
@@ -102,6 +106,7 @@ def accuracy(penalty: list[Record]) -> list[str]:
 
 
 def memory(measured: list[Record], quick: bool) -> list[str]:
+    """Tabulates peak memory."""
     if not measured:
         return ["Not measured in this run."]
     lines = ["Peak of torch's allocator during a step.", "",
@@ -115,6 +120,7 @@ def memory(measured: list[Record], quick: bool) -> list[str]:
 
 
 def parts(done: dict[str, Record]) -> list[str]:
+    """Tabulates the parts of `make gpu`."""
     return ["| part | verdict | seconds | |", "| --- | --- | --- | --- |",
             *(f"| {name} | {'passed' if one['ok'] else 'FAILED'} | {one['seconds']:.0f} | {one['summary']} |"
               for name, one in done.items())]
