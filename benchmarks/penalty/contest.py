@@ -28,6 +28,7 @@ class PenaltyContest(Contest):
         first_call: name -> seconds of the first call, compiling included.
         refused: name -> why a wrong peer was put out.
         faults: name -> page faults of each turn.
+        weight, points: the case's inputs, which all contestants share.
     """
 
     peers = Peers
@@ -42,7 +43,7 @@ class PenaltyContest(Contest):
         self.errors: dict[str, dict[str, float]] = {}
         self.first_call: dict[str, float] = {}
         self.refused: dict[str, str] = {}
-        self._weight, self._points = weight, points
+        self.weight, self.points = weight, points
 
     def names(self) -> list[str]:
         return [one.name for one in self.contestants]
@@ -80,7 +81,7 @@ class PenaltyContest(Contest):
         case = self.case
         what = reference.Penalty(case.manifold, case.formula, 1.0, 1, case.scale)
         value, grads = reference.penalty_with_grads(
-            self._weight.double(), self._points.double(), None, None, what, case.gradients,
+            self.weight.double(), self.points.double(), None, None, what, case.gradients,
             case.gradients and case.trained)
         truth = {"value": value}
         if case.gradients:

@@ -44,9 +44,9 @@ class GpuContest(PenaltyContest):
 
     def _copies(self) -> list[Tensor]:
         """Makes so many copies of W that together with W they exceed the second-level cache CACHES times."""
-        cache = torch.cuda.get_device_properties(self._weight.device).L2_cache_size
-        count = min(MOST_COPIES, max(2, math.ceil(CACHES * cache / self._weight.nbytes)))
-        return [self._weight.clone() for _ in range(count - 1)]
+        cache = torch.cuda.get_device_properties(self.weight.device).L2_cache_size
+        count = min(MOST_COPIES, max(2, math.ceil(CACHES * cache / self.weight.nbytes)))
+        return [self.weight.clone() for _ in range(count - 1)]
 
     def take_turn(self, name: str) -> None:
         one, rotation = self.contestant(name), self.rotations[name]

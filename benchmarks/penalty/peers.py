@@ -72,7 +72,7 @@ class Peers:
         if self.case.peers == "none":
             return self.made
         if self.case.peers == "formula":
-            self._autograd("per coordinate", "compiled", _compile(self._formula(self.case.manifold)))
+            self._autograd("per coordinate", "compiled", compiled(self._formula(self.case.manifold)))
         elif not self.case.gradients:
             self._values()
         elif not self.case.trained:
@@ -105,30 +105,30 @@ class Peers:
         def read(me: Contestant) -> None:
             me.weight.detach().sum()
 
-        self._add("copy into a buffer", "floor", copy)
+        self.add("copy into a buffer", "floor", copy)
         if self.case.gradients:
-            self._add("clone", "floor", clone)
+            self.add("clone", "floor", clone)
         else:
-            self._add("sum (reads W once)", "floor", read)
+            self.add("sum (reads W once)", "floor", read)
 
     # --- peers -------------------------------------------------------------------------------------------------
 
     def _trained(self) -> None:
         case = self.case
-        self._by_hand("hand-derived, symmetric", "compiled", _compile(self._derived(case.manifold, symmetric=True)))
+        self._by_hand("hand-derived, symmetric", "compiled", compiled(self._derived(case.manifold, symmetric=True)))
         if case.peers == "fast":
             return
-        self._by_hand("hand-derived", "compiled", _compile(self._derived(case.manifold)))
-        self._by_hand("joint graph", "compiled", _compile(self._joint(case.manifold)))
-        self._autograd("per coordinate", "compiled", _compile(self._formula(case.manifold)))
+        self._by_hand("hand-derived", "compiled", compiled(self._derived(case.manifold)))
+        self._by_hand("joint graph", "compiled", compiled(self._joint(case.manifold)))
+        self._autograd("per coordinate", "compiled", compiled(self._formula(case.manifold)))
         if any(isinstance(factor, Sphere) for factor in case.manifold.factors()):
             acos = _with_acos(case.manifold)
-            self._by_hand("hand-derived (acos)", "compiled", _compile(self._derived(acos)))
-            self._by_hand("hand-derived, symmetric (acos)", "compiled", _compile(self._derived(acos, symmetric=True)))
+            self._by_hand("hand-derived (acos)", "compiled", compiled(self._derived(acos)))
+            self._by_hand("hand-derived, symmetric (acos)", "compiled", compiled(self._derived(acos, symmetric=True)))
         if case.stacked:
-            self._autograd("stacked", "compiled", _compile(self._formula(case.manifold, stacked=True)))
+            self._autograd("stacked", "compiled", compiled(self._formula(case.manifold, stacked=True)))
         if case.headline:
-            tuned = _compile(self._derived(case.manifold, symmetric=True), mode=MAX_AUTOTUNE)
+            tuned = compiled(self._derived(case.manifold, symmetric=True), mode=MAX_AUTOTUNE)
             self._by_hand("hand-derived, symmetric (max-autotune)", "compiled", tuned)
             self._autograd("eager formula", "eager", self._formula(case.manifold))
             # The authors' scripts hold all differences, the distances, f and f |W| as tensors in memory.
@@ -145,8 +145,8 @@ class Peers:
         def derived(weight: Tensor, points: Tensor) -> Gradients:
             return scale * weight.abs().sum(), scale * torch.sign(weight), nothing
 
-        self._autograd("plain L1", "compiled", _compile(l1))
-        self._by_hand("plain L1, hand-derived", "compiled", _compile(derived))
+        self._autograd("plain L1", "compiled", compiled(l1))
+        self._by_hand("plain L1, hand-derived", "compiled", compiled(derived))
         self._autograd("plain L1, eager", "eager", l1)
 
     def _frozen(self) -> None:
@@ -159,18 +159,18 @@ class Peers:
         def derived(weight: Tensor, points: Tensor) -> Gradients:
             return scale * (coefficients * weight.abs()).sum(), scale * coefficients * torch.sign(weight)
 
-        self._autograd("cached", "cached", _compile(cached))
-        self._by_hand("cached, hand-derived", "cached", _compile(derived))
+        self._autograd("cached", "cached", compiled(cached))
+        self._by_hand("cached, hand-derived", "cached", compiled(derived))
         if case.headline:
-            self._by_hand("cached, hand-derived (max-autotune)", "cached", _compile(derived, mode=MAX_AUTOTUNE))
+            self._by_hand("cached, hand-derived (max-autotune)", "cached", compiled(derived, mode=MAX_AUTOTUNE))
             self._autograd("cached, eager", "eager", cached)
-            self._autograd("per coordinate", "compiled", _compile(self._formula(case.manifold)))
-            self._by_hand("hand-derived", "compiled", _compile(self._derived(case.manifold)))
+            self._autograd("per coordinate", "compiled", compiled(self._formula(case.manifold)))
+            self._by_hand("hand-derived", "compiled", compiled(self._derived(case.manifold)))
 
     def _values(self) -> None:
         manifold = self.case.manifold
-        self._autograd("per coordinate", "compiled", _compile(self._formula(manifold)))
-        self._autograd("stacked", "compiled", _compile(self._formula(manifold, stacked=True)))
+        self._autograd("per coordinate", "compiled", compiled(self._formula(manifold)))
+        self._autograd("stacked", "compiled", compiled(self._formula(manifold, stacked=True)))
 
     # --- forms of the formula ----------------------------------------------------------------------------------
 
@@ -214,7 +214,8 @@ class Peers:
 
     # --- how a form becomes a contestant -----------------------------------------------------------------------
 
-    def _add(self, name: str, kind: str, run: Callable[[Contestant], Tensor | None]) -> None:
+    def add(self, name: str, kind: str, run: Callable[[Contestant], Tensor | None]) -> None:
+        """Adds a contestant with leaves of its own."""
         need = self.case.gradients
         weight = self.weight.detach().requires_grad_(need)
         points = self.points.detach().requires_grad_(need and self.case.trained)
@@ -229,7 +230,7 @@ class Peers:
                 value.backward(grad)
             return value.detach()
 
-        self._add(name, kind, run)
+        self.add(name, kind, run)
 
     def _by_hand(self, name: str, kind: str, derived: Callable[[Tensor, Tensor], Gradients]) -> None:
         """Adds a form that returns gradients with the value, without autograd. All of it carries grad_output."""
@@ -241,10 +242,11 @@ class Peers:
                 leaf.grad = grad
             return value if grad_output == 1.0 else value / grad_output
 
-        self._add(name, kind, run)
+        self.add(name, kind, run)
 
 
-def _compile(function: Callable, mode: str = "default") -> Callable:
+def compiled(function: Callable, mode: str = "default") -> Callable:
+    """Compiles a form, as one graph for these shapes."""
     return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
 
 

@@ -38,11 +38,11 @@ class GpuPeers(Peers):
             value.backward()
             return value.detach()
 
-        self._add(MASKED_INTO, "masked", into)
+        self.add(MASKED_INTO, "masked", into)
         self.made[-1].keeps_grad = True
         self.made[-1].weight.grad = torch.zeros_like(self.weight)
         dense, self.weight = self.weight, torch.where(mask, self.weight, 0).to_sparse_csr()
-        self._add(MASKED_VALUES, "masked", compressed)
+        self.add(MASKED_VALUES, "masked", compressed)
         self.weight = dense
 
 

@@ -48,7 +48,7 @@ class Clock:
 def on_cpu(monkeypatch):
     """What asks for a GPU asks the CPU, and nothing is compiled."""
     monkeypatch.setattr(stopwatch, "Stopwatch", Clock)
-    monkeypatch.setattr(peers, "_compile", lambda function, mode="default": function)
+    monkeypatch.setattr(peers, "compiled", lambda function, mode="default": function)
     monkeypatch.setattr(stopwatch, "captured", lambda step: step)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=10_000))
