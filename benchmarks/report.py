@@ -22,7 +22,7 @@ from .penalty.picture import draw
 from .penalty.report import Record
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TESTS = "tests/test_penalty*.py"  # pattern of the tests that must pass
+TESTS = "tests/penalty/test_penalty*.py"  # pattern of the tests that must pass
 
 
 def main() -> int:

@@ -125,9 +125,10 @@ def test_no_report_while_tests_are_red(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.records, "load", lambda path: {})
     assert report.main() == 1
     assert "no correctness tests" in capsys.readouterr().err
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_penalty.py").write_text("def test_red():\n    assert False\n")
+    tests = tmp_path / "tests" / "penalty"
+    tests.mkdir(parents=True)
+    (tests / "test_penalty.py").write_text("def test_red():\n    assert False\n")
     assert report.main() == 1
     assert "tests are red" in capsys.readouterr().err
-    (tmp_path / "tests" / "test_penalty.py").write_text("def test_green():\n    pass\n")
+    (tests / "test_penalty.py").write_text("def test_green():\n    pass\n")
     assert report.failing_tests() is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moduli_kernels import KleinBottle, Product, Sphere
-from moduli_kernels.geometry.manifolds import Manifold, sqrt_of_square, wrap
+from moduli_kernels import KleinBottle, Manifold, Product, Sphere
+from moduli_kernels.geometry.manifolds import sqrt_of_square, wrap
 
 
 def stacked_squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moduli_kernels import Constant, Product, Sphere, moduli_penalty, reference
-from moduli_kernels.geometry.manifolds import Manifold
+from moduli_kernels import Constant, Manifold, Product, Sphere, moduli_penalty, reference
 
 from .cases import Case
 from .distances import AcosSphere, stacked_squared_distance

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moduli_kernels import _library_blocks
-from moduli_kernels.block_layout import block_layout
+from moduli_kernels.ops import blocked_rnn
+from moduli_kernels.ops.block_layout import block_layout
 
 from ..harness import stopwatch
 from .cases_gpu import OURS, OURS_GRAPH, PRODUCTS, VENDOR, RnnGpuCase
@@ -40,7 +40,7 @@ class RnnGpuContest:
         self.grad = torch.randn(case.steps, case.batch, case.n, device=case.device)
         self.layouts: list[list[Tensor]] = []
         if case.kept:
-            self.layouts = [_library_blocks.flat(block_layout(
+            self.layouts = [blocked_rnn.flat(block_layout(
                 self.masks[f"weight_hh_l{k}"], self.order, self.order, side=case.side or 32,
                 threshold=None if case.side else 32 * 32 + 1)) for k in range(case.layers)]
 

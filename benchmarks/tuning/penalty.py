@@ -2,7 +2,7 @@
 
     python -m benchmarks.tuning.penalty [KIND ...] [--output FILE]
 
-KIND is frozen, flat, curved, some or many (default: all). The rows belong in moduli_kernels/triton/launch_table.py,
+KIND is frozen, flat, curved, some or many (default: all). The rows belong in moduli_kernels/triton/penalty/tiles.py,
 under this GPU's generation.
 
 Each kind of work is measured on the manifolds that stand for it, in float32 with a difference of Gaussians, at three
@@ -107,7 +107,7 @@ def tune(kind: str, before: Any, timer: Timer) -> Found:
 
 
 def row(kind: str, tile: Any) -> str:
-    """Writes a tile as a row of launch_table.py."""
+    """Writes a tile as a row of tiles.py."""
     arguments = [str(tile.warps), str(tile.repeat), str(tile.programs)]
     if tile.prefetch:
         arguments.append("True")
@@ -118,7 +118,7 @@ def row(kind: str, tile: Any) -> str:
 
 def report(found: list[Found], capability: int) -> str:
     """Writes what belongs in the table, as Python, with what it gains."""
-    return "\n".join([f"# generation {capability}, moduli_kernels/triton/launch_table.py",
+    return "\n".join([f"# generation {capability}, moduli_kernels/triton/penalty/tiles.py",
                       *(f"# {each.in_words()}" for each in found),
                       "{", *(row(each.kind, each.tile) for each in found), "}"])
 
@@ -130,11 +130,11 @@ class GpuTimer:
     the cache holds."""
 
     def __init__(self) -> None:
-        from moduli_kernels.triton import launch_table
+        from moduli_kernels.triton.penalty import tiles
 
         from ..harness.stopwatch import Stopwatch
 
-        self.table, self.stopwatch = launch_table, Stopwatch()
+        self.table, self.stopwatch = tiles, Stopwatch()
         self._values: dict[tuple[mk.Manifold, int], float] = {}
 
     def __call__(self, kind: str, tile: Any, n: int) -> list[float]:
@@ -183,16 +183,16 @@ def main() -> int:
         print("tune: launch parameters are measured on a CUDA GPU, and torch finds none here.", file=sys.stderr)
         return 2
     from examples.training import files
-    from moduli_kernels.triton import launch_table
+    from moduli_kernels.triton.penalty import tiles
 
     from ..harness import records
 
     major = torch.cuda.get_device_capability()[0]
-    generation = max([g for g in launch_table.TABLE if g <= major], default=min(launch_table.TABLE))
+    generation = max([g for g in tiles.TABLE if g <= major], default=min(tiles.TABLE))
     kinds = asked.kinds or list(WORK)
     if asked.compile:
         index, count = map(int, asked.compile.split("/"))
-        compile_share(kinds[0], launch_table.TABLE[generation][kinds[0]], index, count)
+        compile_share(kinds[0], tiles.TABLE[generation][kinds[0]], index, count)
         return 0
     found = []
     for kind in kinds:
@@ -200,7 +200,7 @@ def main() -> int:
         for process in [subprocess.Popen([sys.executable, "-m", "benchmarks.tuning.penalty", kind, "--compile",
                                           f"{k}/{count}"], stderr=subprocess.DEVNULL) for k in range(count)]:
             process.wait()
-        found.append(tune(kind, launch_table.TABLE[generation][kind], GpuTimer()))
+        found.append(tune(kind, tiles.TABLE[generation][kind], GpuTimer()))
         print(f"tune: {found[-1].in_words()}", file=sys.stderr, flush=True)
     print(report(found, major))
     if asked.output:

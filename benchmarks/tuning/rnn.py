@@ -1,4 +1,4 @@
-"""Measures where the masked RNN is faster than the vendor's, and writes moduli_kernels/rnn_crossovers.json.
+"""Measures where the masked RNN is faster than the vendor's, and writes moduli_kernels/rnn/crossovers.json.
 
     python -m benchmarks.tuning.rnn [--device cpu] [--dtype float32] [--threads 2] [--batches 1 8] [--quick]
                                     [--output FILE]
@@ -6,9 +6,9 @@
 A case is one layer with as many inputs as neurons, forward alone or with backward, for each size of hidden, batch and
 steps. It is measured without masks and with both weights masked at random to each density. One round runs
 torch.nn.RNN's path once and the sparse path once for each density, every other round in reverse order. The ratio of the
-medians counts; moduli_kernels/rnn_paths.py says how it is used. A case stops after --seconds, but not before 3 rounds.
-The file keeps what it holds for other devices and dtypes, and for other batches than those of --batches. Leave the
-machine alone meanwhile.
+medians counts; moduli_kernels/rnn/crossovers.py says how it is used. A case stops after --seconds, but not before 3
+rounds. The file keeps what it holds for other devices and dtypes, and for other batches than those of --batches. Leave
+the machine alone meanwhile.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import torch
 
 import moduli_kernels as mk
 from examples.training import files
-from moduli_kernels import _rnn_timing, rnn_paths
+from moduli_kernels.rnn import crossovers, timing
 
 HIDDEN, BATCH, STEPS = (32, 128, 256, 650, 1024, 4096), (1, 8, 32, 200), (1, 20)
 DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -68,7 +68,7 @@ def ratios(hidden: int, batch: int, steps: int, training: bool, densities: tuple
     for run in passes.values():
         run()
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / (time.perf_counter() - begin))))
-    times = _rnn_timing.alternating(passes, x.device, rounds)
+    times = timing.alternating(passes, x.device, rounds)
     found = {density: round(times["dense"] / times[density], 3) for density in nets}
     return {"hidden": hidden, "batch": batch, "steps": steps, "training": training, "unmasked": found.pop(None),
             "ratios": list(found.values())}
@@ -102,9 +102,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds for one case of the grid")
     parser.add_argument("--batches", type=int, nargs="+", help=f"sizes of the batch (default: {BATCH})")
     parser.add_argument("--quick", action="store_true", help="a tiny grid: does everything work? No figures")
-    parser.add_argument("--output", type=pathlib.Path, default=rnn_paths.FILE)
+    parser.add_argument("--output", type=pathlib.Path, default=crossovers.FILE)
     asked = parser.parse_args()
-    if asked.quick and asked.output == rnn_paths.FILE:
+    if asked.quick and asked.output == crossovers.FILE:
         parser.error("--quick measures no figures for the package: name a file of your own with --output")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(1)
@@ -118,7 +118,7 @@ def main() -> int:
         print(f"tune: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
     found = {"device": asked.device, "dtype": asked.dtype, "source": f"measured: {machine(asked.device)}, torch "
              f"{torch.__version__}", "densities": list(grid[3]), "rows": rows}
-    found["rows"].sort(key=lambda row: [row[key] for key in (*rnn_paths.AXES, "training")])
+    found["rows"].sort(key=lambda row: [row[key] for key in (*crossovers.AXES, "training")])
     files.write_text(asked.output, as_json([*(table for table in before if table not in own), found]))
     return 0
 

@@ -19,7 +19,7 @@ from benchmarks.harness import records, stopwatch
 from benchmarks.penalty import contest_gpu, memory, peers, peers_gpu, report_gpu
 from benchmarks.penalty.cases_gpu import GPU_CASES, GPU_GOALS, MASKED, MEMORY_CASES
 from benchmarks.tuning import penalty as tuning_penalty
-from moduli_kernels import _library
+from moduli_kernels import runtime
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEADER = {"device": "cuda", "driver": "580.1", "l2": 50 * 2**20, "multiprocessors": 132, "quick": False,
@@ -186,11 +186,11 @@ def test_the_commit_of_a_tree_without_git(monkeypatch):
 
 # --- tuning -----------------------------------------------------------------------------------------------
 
-tuning = pytest.mark.skipif(not _library.triton_installed, reason="Triton is not installed: pip install triton")
+tuning = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 
 
 def present(kind: str):
-    from moduli_kernels.triton.launch_table import TABLE
+    from moduli_kernels.triton.penalty.tiles import TABLE
 
     return TABLE[9][kind]
 
@@ -203,7 +203,7 @@ def cost(tile) -> float:
 
 @tuning
 def test_the_table_and_the_search_know_the_same_kinds():
-    from moduli_kernels.triton.launch_table import TABLE, Tile
+    from moduli_kernels.triton.penalty.tiles import TABLE, Tile
 
     for kinds in TABLE.values():
         assert set(kinds) == set(tuning_penalty.WORK)

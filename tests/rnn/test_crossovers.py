@@ -283,7 +283,7 @@ def test_the_script_that_measures_the_table(tmp_path):
     output = tmp_path / "table.json"
     before = [table_file(lambda *case: 1.0, device=device) for device in ("cpu", "cuda")]
     output.write_text(json.dumps({"tables": before}))
-    command = [sys.executable, "-m", "benchmarks.tune_rnn", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.tuning.rnn", "--quick"]
     run = functools.partial(subprocess.run, check=False, cwd=crossovers.FILE.parents[1], capture_output=True, text=True)
     done = run([*command, "--output", str(output)])
     assert done.returncode == 0, done.stderr
