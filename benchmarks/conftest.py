@@ -1,10 +1,13 @@
-"""`pytest benchmarks`: options, the two settings of malloc, and the JSON record of the run.
+"""Options of `pytest benchmarks`, its two settings of malloc, and the JSON record of the run.
 
-glibc's malloc maps a gradient of tens of MB anew at every step and gives it back to the system, so that each new one
-costs a page fault per 4 KB (tens of ms at n = 4096), for ours and every peer alike: one would time the system's fault
-handler. So the run starts pytest twice as a child, since malloc reads its settings at the start of a process:
-"retained", where freed memory is kept for the next request (what PyTorch's CPU tuning guide reaches by preloading
-tcmalloc or jemalloc) and which the figures are held against, and "default", glibc as it comes, for some cases.
+At every step, glibc's malloc maps a gradient of tens of MB anew and gives it back to the system. Each new gradient then
+costs a page fault for every 4 KB (tens of ms at n = 4096), for ours and every peer alike, so that one would time the
+system's fault handler. Therefore the run starts pytest twice as a child, since malloc reads its settings at the start
+of a process:
+
+    retained    freed memory is kept for the next request, as PyTorch's CPU tuning guide has it by preloading tcmalloc
+                or jemalloc. The goals are for these times.
+    default     glibc without settings, for some cases.
 """
 from __future__ import annotations
 
@@ -18,15 +21,14 @@ import time
 import pytest
 import torch
 
+from benchmarks.harness import records
 from moduli_kernels.env_report import environment
-
-from . import records
 
 RETAINED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184",
             "MALLOC_TOP_PAD_": "67108864"}
 ALLOCATOR, RECORD = "MODULI_KERNELS_BENCHMARKS_ALLOCATOR", "MODULI_KERNELS_BENCHMARKS_RECORD"
 GPU_RECORD = "MODULI_KERNELS_BENCHMARKS_GPU_RECORD"
-DEADLINE = "MODULI_KERNELS_BENCHMARKS_DEADLINE"  # seconds since 1970; what would begin later on a GPU is left out
+DEADLINE = "MODULI_KERNELS_BENCHMARKS_DEADLINE"  # seconds since 1970; later cases on a GPU are left out
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
@@ -37,7 +39,7 @@ def pytest_addoption(parser):
 
 
 def pytest_cmdline_main(config):
-    """In the parent: runs the children, one a setting of malloc. None hands over to pytest as usual."""
+    """Runs a child for each setting of malloc. In a child it returns None, and pytest goes on as usual."""
     if ALLOCATOR in os.environ or config.option.collectonly or config.option.help or config.option.version:
         return None
     settings = {"retained": RETAINED, "default": {}} if GLIBC else {"default": {}}
@@ -66,13 +68,14 @@ def pytest_cmdline_main(config):
 
 def pytest_collection_modifyitems(config, items):
     """Keeps the cases that are run under this child's malloc."""
-    allocator = os.environ.get(ALLOCATOR)  # None where items are only listed
+    allocator = os.environ.get(ALLOCATOR)  # unset where items are only listed
     chosen = [item for item in items if allocator is None or allocator in allocators_of(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 
 
 def allocators_of(item) -> tuple[str, ...]:
+    """Returns the settings of malloc under which an item is run."""
     if not GLIBC:
         return ("default",)
     return item.callspec.params["case"].allocators if item.originalname == "test_penalty" else ("retained",)
@@ -80,12 +83,13 @@ def allocators_of(item) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def quick(request) -> bool:
+    """Whether sizes and rounds are small."""
     return request.config.option.quick
 
 
 @pytest.fixture
 def in_time():
-    """For benchmarks on a GPU, which `make gpu` runs within its minutes; each leaves the GPU's memory free."""
+    """Skips a benchmark on a GPU when the time of `make gpu` is up, and frees the GPU's memory after each."""
     if time.time() > float(os.environ.get(DEADLINE, "inf")):
         pytest.skip("the run's time is up; PART=bench alone has more")
     yield
@@ -94,7 +98,7 @@ def in_time():
 
 @pytest.fixture(scope="session", autouse=True)
 def threads(request):
-    """All contestants use as many threads; before anything is compiled, since compiled code fixes its number."""
+    """Gives all contestants the same number of threads, before anything is compiled: compiled code keeps the number."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(request.config.option.threads or cores)
@@ -104,7 +108,7 @@ def threads(request):
 
 @pytest.fixture(scope="session")
 def save(threads, quick):
-    """save(list name, entry): into the run's JSON file."""
+    """Returns save(list name, entry), which adds an entry to the run's JSON file."""
     header = {"environment": environment(), "threads": threads, "quick": quick,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "retained": RETAINED}
     allocator = os.environ.get(ALLOCATOR, "default")
@@ -118,7 +122,7 @@ def save(threads, quick):
 
 @pytest.fixture(scope="session")
 def save_gpu(quick):
-    """As `save`, into the file of the GPU."""
+    """Returns the same as `save`, for the GPU's file."""
     header = records.gpu_header(quick)
 
     def add(list_name: str, entry: dict) -> None:

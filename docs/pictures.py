@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import moduli_kernels as mk
-from examples import paper_figures
+from examples.paper import figures as paper_figures
 from moduli_kernels import plots
 
 DPI = 110

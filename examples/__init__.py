@@ -1,1 +1,1 @@
-"""Examples: two tasks of the paper, a small resumable trainer, and the demo (`python -m examples.demo`)."""
+"""The paper's four experiments, its tables and figures, a demo (`python -m examples.demo`) and a loop to copy."""

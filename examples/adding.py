@@ -1,6 +1,6 @@
 """The adding problem: a net reads 50 pairs (number, mark) and must give the sum of the two marked numbers.
 
-A test of memory: the marks may stand far apart and far from the end. Always answering 1 gives a root mean
+It is a test of memory, since the marks may stand far apart and far from the end. Always answering 1 gives a root mean
 square error (RMSE) of 0.41. Tensors are time-major, (steps, batch, ...).
 
     python -m examples.adding --net torus --cut 0.95
@@ -17,22 +17,24 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-from .task import WORLD_SEED, Preset, Task
+from .training.task import WORLD_SEED, Preset, Task
 
 INPUTS = 2  # the number and its mark
 
 
 class Sums(NamedTuple):
+    """A batch of problems."""
+
     inputs: Tensor  # (steps, batch, 2): uniform numbers in [0, 1), marks 0 or 1
     target: Tensor  # (batch,): the sum of the two marked numbers
 
 
 def sums(batch: int, steps: int, *, generator: torch.Generator) -> Sums:
-    """Fresh problems on the generator's device; the marked places are distinct, all pairs equally likely."""
+    """Draws problems on the generator's device. The marked places differ, and all pairs are equally likely."""
     device = generator.device
     numbers = torch.rand(steps, batch, generator=generator, device=device)
     first = torch.randint(steps, (batch,), generator=generator, device=device)
-    # A second place among the other steps - 1: those from `first` on move up by one.
+    # The second place is one of the other steps - 1, so places from `first` on move up by one.
     second = torch.randint(steps - 1, (batch,), generator=generator, device=device)
     second = second + (second >= first)
     places = torch.stack((first, second))
@@ -41,10 +43,10 @@ def sums(batch: int, steps: int, *, generator: torch.Generator) -> Sums:
 
 
 class Adder(nn.Module):
-    """One ReLU layer and a linear read-out of its last state.
+    """One ReLU layer, h_t = relu(W_ih x_t + W_hh h_{t-1} + b) with h_{-1} = 0, and a linear read-out of its last state.
 
-    h_t = relu(W_ih x_t + W_hh h_{t-1} + b), h_{-1} = 0. The authors hold W_ih and W_hh side by side in one
-    matrix with nn.Linear's default initialization: so do these two start, and they are pruned together anyway.
+    The authors have W_ih and W_hh side by side in one matrix with nn.Linear's default initialization. These two start
+    from the same distribution, and they are pruned together.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -56,20 +58,20 @@ class Adder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Also of a lottery run (mk.reinitialize_), after the parts have had theirs."""
+        """Draws initial weights. mk.reinitialize_ also calls it, after the parts' own reset_parameters."""
         bound = (INPUTS + self.rnn.hidden_size) ** -0.5
         for parameter in self.rnn.parameters():
             parameter.uniform_(-bound, bound)
         self.rnn.bias_hh_l0.zero_()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(steps, batch, 2) -> (batch,)."""
+        """Maps inputs (steps, batch, 2) to answers (batch,)."""
         _, last = self.rnn(inputs)
         return self.readout(last[0])[:, 0]
 
 
 class AddingTask(Task):
-    """The defaults are the paper's size."""
+    """The adding problem. The defaults are the paper's sizes."""
 
     METRIC = "RMSE"
     UNIT = "RMSE"
@@ -85,23 +87,23 @@ class AddingTask(Task):
         self.test = sums(tests, steps, generator=self.generator)
 
     def batches(self, count: int) -> Iterator[Sums]:
-        """`count` fresh batches."""
+        """Yields `count` fresh batches."""
         drawn = sums(count * self.batch_size, self.steps, generator=self.generator)
         for i in range(0, count * self.batch_size, self.batch_size):
             part = slice(i, i + self.batch_size)
             yield Sums(drawn.inputs[:, part], drawn.target[part])
 
     def loss(self, batch: Sums) -> Tensor:
-        """Mean squared error."""
+        """Returns the mean squared error."""
         return nn.functional.mse_loss(self.model(batch.inputs), batch.target)
 
     @torch.no_grad()
     def error(self) -> float:
-        """Root mean square error over the test problems."""
+        """Returns the root mean square error over the test problems."""
         return self.loss(self.test).sqrt().item()
 
     def references(self) -> dict[str, float]:
-        """RMSE of the best answer that ignores the input."""
+        """Returns the RMSE of the best answer that ignores the input."""
         return {"always answering 1": (self.test.target - 1).square().mean().sqrt().item()}
 
     def pruned(self) -> list[tuple[nn.Module, str]]:
@@ -113,19 +115,19 @@ class AddingTask(Task):
 
 
 TASK = AddingTask
-SIZE = {"hidden": 128, "steps": 50, "batch": 32, "tests": 4000}  # the authors'
+SIZE = {"hidden": 128, "steps": 50, "batch": 32, "tests": 4000}  # the authors' sizes
 PRESETS = {
-    # The authors' code: 100 epochs of 10,000 samples, then 10 on the final mask.
+    # The authors' code has 100 epochs of 10,000 samples, then 10 on the final mask.
     "full": Preset("the authors' code at full size", SIZE, epochs=100, hold=10, batches=313, lr=1e-4, strength=1e-3,
                    clip=0.5, settings={"point_damping": 0.99}),
     "quick": Preset("44 epochs at three times the learning rate", SIZE, before=14, epochs=20, hold=10, batches=313,
                     lr=3e-4, strength=1e-3, clip=0.5, settings={"point_damping": 0.99}),
 }
 
-OPTIONS = {"hidden": "neurons (paper 128)", "steps": "numbers in a problem (paper 50)", "batch": "problems (paper 32)",
-           "tests": "test problems, drawn once"}
+OPTIONS = {"hidden": "neurons (paper 128)", "steps": "numbers in a problem (paper 50)",
+           "batch": "problems in a batch (paper 32)", "tests": "test problems, drawn once"}
 
 if __name__ == "__main__":
-    from .command import main
+    from .training.command_line import main
 
     sys.exit(main("adding"))

@@ -1,8 +1,8 @@
-"""Trains recurrent nets while pruning them, side by side, and shows what came of it.
+"""Trains several recurrent nets while pruning them and compares them in a table and pictures.
 
     python -m examples.demo [--task navigation|adding] [--quick] [--full] [--fresh]
 
-Run it from the repository's root. Stopped with Ctrl-C or killed, it goes on from its checkpoints next time.
+Run it from the repository's root. After Ctrl-C or a kill, it goes on from its checkpoints next time.
 """
 
 from __future__ import annotations
@@ -12,35 +12,34 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from . import report
-from .config import Config, Result
-from .trainer import Run
-from .workers import places, train_all
+from .paper import demo_report
+from .training.config import EXAMPLES, Config, Result, task_module
+from .training.trainer import Run
+from .training.workers import places, train_all
 
-HERE = Path(__file__).resolve().parent
 CONTROLS = ("torus", "l1_matched", "none")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What is trained. README.md says how sizes and lengths were chosen."""
+    """Which nets are trained, and how. README.md says how sizes and lengths were chosen."""
 
-    what: str  # for the reader, above the table
-    settings: dict  # of Config
+    what: str  # says above the table what the mode is
+    settings: dict  # fields of Config
     wanted: tuple[float, ...]  # sparsities to report
     nets: tuple[str, ...] = CONTROLS
     seeds: tuple[int, ...] = (0,)
 
 
 def modes(task: str) -> dict[str, Mode]:
-    preset = import_module(f"{__package__}.{task}").PRESETS["quick"]
+    """Returns the modes "demo", "quick" and "full" of a task."""
+    preset = task_module(task).PRESETS["quick"]
     if task == "navigation":
-        # Steps of 5 %, so that every sparsity wanted is met; before them, at 0 until the task is learned.
+        # The sparsity stays at 0 until the task is learned, then rises by 5 %, so that it meets every one wanted.
         cut, wanted = 0.9, (0.0, 0.5, 0.75, 0.9)
         tiny = replace(preset, batches=40, before=6, hold=0, options={**preset.options, "hidden": 128, "steps": 10})
         size = "n = 512, 128 landmarks, 20 steps"
@@ -63,7 +62,7 @@ def modes(task: str) -> dict[str, Mode]:
 def run(
     task: str, name: str, mode: Mode, *, device: str, runs: Path, results: Path, fresh: bool = False
 ) -> Path:
-    """Trains, prints the table, writes pictures and the record; returns their folder."""
+    """Trains the nets, prints the table, writes pictures and the record, and returns their folder."""
     begun = time.perf_counter()
     configs = [
         Config(task=task, net=net, seed=seed, device=device, **mode.settings)
@@ -76,11 +75,11 @@ def run(
     done = train_all(configs, runs)
     seconds = time.perf_counter() - begun
 
-    rows = report.summarize(configs, done, mode.wanted)
-    print("\n" + report.table(task, rows, mode.what, done[0].references) + "\n")
+    rows = demo_report.summarize(configs, done, mode.wanted)
+    print("\n" + demo_report.table(task, rows, mode.what, done[0].references) + "\n")
     folder = results / (f"{task}-{name}" + ("" if device == "cpu" else "-cuda"))
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_record(folder / "record.json", name, configs, done, rows, seconds)
+    demo_report.write_record(folder / "record.json", name, configs, done, rows, seconds)
     print(f"{seconds / 60:.1f} minutes in all. Record: {_short(folder / 'record.json')}")
     for picture in _pictures(folder, configs, done, mode, runs):
         print(f"Picture: {_short(picture)}")
@@ -102,11 +101,11 @@ def _pictures(folder: Path, configs: list[Config], done: list[Result], mode: Mod
     if not whole:
         print("No pictures: every net collapsed.")
         return []
-    from . import figures
+    from .paper import demo_figures
 
     nets = [Run(config, config.folder(runs)) for config in whole]
     try:
-        return figures.draw_all(folder, configs, done, nets, mode.wanted)
+        return demo_figures.draw_all(folder, configs, done, nets, mode.wanted)
     except ImportError as error:
         print(f"No pictures: {error}. Install matplotlib and run this again: what is trained is kept.")
         return []
@@ -120,13 +119,14 @@ def _short(path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=("navigation", "adding"), default="navigation")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="under a minute: a check that all works")
     length.add_argument("--full", action="store_true", help="3 seeds and more controls")
     parser.add_argument("--fresh", action="store_true", help="train afresh, also where checkpoints are kept")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for runs/ (checkpoints) and results/")
+    parser.add_argument("--out", type=Path, default=EXAMPLES, help="folder for runs/ (checkpoints) and results/")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=best, help=f"here {best}")
     options = parser.parse_args(arguments)

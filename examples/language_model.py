@@ -1,8 +1,9 @@
 """Word-level language model on WikiText-2: a net reads a text and says at each word how likely each next word is.
 
-PyTorch's word_language_model example with tanh layers: embedding, recurrent layers, decoder, plain SGD whose rate is
-divided by 4 when the validation loss does not improve. Losses are nats per token. The headline is the perplexity
-e^loss; what the paper calls perplexity is 2^loss, recorded beside it. Token tensors are time-major, (steps, batch).
+This is PyTorch's word_language_model example with tanh layers: an embedding, recurrent layers, a decoder, and plain SGD
+whose rate is divided by 4 when the validation loss does not improve. Losses are in nats per token. The error is the
+perplexity e^loss; what the paper calls perplexity is 2^loss, which is recorded too. Token tensors are time-major,
+(steps, batch).
 
     python -m examples.language_model --net torus --cut 0.9 --data ../shared/data
 """
@@ -20,36 +21,38 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-from . import data as data_sets
-from .task import WORLD_SEED, Preset, Task
+from .data import datasets
+from .training.task import WORLD_SEED, Preset, Task
 
-END = "<eos>"  # of a line
-START_RANGE = 0.1  # embedding and decoder start uniform in +-0.1
+END = "<eos>"  # closes a line
+START_RANGE = 0.1  # embedding and decoder start uniform between minus and plus this
 TEST_BATCH = 10  # columns in which validation and test texts are read, as in PyTorch's example
 ANNEALING = 4.0  # the learning rate is divided by it
 
 
 class Corpus(NamedTuple):
-    """Word numbers, (tokens,) int64 each, END closing each line."""
+    """The texts as word numbers, (tokens,) int64 each. END closes each line."""
 
     train: Tensor
     valid: Tensor
     test: Tensor
-    words: int  # in the vocabulary
+    words: int  # size of the vocabulary
 
 
 def corpus(texts: dict[str, str], share: float = 1.0) -> Corpus:
     """Numbers words by first appearance in train, then valid, then test.
 
-    texts: "train", "valid", "test". share: of each text the first tokens, this share of them, are kept; words that
-    are only in the rest are not in the vocabulary.
+    Args:
+        texts: "train", "valid", "test".
+        share: this share of each text's tokens is kept, from the start. Words that occur only in the rest are not in
+            the vocabulary.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share!r}; 1 is the whole corpus")
     numbers: dict[str, int] = {}
     tokens = []
     for split in ("train", "valid", "test"):
-        # Not splitlines(), which also breaks lines at characters that WikiText has inside of them.
+        # splitlines() would also break lines at characters that WikiText has inside of them.
         lines = texts[split].removesuffix("\n").split("\n")
         count = round(share * sum(len(line.split()) + 1 for line in lines))
         words = itertools.chain.from_iterable((*line.split(), END) for line in lines)
@@ -59,7 +62,7 @@ def corpus(texts: dict[str, str], share: float = 1.0) -> Corpus:
 
 
 def columns(tokens: Tensor, batch: int) -> Tensor:
-    """The text cut into `batch` equal parts side by side, (tokens,) -> (tokens // batch, batch); the rest is left."""
+    """Cuts the text into `batch` equal columns, (tokens,) -> (tokens // batch, batch), and drops the rest."""
     steps = len(tokens) // batch
     if steps < 2:
         raise ValueError(f"batch must leave at least 2 tokens to each column, got {batch} for {len(tokens)} tokens; "
@@ -68,14 +71,14 @@ def columns(tokens: Tensor, batch: int) -> Tensor:
 
 
 class Window(NamedTuple):
-    """What stands in a row of columns, and at each place the word that follows it."""
+    """Some rows of the columns, and for each word the one that follows it."""
 
     inputs: Tensor  # (steps, batch) int64
     targets: Tensor  # (steps, batch) int64
 
 
 def windows(text: Tensor, steps: int) -> Iterator[Window]:
-    """`text`, (rows, batch), in windows of `steps` rows in order; the last one may be shorter."""
+    """Yields `text`, (rows, batch), in windows of `steps` rows, in order. The last one may be shorter."""
     last = len(text) - 1
     for begin in range(0, last, steps):
         end = min(begin + steps, last)
@@ -83,7 +86,7 @@ def windows(text: Tensor, steps: int) -> Iterator[Window]:
 
 
 class LanguageModel(nn.Module):
-    """Embedding, tanh layers, decoder, with biases."""
+    """An embedding, tanh layers and a decoder, with biases."""
 
     def __init__(self, words: int, embedding: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -94,31 +97,32 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As PyTorch's example; also of a lottery run (mk.reinitialize_), after the parts have had theirs."""
+        """Draws initial weights as PyTorch's example. mk.reinitialize_ also calls it, after the parts' own."""
         self.embedding.weight.uniform_(-START_RANGE, START_RANGE)
         self.decoder.weight.uniform_(-START_RANGE, START_RANGE)
         self.decoder.bias.zero_()
 
     def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(steps, batch) int64, (layers, batch, hidden) -> logits (steps, batch, words), last state."""
+        """Maps words (steps, batch) int64 and a state (layers, batch, hidden) to logits (steps, batch, words) and the
+        last state."""
         states, last = self.rnn(self.embedding(inputs), state)
         return self.decoder(states), last
 
     def fresh_state(self, batch: int) -> Tensor:
-        """Zeros, (layers, batch, hidden)."""
+        """Returns a state of zeros, (layers, batch, hidden)."""
         return self.decoder.weight.new_zeros(self.rnn.num_layers, batch, self.rnn.hidden_size)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """In float32 whatever the logits are, 0-d, nats."""
+    """Returns the cross entropy in nats, 0-d, computed in float32 whatever the logits are."""
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 class LanguageModelTask(Task):
-    """The defaults are the paper's size.
+    """Language modelling on WikiText-2. `OPTIONS` says what the arguments are; the defaults are the paper's sizes.
 
-    The hidden state goes on from one window to the next within an epoch, without its gradient, and starts at zero
-    in each epoch.
+    Within an epoch, the hidden state goes on from one window to the next, without its gradient. It starts at zero in
+    each epoch.
     """
 
     METRIC = "test perplexity"
@@ -129,25 +133,26 @@ class LanguageModelTask(Task):
     def __init__(self, *, hidden: int = 650, embedding: int = 650, layers: int = 3, batch: int = 20, bptt: int = 35,
                  share: float = 1.0, rest: bool = True, data: str = "", seed: int = 0, device: str = "cpu") -> None:
         self.bptt, self.rest = bptt, rest
-        self.corpus = corpus(data_sets.wikitext2(data), share)
+        self.corpus = corpus(datasets.wikitext2(data), share)
         self.train, *self.held_out = (
             columns(tokens, size).to(device)
             for tokens, size in zip(self.corpus[:3], (batch, TEST_BATCH, TEST_BATCH), strict=True))
         torch.manual_seed(seed)  # the initial weights
         self.model = LanguageModel(self.corpus.words, embedding, hidden, layers).to(device)
         self.state = self.model.fresh_state(batch)
-        # Nothing is drawn in training: the text has its order.
+        # Training draws nothing from it, since the text has its order.
         self.generator = torch.Generator(device).manual_seed(WORLD_SEED + seed)
 
     @property
     def windows_per_epoch(self) -> int:
+        """How many windows the training text has."""
         return math.ceil((len(self.train) - 1) / self.bptt)
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=lr)
 
     def learning_rate(self, lr: float, done: float, history: list[dict[str, float]]) -> float:
-        """Divided by ANNEALING for each epoch whose validation loss was not below all before it."""
+        """Divides the rate by ANNEALING for each epoch whose validation loss was not below all before it."""
         best, rate = math.inf, lr
         for entry in history:
             if entry["valid_loss"] < best:
@@ -157,7 +162,7 @@ class LanguageModelTask(Task):
         return rate
 
     def batches(self, count: int) -> Iterator[Window]:
-        """The first `count` windows of the training text, from a fresh hidden state."""
+        """Yields the first `count` windows of the training text, from a fresh hidden state."""
         if count > self.windows_per_epoch:
             raise ValueError(f"batches must be at most {self.windows_per_epoch}, the windows of {self.bptt} steps in "
                              f"this training text, got {count}")
@@ -165,14 +170,14 @@ class LanguageModelTask(Task):
         yield from itertools.islice(windows(self.train, self.bptt), count)
 
     def loss(self, batch: Window) -> Tensor:
-        """Cross entropy, nats a token; hands the hidden state on to the next window."""
-        # A copy, since the backward pass still needs the state that is overwritten below.
+        """Returns the cross entropy, nats a token, and hands the hidden state on to the next window."""
+        # The net gets a copy, since the backward pass still needs the state that is overwritten below.
         logits, last = self.model(batch.inputs, self.state.clone())
         self.state.copy_(last.detach())
         return cross_entropy(logits, batch.targets)
 
     def extra_penalty(self) -> Tensor | None:
-        """Mean absolute weight of each W_ih, of the decoder and of the embedding, summed, if `rest`."""
+        """Returns the sum of the mean absolute weights of each W_ih, the decoder and the embedding, if `rest`."""
         if not self.rest:
             return None
         rnn = self.model.rnn
@@ -182,7 +187,7 @@ class LanguageModelTask(Task):
 
     @torch.no_grad()
     def held_out_loss(self, text: Tensor) -> float:
-        """Nats a token over `text`, (rows, TEST_BATCH), window by window: no more logits at once than in training."""
+        """Returns nats a token over `text`, (rows, TEST_BATCH), read in windows as in training to save memory."""
         state = self.model.fresh_state(text.shape[1])
         total = torch.zeros((), dtype=torch.float64, device=text.device)
         for window in windows(text, self.bptt):
@@ -191,17 +196,17 @@ class LanguageModelTask(Task):
         return total.item() / text[1:].numel()
 
     def measures(self) -> dict[str, float]:
-        """"error": perplexity on the test text; "paper_perplexity": 2^loss; losses in nats a token."""
+        """Returns "error" (perplexity on the test text), "paper_perplexity" (2^loss), and losses in nats a token."""
         valid, test = map(self.held_out_loss, self.held_out)
         papers = perplexity(test * math.log(2))
         return {"error": perplexity(test), "loss_test": test, "valid_loss": valid, "paper_perplexity": papers}
 
     def error(self) -> float:
-        """Perplexity on the test text."""
+        """Returns the perplexity on the test text."""
         return perplexity(self.held_out_loss(self.held_out[1]))
 
     def references(self) -> dict[str, float]:
-        """Perplexities, on all test tokens, of answers that ignore the text before."""
+        """Returns perplexities, on all test tokens, of answers that ignore the text before."""
         return {"unigram model": perplexity(unigram_loss(self.corpus)), "all words alike": float(self.corpus.words)}
 
     def pruned(self) -> list[tuple[nn.Module, str]]:
@@ -216,25 +221,25 @@ class LanguageModelTask(Task):
 
 
 def perplexity(loss: float) -> float:
-    """e^loss; infinite, not an error, where a diverging net's is too large for a float."""
+    """Returns e^loss, or infinity where a diverging net's is too large for a float."""
     return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
 def unigram_loss(corpus: Corpus) -> float:
-    """Nats a token on the test text if each word has its share of the training text.
+    """Returns nats a token on the test text if each word is as likely as its share of the training text.
 
-    Each count is raised by 1, so that a word that the training text lacks (none does in the whole corpus) is not
-    impossible.
+    Each count is raised by 1, so that a word that the training text lacks is not impossible. (In the whole corpus there
+    is no such word.)
     """
     counts = torch.bincount(corpus.train, minlength=corpus.words).double() + 1
     return -(counts / counts.sum()).log()[corpus.test].mean().item()
 
 
 TASK = LanguageModelTask
-# the authors' size
+# the authors' sizes
 SIZE = {"hidden": 650, "embedding": 650, "layers": 3, "batch": 20, "bptt": 35, "share": 1.0, "rest": True}
 PRESETS = {
-    # 15 epochs as in the authors' code (early logs have 40), each the whole text.
+    # The authors' code has 15 epochs (early logs have 40), each over the whole text.
     "full": Preset("the authors' code at full size", SIZE, epochs=15, batches=2984, lr=20.0, strength=0.1, clip=0.25,
                    variant="language_model"),
     "quick": Preset("128 neurons a layer, a 25th of the corpus (10,495 words), a quarter of the learning rate, since "
@@ -256,6 +261,6 @@ OPTIONS = {
 }
 
 if __name__ == "__main__":
-    from .command import main
+    from .training.command_line import main
 
     sys.exit(main("language_model"))

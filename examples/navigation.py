@@ -1,10 +1,9 @@
-"""Path integration: a recurrent net is told where it starts and how it moves, and says where it is.
+"""Path integration: a recurrent net sees where a walker starts and how it moves, and says where it is.
 
-The paper's navigation task (architecture of Cueva & Wei and of Sorscher et al.): a walker roams a square box;
-the net sees its displacement at every step and the landmark activation of its first position only, and must
-give the landmark activation of every later position. Lengths are metres, times seconds, angles radians,
-errors cm. Tensors are time-major, (steps, batch, ...), as `torch.nn.RNN` likes them best.
-The net is an `mk.SparseRNN`: as it is pruned, its steps get cheaper.
+This is the paper's navigation task, with the architecture of Cueva & Wei and of Sorscher et al. A walker roams a square
+box. The net sees the displacement at every step, and the landmark activation of the first position only; it must give
+the landmark activation of every later position. Lengths are in metres, times in seconds, angles in radians, errors in
+cm. Tensors are time-major, (steps, batch, ...). The net is an `mk.SparseRNN`, whose steps get cheaper as it is pruned.
 
     python -m examples.navigation --net torus --cut 0.9
 """
@@ -21,31 +20,31 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-from .task import WORLD_SEED, Preset, Task
+from .training.task import WORLD_SEED, Preset, Task
 
 BOX = 2.2  # side of the arena, m
-DT = 0.02  # s
+DT = 0.02  # duration of a step, s
 SPEED_SCALE = 0.13 * 2 * math.pi  # scale of the Rayleigh-distributed forward speed, m/s
 TURN_STD = 5.76 * 2  # standard deviation of the turning rate, rad/s
-WALL_ZONE = 0.03  # closer than this to a wall and heading for it, the walker turns along it, m
-WALL_SLOWDOWN = 0.25
-TEST_BATCHES = 5
+WALL_ZONE = 0.03  # a walker that is closer to a wall than this and heads for it turns along it, m
+WALL_SLOWDOWN = 0.25  # the length of that step is multiplied by it
+TEST_BATCHES = 5  # test walks, in batches
 
 
 class Walks(NamedTuple):
-    """A batch of walks. `start` is one step after the walker was put down: that first step is dropped."""
+    """A batch of walks. The first step after the walker was put down is dropped; `start` lies after it."""
 
     start: Tensor  # (batch, 2) m
-    moves: Tensor  # (steps, batch, 2) m, the displacement of each step: the net's input
+    moves: Tensor  # (steps, batch, 2) m, the displacement of each step, which is the net's input
     positions: Tensor  # (steps, batch, 2) m, positions[t] = start + moves[:t + 1].sum(0)
 
 
 def walks(batch: int, steps: int, *, box: float = BOX, generator: torch.Generator) -> Walks:
-    """Random walks in a box centred at 0, all of the batch at once, on the generator's device.
+    """Draws random walks in a box centred at 0, the whole batch at once, on the generator's device.
 
     A step goes `speed * DT` along the heading, speed ~ Rayleigh(SPEED_SCALE); then the heading turns by
-    Normal(0, TURN_STD) * DT. Near a wall and heading for it, the step is a quarter as long and the heading
-    turns parallel to the wall. The turn comes after the step: a long step can end a few cm outside the box.
+    Normal(0, TURN_STD) * DT. A walker near a wall that heads for it takes a step a quarter as long and turns parallel
+    to the wall. Since the turn comes after the step, a long step can end a few cm outside the box.
     """
     device = generator.device
     uniform = torch.rand(steps + 1, batch, generator=generator, device=device)
@@ -71,11 +70,15 @@ def walks(batch: int, steps: int, *, box: float = BOX, generator: torch.Generato
 
 
 def activation(positions: Tensor, landmarks: Tensor, width: float, target: str = "difference") -> Tensor:
-    """Activation of each landmark, (..., 2) m, (landmarks, 2) m, m -> (..., landmarks), >= 0, summing to 1.
+    """Returns the activation of each landmark, (..., landmarks), >= 0 and summing to 1.
 
-    target "difference", the default of the authors' code: softmax(-d^2 / (2 width^2)) - softmax(-d^2 / (4 width^2)),
-    raised to minimum 0 and normalized. "softmax": the first of these alone. "gaussians": the paper's words taken
-    literally, softmax(exp(-d^2 / (2 width^2))), which is almost uniform.
+    Args:
+        positions: (..., 2) m.
+        landmarks: (landmarks, 2) m.
+        width: sigma of a landmark, m.
+        target: "difference", the default of the authors' code, is softmax(-d^2 / (2 width^2)) - softmax(-d^2 / (4
+            width^2)), raised to minimum 0 and normalized. "softmax" is the first of these two alone. "gaussians" takes
+            the paper's words literally: softmax(exp(-d^2 / (2 width^2))), which is almost uniform.
     """
     scaled = torch.cdist(positions, landmarks).square() / (-2 * width**2)
     if target != "difference":
@@ -86,10 +89,12 @@ def activation(positions: Tensor, landmarks: Tensor, width: float, target: str =
 
 
 def decode(scores: Tensor, landmarks: Tensor, decoder: str = "top3") -> Tensor:
-    """Position that activations or their logits tell, (..., landmarks) -> (..., 2) m.
+    """Returns the position (..., 2) in metres that activations or their logits (..., landmarks) stand for.
 
-    "top3": mean position of the 3 most active landmarks (the authors' code; the same for logits). "mean": of all
-    landmarks, weighted by the softmax of the logits, a reading of the paper's "Bayesian decoder".
+    Args:
+        decoder: "top3" is the mean position of the 3 most active landmarks, as in the authors' code; it is the same for
+            logits and activations. "mean" is that of all landmarks, weighted by the softmax of the logits, a reading of
+            the paper's "Bayesian decoder".
     """
     if decoder == "mean":
         return torch.softmax(scores, dim=-1) @ landmarks
@@ -97,7 +102,7 @@ def decode(scores: Tensor, landmarks: Tensor, decoder: str = "top3") -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-sum_i target_i log softmax(logits)_i, mean over steps and batch; nats."""
+    """Returns -sum_i target_i log softmax(logits)_i in nats, averaged over steps and batch."""
     return -(target * torch.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 
 
@@ -111,14 +116,13 @@ class PathIntegrator(nn.Module):
         self.decoder = nn.Linear(hidden, landmarks, bias=False)
 
     def forward(self, start: Tensor, moves: Tensor) -> Tensor:
-        """(batch, landmarks), (steps, batch, 2) m -> logits (steps, batch, landmarks)."""
+        """Maps start (batch, landmarks) and moves (steps, batch, 2) m to logits (steps, batch, landmarks)."""
         states, _ = self.rnn(moves, self.encoder(start)[None])
         return self.decoder(states)
 
 
 class NavigationTask(Task):
-    """The defaults are the paper's size. `width_cm` is the landmarks' sigma.
-    """
+    """Path integration. `OPTIONS` says what the arguments are; the defaults are the paper's sizes."""
 
     METRIC = "mean error"
     UNIT = "cm"
@@ -134,7 +138,7 @@ class NavigationTask(Task):
         self.weight_decay, self.zero_below, self.fresh_tests = weight_decay, zero_below, fresh_tests
         torch.manual_seed(seed)  # the initial weights: PyTorch's default
         self.model = PathIntegrator(landmarks, hidden).to(device)
-        # Nets of one seed see the same landmarks and walks in the same order.
+        # Nets with one seed see the same landmarks, and the same walks in the same order.
         self.generator = torch.Generator(device).manual_seed(WORLD_SEED + (seed if world < 0 else world))
         self.landmarks = (torch.rand(landmarks, 2, generator=self.generator, device=device) - 0.5) * BOX
         self.width = width_cm / 100
@@ -144,23 +148,26 @@ class NavigationTask(Task):
         return walks(TEST_BATCHES * self.batch_size, self.steps, generator=self.generator)
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """AdamW without decay is Adam."""
+        """Returns AdamW, which without decay is Adam."""
         return torch.optim.AdamW(groups, lr=lr, weight_decay=self.weight_decay, fused=True)
 
     def batches(self, count: int) -> Iterator[Walks]:
-        """`count` fresh batches, drawn in one go: the loop over steps then costs next to nothing a batch."""
+        """Yields `count` fresh batches. They are drawn together, so that the loop over steps costs little for each."""
         drawn = walks(count * self.batch_size, self.steps, generator=self.generator)
         for i in range(0, count * self.batch_size, self.batch_size):
             part = slice(i, i + self.batch_size)
             yield Walks(drawn.start[part], drawn.moves[:, part], drawn.positions[:, part])
 
     def activation(self, positions: Tensor) -> Tensor:
+        """Returns the activations of the task's landmarks at these positions."""
         return activation(positions, self.landmarks, self.width, self.target)
 
     def logits(self, batch: Walks) -> Tensor:
+        """Returns the net's answers, (steps, batch, landmarks)."""
         return self.model(self.activation(batch.start), batch.moves)
 
     def loss(self, batch: Walks) -> Tensor:
+        """Returns the cross entropy with the true activations, nats."""
         logits, positions = self.logits(batch), batch.positions
         if self.loss_at == "last":
             logits, positions = logits[-1:], positions[-1:]
@@ -168,12 +175,12 @@ class NavigationTask(Task):
 
     @torch.no_grad()
     def decoded(self, batch: Walks) -> Tensor:
-        """Where the net says it is, (steps, batch, 2) m."""
+        """Returns where the net says the walkers are, (steps, batch, 2) m."""
         return decode(self.logits(batch), self.landmarks, self.decoder)
 
     @torch.no_grad()
     def error(self) -> float:
-        """Mean distance between decoded and true position over all steps of the test walks, cm."""
+        """Returns the mean distance between decoded and true position over all steps of the test walks, cm."""
         if self.fresh_tests:
             self.test = self._tests()
         weight = self.model.rnn.weight_hh_l0
@@ -184,10 +191,10 @@ class NavigationTask(Task):
         return error
 
     def references(self) -> dict[str, float]:
-        """Errors (cm) that put the net's into proportion."""
+        """Returns errors (cm) of simple answers, to set the net's beside."""
         start, _, positions = self.test
         perfect = self.activation(positions)
-        scores = perfect.log() if self.decoder == "mean" else perfect  # a logarithm would make ties for the top 3
+        scores = perfect.log() if self.decoder == "mean" else perfect  # logarithms would make ties among the top 3
         guesses = {
             "always the middle": torch.zeros_like(start),
             "staying at the start": start,
@@ -205,10 +212,10 @@ class NavigationTask(Task):
 
 
 TASK = NavigationTask
-# the authors' size; where paper and code differ: OPTIONS
+# The authors' sizes. OPTIONS says where paper and code differ.
 SIZE = {"hidden": 4096, "landmarks": 512, "width_cm": 12, "steps": 50, "batch": 200, "target": "difference",
         "loss_at": "all", "decoder": "top3", "weight_decay": 0.0, "zero_below": 0.0, "fresh_tests": False, "world": -1}
-# README.md says why
+# The demo's sizes; README.md says how they were chosen.
 QUICK = {**SIZE, "hidden": 512, "landmarks": 128, "width_cm": 24, "steps": 20, "batch": 50}
 PRESETS = {
     "full": Preset("the authors' size, 30 epochs of 1000 batches", SIZE, epochs=30, batches=1000, lr=1e-4,
@@ -217,9 +224,9 @@ PRESETS = {
                     before=17, epochs=19, hold=4, batches=85, lr=2e-3, strength=0.1),
 }
 OPTIONS = {
-    "hidden": "neurons (paper 4096)", "landmarks": "in the box (paper 512)",
-    "width_cm": "sigma of a landmark (paper 12)",
-    "steps": "of a walk (paper 50)", "batch": "walks (paper 200)",
+    "hidden": "neurons (paper 4096)", "landmarks": "landmarks in the box (paper 512)",
+    "width_cm": "sigma of a landmark in cm (paper 12)",
+    "steps": "steps of a walk (paper 50)", "batch": "walks in a batch (paper 200)",
     "target": "activations to be learned: `difference` of two softmaxes (the code's default), `softmax` of "
               "-d^2/(2 sigma^2), or the paper's literal softmax of the `gaussians`, almost uniform",
     "loss_at": "`all` steps (code) or the `last` one (paper)",
@@ -233,6 +240,6 @@ OPTIONS = {
 CHOICES = {"target": ("difference", "softmax", "gaussians"), "loss_at": ("all", "last"), "decoder": ("top3", "mean")}
 
 if __name__ == "__main__":
-    from .command import main
+    from .training.command_line import main
 
     sys.exit(main("navigation"))

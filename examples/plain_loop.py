@@ -1,7 +1,7 @@
-"""The method in a loop of one's own, on data made here: python -m examples.plain_loop
+"""The method in a training loop of your own, on data that is made here: python -m examples.plain_loop
 
-A net reads 20 steps of a walk in the plane and says where it ends. Epoch by epoch more of its recurrent weights are
-cut, up to 90 %; five more epochs let it recover. The lines marked with * are the package's.
+A net reads the 20 steps of a walk in the plane and says where the walk ends. Epoch by epoch, more of its recurrent
+weights are cut, up to 90 %; five more epochs let it recover. Lines that use the package are marked with *.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import moduli_kernels as mk  # *
 
 
 class Walker(nn.Module):
-    """Steps of a walk, (batch, 20, 2) -> its end, (batch, 2)."""
+    """A net that maps the steps of a walk, (batch, 20, 2), to its end, (batch, 2)."""
 
     def __init__(self, hidden: int = 64):
         super().__init__()
@@ -24,13 +24,16 @@ class Walker(nn.Module):
 
 
 def walks(batches: int, batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:
-    """Batches of walks and their ends."""
+    """Draws batches of walks and their ends."""
     steps = 0.3 * torch.randn(batches, batch_size, 20, 2)
     return list(zip(steps, steps.sum(2)))
 
 
 def train(epochs: int = 10, batches: int = 50, sparsity: float = 0.9, hold: int = 5) -> list[tuple[float, ...]]:
-    """Trains, prints and returns (error, penalty, sparsity) of each epoch; error: mean square, of the last batch."""
+    """Trains the net, prints each epoch and returns (error, penalty, sparsity) of each.
+
+    The error is the mean square error on the epoch's last batch.
+    """
     torch.manual_seed(0)
     model, data, history = Walker(), walks(batches), []
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

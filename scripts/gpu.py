@@ -207,7 +207,7 @@ def main() -> int:
         print(f"gpu: {reason}", file=sys.stderr)
         return 2
 
-    from benchmarks import records
+    from benchmarks.harness import records
 
     LOGS.mkdir(parents=True, exist_ok=True)
     for old in LOGS.glob("*.log"):

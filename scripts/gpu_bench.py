@@ -35,12 +35,12 @@ def environment(**variables: str) -> dict[str, str]:
 
 def prepare(cores: int, seconds: float, log: pathlib.Path) -> None:
     """Fills the caches of torch and Triton. What fails or takes too long here is compiled when it is measured."""
-    from benchmarks.cases_gpu import GPU_CASES
+    from benchmarks.penalty.cases_gpu import GPU_CASES
 
     hands = dealt([case.name for case in GPU_CASES], max(1, min(MOST_COMPILERS, cores // 2)))
     end = time.monotonic() + seconds
     with open(log, "w") as out:
-        running = [subprocess.Popen([sys.executable, "-m", "benchmarks.bench_penalty_gpu", *hand], cwd=ROOT,
+        running = [subprocess.Popen([sys.executable, "-m", "benchmarks.penalty.bench_penalty_gpu", *hand], cwd=ROOT,
                                     env=environment(TORCHINDUCTOR_COMPILE_THREADS="2"), stdout=out,
                                     stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) for hand in hands]
         for process in running:
@@ -59,7 +59,7 @@ def measure(record: pathlib.Path, seconds: float, log: pathlib.Path, arguments: 
         try:
             status = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rsf",
-                 "benchmarks/bench_penalty_gpu.py", "benchmarks/bench_rnn_gpu.py", *arguments],
+                 "benchmarks/penalty/bench_penalty_gpu.py", "benchmarks/rnn/bench_rnn_gpu.py", *arguments],
                 cwd=ROOT, env=environment(**variables), stdout=out, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
@@ -70,7 +70,8 @@ def measure(record: pathlib.Path, seconds: float, log: pathlib.Path, arguments: 
 def outcome(status: int | None, record: pathlib.Path, log: pathlib.Path) -> Outcome:
     """status: pytest's, None where it was ended. Passed are measurements that could be made, be the goals reached or
     not: how many were is told."""
-    from benchmarks import records, report_gpu
+    from benchmarks.harness import records
+    from benchmarks.penalty import report_gpu
 
     if not record.exists():
         last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-2:])

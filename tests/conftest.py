@@ -18,7 +18,7 @@ settings.register_profile("moduli", deadline=None, derandomize=True, print_blob=
 settings.load_profile("moduli")
 
 # Under MODULI_KERNELS_TEST_DEVICE=cuda: of files whose subject has no device. The suite on the CPU runs them.
-WITHOUT_A_DEVICE = ("test_setup.py", "test_packaging.py", "test_functors.py", "test_plots.py", "test_example*.py",
+WITHOUT_A_DEVICE = ("test_setup.py", "test_packaging.py", "test_functors.py", "test_plots.py", "examples/*.py",
                     "test_gpu_scripts.py", "triton/*.py", "test_block_layout.py", "test_mask_table.py",
                     "test_rnn_cpp.py", "test_docs.py", "test_lightning.py", "test_distributed.py", "test_wheels.py",
                     "test_sanitizers.py", "test_tooling.py")

@@ -21,7 +21,7 @@ import gpu_sanitize  # noqa: E402
 import gpu_tests  # noqa: E402
 import gpu_workload  # noqa: E402
 
-from benchmarks import records  # noqa: E402
+from benchmarks.harness import records  # noqa: E402
 from moduli_kernels import runtime  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -228,7 +228,7 @@ def test_what_the_benchmark_came_to(tmp_path):
     good = gpu_bench.outcome(0, record, log)
     assert good.ok and good.told.startswith("1 goals reached, 0 not reached,") and len(good.rows) > 10
     assert not gpu_bench.outcome(None, record, log).ok
-    log.write_text("FAILED benchmarks/bench_penalty_gpu.py::test_penalty[x] - boom\n")
+    log.write_text("FAILED benchmarks/penalty/bench_penalty_gpu.py::test_penalty[x] - boom\n")
     assert "status 1: FAILED benchmarks" in gpu_bench.outcome(1, record, log).told
 
 

@@ -158,7 +158,7 @@ def test_source_archive_holds_what_a_build_and_the_tests_need(tmp_path):
                 for name in packed.getnames()}
     wanted = {str(path.relative_to(source)) for name in names[:6] for path in (source / name).rglob("*")
               if path.suffix in (".py", ".h", ".cpp", ".sh")}
-    tables = {"moduli_kernels/rnn_crossovers.json", "examples/reference.json"}
+    tables = {"moduli_kernels/rnn/crossovers.json", "examples/paper/reference.json"}
     wanted |= {"LICENSE", "Makefile", "pyproject.toml", "moduli_kernels/py.typed", *tables}
     assert "csrc/cpu/penalty/registration.cpp" in wanted and wanted - held == set()
     assert not [name for name in held - tables if name.endswith((".so", ".pyc", ".json"))]

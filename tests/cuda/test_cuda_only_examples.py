@@ -8,8 +8,8 @@ from tests.support.penalty_cases import DEVICE
 
 pytest.importorskip("safetensors")
 
-from examples.config import Config  # noqa: E402
-from examples.trainer import Run  # noqa: E402
+from examples.training.config import Config  # noqa: E402
+from examples.training.trainer import Run  # noqa: E402
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(
     DEVICE != "cuda", reason="needs a CUDA GPU, and MODULI_KERNELS_TEST_DEVICE=cuda")]

@@ -283,8 +283,8 @@ def test_the_script_that_measures_the_table(tmp_path):
     output = tmp_path / "table.json"
     before = [table_file(lambda *case: 1.0, device=device) for device in ("cpu", "cuda")]
     output.write_text(json.dumps({"tables": before}))
-    command = [sys.executable, "-m", "benchmarks.tune_rnn", "--quick"]
-    run = functools.partial(subprocess.run, check=False, cwd=crossovers.FILE.parents[1], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.tuning.rnn", "--quick"]
+    run = functools.partial(subprocess.run, check=False, cwd=crossovers.FILE.parents[2], capture_output=True, text=True)
     done = run([*command, "--output", str(output)])
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())["tables"]
@@ -297,7 +297,7 @@ def test_the_script_that_measures_the_table(tmp_path):
 def test_importing_reads_no_table():
     code = ("import moduli_kernels.rnn.crossovers as p, sys; assert not p.tables.cache_info().misses; "
             "assert 'torch._dynamo' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=crossovers.FILE.parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=crossovers.FILE.parents[2])
 
 
 def test_the_dense_path_is_nn_rnns_own():

@@ -1,0 +1,1 @@
+"""What all benchmarks share: rounds of turns, the GPU's stopwatch, and the JSON records of runs."""

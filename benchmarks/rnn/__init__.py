@@ -1,0 +1,1 @@
+"""The masked RNN against torch.nn.RNN with the same masked weights."""

@@ -1,0 +1,1 @@
+"""Measurements from which the package chooses: launch parameters of the penalty, paths of the RNN."""
