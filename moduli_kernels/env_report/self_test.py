@@ -1,4 +1,4 @@
-"""A check of some seconds that every backend here agrees with the reference:
+"""Checks in some seconds that every available backend agrees with the reference.
 
     python -m moduli_kernels.env_report --check
 """
@@ -16,21 +16,21 @@ from ..geometry.presets import manifold
 from ..penalty.function import moduli_penalty
 from ..rnn.sparse_rnn import SparseRNN
 
-TOLERANCE = 1e-5  # relative, in norm, float32
-NEURONS = 130  # no multiple of what kernels take at a time
+TOLERANCE = 1e-5  # the largest relative difference in norm that is allowed, in float32
+NEURONS = 130  # is not a multiple of any tile of the kernels
 PRESETS = ("torus", "sphere", "klein", "r3")
 DENSITY = 0.1
 
 
 def _case(device: str, seed: int = 0) -> tuple[torch.Generator, Tensor, Tensor]:
-    """(generator, weight (n, n), mask (n, n)) of the case."""
+    """Returns a generator, and a weight (n, n) and a mask (n, n) that were drawn from it."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(NEURONS, NEURONS, generator=generator, device=device)
     return generator, weight, torch.rand(NEURONS, NEURONS, generator=generator, device=device) < DENSITY
 
 
 def _penalty(device: str, preset: str, masked: bool) -> list[Tensor]:
-    """Value, weight gradient and point gradient."""
+    """Returns the value of the penalty, the gradient of the weight and the gradient of the points."""
     generator, weight, mask = _case(device)
     points = manifold(preset).sample(NEURONS, generator=generator, device=torch.device(device))
     leaves = [weight.requires_grad_(), points.requires_grad_()]
@@ -39,7 +39,7 @@ def _penalty(device: str, preset: str, masked: bool) -> list[Tensor]:
 
 
 def _rnn(device: str, nonlinearity: str) -> list[Tensor]:
-    """Outputs of a masked net and every gradient."""
+    """Returns the outputs of a masked net and all of its gradients."""
     generator, _, mask = _case(device)
     net = SparseRNN(5, NEURONS, nonlinearity=nonlinearity, path="sparse", device=device)
     bound = NEURONS**-0.5
@@ -54,6 +54,7 @@ def _rnn(device: str, nonlinearity: str) -> list[Tensor]:
 
 
 def _checks() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
+    """Yields the name of each check and a function that runs it on a device."""
     for preset in PRESETS:
         yield f"penalty, {preset}, trained points", lambda device, p=preset: _penalty(device, p, False)
     yield f"penalty, torus, {DENSITY:.0%} kept", lambda device: _penalty(device, "torus", True)
@@ -62,15 +63,15 @@ def _checks() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
 
 
 def self_test(say: Callable[[str], None] = print) -> bool:
-    """Runs every backend there is but the reference against it, a line each; whether all agree.
+    """Compares every available backend with the reference, says a line for each check, and returns whether all agree.
 
-    The largest relative difference in norm, over value and gradients, must not be above TOLERANCE.
+    They agree if no value or gradient has a relative difference in norm above TOLERANCE.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     serves = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
     present = [name for name, (there, _) in availability().items() if there and serves.get(name) in devices]
     if not present:
-        say("nothing to check: only the reference is here, and it is what the others are checked against")
+        say("nothing to check: only the reference is here, and the other backends would be compared with it")
     well = True
     for name in present:
         for what, run in _checks():
@@ -81,16 +82,16 @@ def self_test(say: Callable[[str], None] = print) -> bool:
                 with backend(name):
                     got = run(serves[name])
                 apart = max(_apart(a, b) for a, b in zip(got, expected, strict=True))
-                fine, told = apart <= TOLERANCE, f"{apart:.1e} from the reference"
-            except Exception as error:  # a report says what is wrong and goes on
-                fine, told = False, f"{type(error).__name__}: {error}"
+                fine, finding = apart <= TOLERANCE, f"{apart:.1e} from the reference"
+            except Exception as error:  # the report goes on with the other checks
+                fine, finding = False, f"{type(error).__name__}: {error}"
             well &= fine
-            say(f"{'ok  ' if fine else 'FAIL'}  {name:<7} {what:<32} {told} ({time.perf_counter() - begun:.2f} s)")
+            say(f"{'ok  ' if fine else 'FAIL'}  {name:<7} {what:<32} {finding} ({time.perf_counter() - begun:.2f} s)")
     return well
 
 
 def _apart(got: Tensor, expected: Tensor) -> float:
-    """Relative difference in norm; NaN counts as infinite."""
+    """Returns the relative difference in norm; NaN counts as infinite."""
     scale = expected.double().norm().item()
     difference = (got.double() - expected.double()).norm().item()
     apart = difference / scale if scale else difference

@@ -42,15 +42,13 @@ def test_import_and_the_cpu_need_no_triton():
 
 def test_the_workload_of_compute_sanitizer(monkeypatch):
     """It runs on whatever serves the CPU and finds the reference's results, and it fails where a result is off."""
-    monkeypatch.syspath_prepend(str(HERE.parents[1] / "scripts"))
-    import gpu_workload
-    import gpu_workload_rnn
+    from scripts.gpu import workload, workload_rnn
 
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    cases = list(gpu_workload_rnn.cases())
-    assert len(cases) == len(gpu_workload_rnn.NAMES) * len(gpu_workload_rnn.CASES)
+    cases = list(workload_rnn.cases())
+    assert len(cases) == len(workload_rnn.NAMES) * len(workload_rnn.CASES)
     for case in cases:
-        gpu_workload.check(*case, 1e-5)
+        workload.check(*case, 1e-5)
     with pytest.raises(SystemExit, match="is off by"):
-        gpu_workload.check(cases[0][0], cases[0][1] * 1.001, cases[0][2], 1e-5)
+        workload.check(cases[0][0], cases[0][1] * 1.001, cases[0][2], 1e-5)

@@ -117,7 +117,8 @@ def point_blocks(n_rows: int, n_columns: int, shared: bool) -> int:
 
 
 def add_parts(a: PenaltyArguments, results: Results, formula: Formula, value_parts: Tensor | None,
-              row_parts: Tensor | None, column_parts: Tensor | None, row_count: int, column_count: int, chunk: int) -> None:
+              row_parts: Tensor | None, column_parts: Tensor | None, row_count: int, column_count: int,
+              chunk: int) -> None:
     """Launches it for what results have memory for. *_count: how many parts there are for rows and for columns; chunk:
     how many are added at a time."""
     value, rows, cols = results.value, a.rows, a.rows if a.cols is None else a.cols

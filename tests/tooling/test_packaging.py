@@ -1,4 +1,9 @@
-"""The build: what is compiled and when, its error sentences, and what wheels and the source archive hold."""
+"""What a build compiles and when, its error sentences, and what wheels and the source archive hold.
+
+setup.py must find build_support in every kind of build. The tests run `python setup.py` and the functions that pip,
+build and cibuildwheel call, in environments with torch and without it.
+"""
+import json
 import os
 import pathlib
 import re
@@ -6,10 +11,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
+import zipfile
 
 import pytest
+import setuptools
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 NEEDS_COMPILER = pytest.mark.skipif(
     sys.platform == "win32" or not any(map(shutil.which, ("c++", "g++", "clang++"))),
     reason="needs a C++ compiler",
@@ -17,7 +25,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 
 
 def tree(folder, *names):
-    """A copy of parts of the source tree, so that nothing is built or installed in this one."""
+    """Copies parts of the source tree to a folder, so that nothing is built or installed in this tree."""
     for name in names:
         source = ROOT / name
         if source.is_dir():
@@ -36,8 +44,8 @@ def build(folder, *command, **environment):
 
 @pytest.fixture
 def small_tree(tmp_path):
-    """The build files with a C++ library of a few lines in place of csrc/."""
-    tree(tmp_path, "scripts", "pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in")
+    """Copies the build files beside a C++ library of a few lines in place of csrc/."""
+    tree(tmp_path, "build_support", "pyproject.toml", "setup.py", "LICENSE", "MANIFEST.in")
     (tmp_path / "README.md").touch()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "answer.h").write_text("#define ANSWER 42\n")
@@ -55,10 +63,10 @@ def test_build_is_incremental_and_follows_headers(small_tree, ninja):
     import ctypes
 
     if not ninja:
-        script = small_tree / "scripts" / "native_build.py"
+        script = small_tree / "build_support" / "compiling.py"
         text = script.read_text()
-        assert text.count("ninja = find_ninja()") == 1
-        script.write_text(text.replace("ninja = find_ninja()", "ninja = None"))
+        assert text.count("ninja = toolchain.ninja()") == 1
+        script.write_text(text.replace("ninja = toolchain.ninja()", "ninja = None"))
     stamps = []
     for answer in (42, 42, 43):
         header = small_tree / "csrc" / "answer.h"
@@ -68,7 +76,7 @@ def test_build_is_incremental_and_follows_headers(small_tree, ninja):
         assert done.returncode == 0, done.stdout + done.stderr
         [library] = (small_tree / "moduli_kernels").glob("_cpu_ops.*")
         stamps.append(library.stat().st_mtime_ns)
-        # A copy, as one path is loaded only once in a process.
+        # A process loads one path only once, so each library is copied to a path of its own.
         copy = shutil.copy(library, small_tree / f"copy{len(stamps)}.so")
         assert ctypes.CDLL(str(copy)).answer() == answer
     assert stamps[0] == stamps[1] < stamps[2]
@@ -102,9 +110,9 @@ def test_build_variables(small_tree, environment, status, sentence):
 
 
 def test_torch_missing(small_tree):
-    blocked = ("import sys, importlib.util as u; find = u.find_spec; "
+    blocked = ("import importlib.util as u; find = u.find_spec; "
                "u.find_spec = lambda name: None if name == 'torch' else find(name); "
-               "sys.path.insert(0, 'scripts'); import native_build; print(native_build.obstacle())")
+               "from build_support import toolchain; print(toolchain.obstacle())")
     done = subprocess.run([sys.executable, "-c", blocked], cwd=small_tree, capture_output=True, text=True,
                           env={**os.environ, "CXX": sys.executable})
     assert done.stdout == (
@@ -131,9 +139,97 @@ def test_wheels_hold_the_library_and_nothing_stale(small_tree):
     assert name.endswith("-py3-none-any.whl") and files == ["_version.py"]
 
 
+# Calls a function of the build backend with the code that pip has for it. The function runs in a process of its own,
+# whose path does not hold the project's folder. Arguments: project, Python, name of the function, its argument.
+FRONT_END = """
+import json, sys
+import tomllib
+from pip._vendor.pyproject_hooks import BuildBackendHookCaller
+project, python, function, *arguments = sys.argv[1:]
+with open(project + "/pyproject.toml", "rb") as opened:
+    system = tomllib.load(opened)["build-system"]
+hooks = BuildBackendHookCaller(project, system["build-backend"], system["backend-path"], python_executable=python)
+print(json.dumps(getattr(hooks, function)(*arguments)))
+"""
+if sys.version_info < (3, 11):
+    FRONT_END = FRONT_END.replace("import tomllib", "from pip._vendor import tomli as tomllib")
+
+
+def call_backend(project, function, *arguments, python=sys.executable, **environment):
+    """Returns what the function returned, and all that it printed."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", FRONT_END, *map(str, (project, python, function, *arguments))],
+                          cwd=project, capture_output=True, text=True,
+                          env={**inherited, "PYTHONSAFEPATH": "1", "MODULI_KERNELS_FUNCTORS": "0", **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+
+
+def names_in(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        return opened.namelist()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_build_front_ends_without_isolation_compile_the_library(small_tree, tmp_path, kind):
+    """`pip install --no-build-isolation [-e] .`, and what cibuildwheel runs."""
+    out = tmp_path / "out"
+    out.mkdir()
+    name, _ = call_backend(small_tree, f"build_{kind}", out, MODULI_KERNELS_BUILD="cpu")
+    names = names_in(out / name)
+    assert kind == "editable" or "-cp310-abi3-" in name
+    library = [path for path in names if "_cpu_ops." in path]
+    in_place = [path.name for path in (small_tree / "moduli_kernels").glob("_cpu_ops.*")]
+    assert (len(library), len(in_place)) == ((1, 0) if kind == "wheel" else (0, 1))
+    assert not [path for path in names if path.startswith("build_support")]
+
+
+def test_an_isolated_build_has_no_torch_and_makes_a_wheel_of_python_files(small_tree, tmp_path):
+    """`pip install .`: pip makes an environment that holds the build requirements and nothing else."""
+    isolated, out = tmp_path / "isolated", tmp_path / "out"
+    venv.create(isolated, with_pip=False)
+    [site] = isolated.glob("lib/python*/site-packages")
+    installed = pathlib.Path(setuptools.__file__).parents[1]
+    for path in [installed / "setuptools", installed / "_distutils_hack", *installed.glob("setuptools-*.dist-info")]:
+        if path.exists():
+            (site / path.name).symlink_to(path)
+    out.mkdir()
+    python = isolated / "bin" / "python"
+    assert call_backend(small_tree, "get_requires_for_build_wheel", python=python)[0] == []
+    name, printed = call_backend(small_tree, "build_wheel", out, python=python, CXX=sys.executable)
+    assert name.endswith("-py3-none-any.whl")
+    assert f"building without the C++ kernels: torch is not installed for {python}" in printed
+    assert not [path for path in names_in(out / name) if path.startswith("build_support") or "_cpu_ops" in path]
+
+
+@NEEDS_COMPILER
+def test_the_source_archive_builds_a_wheel(small_tree, tmp_path):
+    archive, _ = call_backend(small_tree, "build_sdist", tmp_path)
+    shutil.unpack_archive(tmp_path / archive, tmp_path / "unpacked")
+    [source] = (tmp_path / "unpacked").iterdir()
+    name, _ = call_backend(source, "build_wheel", tmp_path, MODULI_KERNELS_BUILD="cpu")
+    assert "-cp310-abi3-" in name and [path for path in names_in(tmp_path / name) if "_cpu_ops." in path]
+
+
+def test_sources_of_the_library_are_found_in_every_folder_and_keep_apart():
+    from build_support import compiling, products
+
+    assert products.isa_flags(pathlib.Path("csrc/cpu/rnn/avx2.cpp")) == products.AVX2_FLAGS
+    assert products.isa_flags(pathlib.Path("csrc/cpu/penalty_avx512.cpp")) == products.AVX512_FLAGS
+    assert products.isa_flags(pathlib.Path("csrc/cpu/rnn/portable.cpp")) == []
+    library = products.ops_library()
+    assert {path.name for path in (ROOT / "csrc" / "cpu").rglob("*.cpp") if not products.isa_flags(path)} <= {
+        path.name for path in library.sources}
+    objects = [compiling.object_name(library, source) for source in library.sources]
+    assert len(set(objects)) == len(objects) > 1
+
+
 def test_isa_objects_keep_to_their_namespace():
-    """A function that an AVX-512 file shares by name with others could be the copy that the linker keeps, and
-    would crash older CPUs."""
+    """The linker keeps one copy of a function that files share by name.
+
+    If that copy came from an AVX-512 file, it would crash older CPUs.
+    """
     objects = [path for path in (ROOT / "build").glob("native-*/_cpu_ops.*.o") if "_avx" in path.name]
     if not objects or not shutil.which("nm"):
         pytest.skip("needs nm and an in-place build")
@@ -145,7 +241,7 @@ def test_isa_objects_keep_to_their_namespace():
 
 
 def test_source_archive_holds_what_a_build_and_the_tests_need(tmp_path):
-    names = ["csrc", "scripts", "moduli_kernels", "tests", "examples", "benchmarks", "pyproject.toml",
+    names = ["build_support", "csrc", "scripts", "moduli_kernels", "tests", "examples", "benchmarks", "pyproject.toml",
              "setup.py", "Makefile", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
@@ -156,9 +252,9 @@ def test_source_archive_holds_what_a_build_and_the_tests_need(tmp_path):
     with tarfile.open(archive) as packed:
         held = {str(pathlib.PurePosixPath(name).relative_to(archive.name.removesuffix(".tar.gz")))
                 for name in packed.getnames()}
-    wanted = {str(path.relative_to(source)) for name in names[:6] for path in (source / name).rglob("*")
+    wanted = {str(path.relative_to(source)) for name in names[:7] for path in (source / name).rglob("*")
               if path.suffix in (".py", ".h", ".cpp", ".sh")}
-    tables = {"moduli_kernels/rnn/crossovers.json", "examples/paper/reference.json"}
+    tables = {"moduli_kernels/rnn/crossovers.json", "examples/paper/reference.json", "tests/data/bitwise.json"}
     wanted |= {"LICENSE", "Makefile", "pyproject.toml", "moduli_kernels/py.typed", *tables}
     assert "csrc/cpu/penalty/registration.cpp" in wanted and wanted - held == set()
     assert not [name for name in held - tables if name.endswith((".so", ".pyc", ".json"))]

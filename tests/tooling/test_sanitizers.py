@@ -1,5 +1,7 @@
-"""`make sanitize-cpu`: that a sanitizer which misses its planted bug, or a test that fails, fails the run. The run
-itself takes minutes, and is a command of its own."""
+"""`make sanitize-cpu` fails if a sanitizer misses its planted bug or if a test fails.
+
+The run itself takes minutes, so it is a command and not a test.
+"""
 from __future__ import annotations
 
 import pathlib
@@ -7,40 +9,37 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+from build_support import toolchain
+from scripts import sanitize_cpu, sanitize_plants
+from scripts.sanitize_cpu import Run
 
-import native_build  # noqa: E402
-import sanitize_cpu  # noqa: E402
-import sanitize_plants  # noqa: E402
-from sanitize_cpu import Run  # noqa: E402
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOUND = "==1==ERROR: AddressSanitizer: heap-buffer-overflow on address 0x1\nREAD of size 4\n"
 UNDEFINED = "tile.h:7:3: runtime error: signed integer overflow: 2 * 2147483647 cannot be represented\n"
 needs_sanitizers = pytest.mark.skipif(sanitize_cpu.missing() is not None, reason=str(sanitize_cpu.missing()))
 
 
-@pytest.mark.parametrize(("done", "told"), [
+@pytest.mark.parametrize(("done", "finding"), [
     (Run(0, "5 passed in 1 s\n", ""), None),
     (Run(1, "FAILED test_a\n1 failed in 1 s\n", ""), "1 failed in 1 s"),
     (Run(0, "5 passed in 1 s\n", UNDEFINED), UNDEFINED.strip()),
     (Run(1, "", "====\n" + FOUND), FOUND.splitlines()[0]),
     (Run(-6, "", ""), "no output"),
 ])
-def test_verdicts(done, told):
-    assert sanitize_cpu.verdict(done) == told
+def test_verdicts(done, finding):
+    assert sanitize_cpu.verdict(done) == finding
 
 
-@pytest.mark.parametrize(("text", "reports", "told"), [
+@pytest.mark.parametrize(("text", "reports", "failure"), [
     ("plant: address\n", FOUND, None),
     ("plant: address\n", "", "the bug planted for address was not reported: silence proves nothing (plant: address)"),
     ("plant: address\n", UNDEFINED,
      "the bug planted for address was not reported: silence proves nothing (plant: address)"),
     ("no module named torch\n", FOUND, "the plant for address did not start: no module named torch"),
 ])
-def test_a_silent_sanitizer_proves_nothing(monkeypatch, tmp_path, text, reports, told):
+def test_a_silent_sanitizer_proves_nothing(monkeypatch, tmp_path, text, reports, failure):
     monkeypatch.setattr(sanitize_cpu, "execute", lambda *_: Run(1, text, reports))
-    assert sanitize_cpu.plant(tmp_path, tmp_path / "plants.so", "address") == told
+    assert sanitize_cpu.plant(tmp_path, tmp_path / "plants.so", "address") == failure
 
 
 def test_nothing_is_tested_after_a_missed_plant(monkeypatch, tmp_path, capsys):
@@ -60,13 +59,13 @@ def test_nothing_is_tested_after_a_missed_plant(monkeypatch, tmp_path, capsys):
 
 
 def test_what_is_missing_in_one_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(native_build, "obstacle", lambda: None)
+    monkeypatch.setattr(toolchain, "obstacle", lambda: None)
     monkeypatch.setattr(sanitize_cpu, "runtime", lambda cxx, name: None)
-    monkeypatch.setattr(native_build, "compiler", lambda: ["clang++"])
+    monkeypatch.setattr(toolchain, "compiler", lambda: ["clang++"])
     monkeypatch.setattr(sys, "platform", "linux")
     assert sanitize_cpu.main(tmp_path) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("sanitize-cpu: clang++ has come without libasan.so; take GCC") and told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("sanitize-cpu: clang++ has come without libasan.so; take GCC") and shown.count("\n") == 1
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "this needs Linux" in sanitize_cpu.missing()
 
@@ -100,9 +99,9 @@ def test_quick_runs_the_newest_instruction_set_alone(monkeypatch, tmp_path, quic
 def test_a_planted_bug_is_found_in_an_instrumented_library_only(tmp_path, flags):
     (tmp_path / "tree").symlink_to(ROOT)
     library = tmp_path / "plants.so"
-    sanitize_plants.build(library, native_build.compiler(), flags)
-    told = sanitize_cpu.plant(tmp_path / "tree", library, "address")
+    sanitize_plants.build(library, toolchain.compiler(), flags)
+    failure = sanitize_cpu.plant(tmp_path / "tree", library, "address")
     if flags:
-        assert told is None
+        assert failure is None
     else:
-        assert "silence proves nothing" in told
+        assert "silence proves nothing" in failure

@@ -1,4 +1,4 @@
-"""The masked RNN's share of gpu_workload.py: each way its steps take, small, held against the CPU's reference."""
+"""The part of workload.py for the masked RNN: each kernel of its steps, on small nets, against the CPU's reference."""
 from __future__ import annotations
 
 import torch
@@ -13,9 +13,10 @@ from moduli_kernels.triton.rnn.shares import Shares
 ops = torch.ops.moduli_kernels
 NAMES = ("states", "last state", "dx", "dh", "dW_ih", "dW_hh", "db")
 TANH, LEAKY = Step("tanh", 1.0, False), Step("relu", 0.5, True)
-# programs of two strips and of two parts of the batch, which a small layer would not be given
+# A small layer would not be given these programs of two strips and two parts of the batch.
 STREAMED = Shares("streamed", 16, 16, 32, 1, 8, 2, 2, 1)
-# rows, batch, what is computed, threshold of blocks (None: dense), the shares if not those of the table
+# Each case: rows; batch; what a step computes; the threshold above which a block is stored densely, or None for no
+# block layout; the launch parameters, or None for those of the table.
 CASES: tuple[tuple[int, int, Step, int | None, Shares | None], ...] = (
     (100, 9, TANH, None, None), (64, 20, LEAKY, None, None), (130, 20, TANH, None, None), (200, 5, LEAKY, None, None),
     (70, 20, LEAKY, None, STREAMED), (70, 20, TANH, 99999, None), (70, 20, LEAKY, 60, None), (130, 33, TANH, 40, None),
@@ -24,7 +25,7 @@ STEPS, INPUTS, SIDE = 4, 7, 16
 
 
 def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, what the GPU has, what the CPU has) of states and gradients."""
+    """Returns (name, result of the GPU, result of the CPU) for the states and for each gradient."""
     generator = torch.Generator().manual_seed(n + batch)
     sizes = ((STEPS, batch, INPUTS), (batch, n), (n, INPUTS), (n, n), (n,), (n,), (STEPS, batch, n), (batch, n))
     x, h, w_ih, w_hh, b_ih, b_hh, *grads = (torch.randn(size, generator=generator) / n**0.25 for size in sizes)
@@ -52,7 +53,7 @@ def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str
 
 
 def cases():
-    """(name, got, wanted) of all of them."""
+    """Yields (name, result of the GPU, result of the CPU) for every case."""
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     shares_for = shares_table.shares_for
     for n, batch, step, threshold, shares in CASES:

@@ -1,14 +1,16 @@
-"""scripts/setup.sh: one plain sentence for each thing missing, and no belief in half-made environments."""
+"""scripts/setup.sh says in one plain sentence what is missing, and does not use a half-made environment."""
+import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOOLS = "awk bash cat chmod cksum df dirname grep head ls mkdir mktemp mv rm sed"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOOLS = "awk bash cat chmod df dirname grep head ls mkdir mktemp mv rm sed"
 # A Python without torch, whose pip has no network; FAKE may say "old" or "no-venv".
 FAKE_PYTHON = r"""#!/bin/bash
 case "$*" in
@@ -26,7 +28,8 @@ esac
 @pytest.fixture
 def newcomer(tmp_path):
     """A fresh source tree on a machine with a few tools, a Python without torch and a C++ compiler."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("scripts", "build_support"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "moduli_kernels").mkdir()
     (tmp_path / "README.md").touch()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "moduli_kernels/_version.py"):
@@ -135,3 +138,65 @@ def test_a_python_with_torch_is_used_without_venv_or_network(newcomer):
         status, lines = set_up(newcomer, *run, MODULI_KERNELS_BUILD="python")
         assert (status, lines) == (0, expected)
     assert not (newcomer / ".venv").exists()
+
+
+# A Python that has torch and lacks other requirements until .venv's pip has run; FAKE=offline makes that pip fail.
+LACKING_PYTHON = r"""#!/bin/bash
+case "$*" in
+    *missing_requirements*) [[ $0 == .venv/* && -e installed ]] || echo hypothesis ;;
+    *'import torch; assert'*) ;;
+    *sys.executable*) echo "$0" ;;
+    '-m venv .venv') mkdir -p .venv/bin .venv/lib/python3/site-packages
+        cat "$0" >.venv/bin/python; chmod +x .venv/bin/python ;;
+    *'-m pip'*) [[ $FAKE == offline ]] && exit 1; call="$*"
+        echo "$0: ${call#* install }" >>pip.calls; echo >installed ;;
+    *) exec PYTHON "$@" ;;
+esac
+"""
+RUN = ("-c", "print('it runs')")
+
+
+def build_tools():
+    [tools] = re.findall(r'^BUILD_TOOLS="(.*?)"', (ROOT / "scripts" / "setup.sh").read_text(), re.MULTILINE)
+    return tools
+
+
+@pytest.fixture
+def borrower(newcomer):
+    write_tool(newcomer, "python3", LACKING_PYTHON.replace("PYTHON", f"'{sys.executable}'", 1))
+    return newcomer
+
+
+def test_what_a_python_with_torch_lacks_goes_to_a_venv_that_borrows_its_torch(borrower):
+    status, lines = set_up(borrower, *RUN, MODULI_KERNELS_BUILD="python", MODULI_KERNELS_EXTRAS="docs")
+    assert status == 0 and lines == [
+        f"setup: creating .venv, which borrows the torch of {borrower}/bin/python3, "
+        "and installing the tools into it (log: build/setup.log)", "it runs"]
+    torch = importlib.metadata.distribution("torch")
+    constraint = "--constraint .venv/torch.txt"
+    assert (borrower / ".venv" / "torch.txt").read_text() == f"torch=={torch.version}\n"
+    borrowed = borrower / ".venv" / "lib" / "python3" / "site-packages" / "borrowed_torch.pth"
+    assert pathlib.Path(borrowed.read_text().strip(), "torch", "version.py").is_file()
+    calls = (borrower / "pip.calls").read_text().splitlines()
+    assert calls == [f".venv/bin/python: {build_tools()} {constraint}",
+                     f".venv/bin/python: --no-build-isolation {constraint} -e .[test,examples,docs]"]
+    assert set_up(borrower, *RUN, MODULI_KERNELS_BUILD="python") == (0, ["it runs"])
+    assert (borrower / "pip.calls").read_text().splitlines() == calls
+
+
+def test_the_build_tools_are_those_of_pyproject():
+    [required] = re.findall(r'^requires = \["(.*?)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert build_tools().split()[0] == required
+
+
+def test_a_whole_venv_outlives_an_update_without_network_and_not_another_python(borrower):
+    assert set_up(borrower, *RUN, MODULI_KERNELS_BUILD="python")[0] == 0
+    (borrower / "installed").unlink()
+    assert "no network, or no such package?" in failure(borrower, FAKE="offline", MODULI_KERNELS_BUILD="python")
+    (borrower / "installed").touch()
+    assert set_up(borrower, *RUN, MODULI_KERNELS_BUILD="python") == (0, ["it runs"])
+    for changed in ({"PYTHON": str(borrower / "bin" / "python4")}, {"TORCH": "torch==2.12.0"}):
+        shutil.copy(borrower / "bin" / "python3", borrower / "bin" / "python4")
+        status, lines = set_up(borrower, *RUN, MODULI_KERNELS_BUILD="python", **changed)
+        assert status == 0 and lines[0] == "setup: removing the .venv that was made with another Python or torch"
+        assert set_up(borrower, *RUN, MODULI_KERNELS_BUILD="python", **changed) == (0, ["it runs"])

@@ -1,24 +1,25 @@
-"""What compute-sanitizer watches: every kernel once or more, small, held against the CPU's reference.
+"""Runs every kernel at least once on small tensors, under compute-sanitizer, and compares it with the CPU's reference.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/gpu_workload.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m scripts.gpu.workload
 
-Tensors are drawn on the CPU and compared there, so that the kernels of this package are nearly all that runs.
+Tensors are drawn and compared on the CPU, so that the GPU runs little else than the kernels of this package.
 """
 from __future__ import annotations
 
 from typing import Any
 
-import gpu_workload_rnn
 import torch
 from torch import Tensor
 
 import moduli_kernels as mk
 from moduli_kernels import reference
 from moduli_kernels.geometry.inhibitors import inhibitor as resolve_inhibitor
+from scripts.gpu import workload_rnn
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 TABLE = mk.TabulatedInhibitor(lambda d: 2 + torch.cos(d), 25.0, samples=256)
-# rows, columns, settings; columns None: shared points. Whole tiles, ragged ones, unaligned rows.
+# Each case: rows; columns, or None for a square weight whose rows and columns share the points; arguments of run().
+# The sizes give whole tiles, incomplete tiles and unaligned rows.
 CASES: tuple[tuple[int, int | None, dict[str, Any]], ...] = (
     (512, None, {}),
     (512, None, {"trained": False}),
@@ -34,6 +35,7 @@ CASES: tuple[tuple[int, int | None, dict[str, Any]], ...] = (
 
 
 def check(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Ends the program if the relative difference in norm is above the tolerance."""
     error = float((got.double().cpu() - want).norm() / want.norm().clamp(min=1e-30))
     if not error <= tolerance:
         raise SystemExit(f"{name} is off by {error:.1e}, allowed {tolerance:.0e}")
@@ -42,6 +44,13 @@ def check(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
 def run(rows: int, columns: int | None, manifold: str = "torus", inhibitor=None, power: float = 1.0, blocks: int = 1,
         kernel: tuple[int, ...] = (), dtype: torch.dtype = torch.float32, masked: bool = False, trained: bool = True,
         grad: float = 1.0) -> None:
+    """Compares value, gradients and the in-place ops of one case with the reference, in float64.
+
+    The weight has shape (blocks * rows, columns or rows, *kernel).
+    trained: whether the points get gradients.
+    grad: the gradient that arrives at the value. A second backward brings 1 - grad, so that both add up to the plain
+    gradient.
+    """
     generator = torch.Generator().manual_seed(rows)
     m = mk.manifold(manifold)
     points = torch.float64 if dtype == torch.float64 else torch.float32
@@ -60,7 +69,7 @@ def run(rows: int, columns: int | None, manifold: str = "torus", inhibitor=None,
     settings = {"manifold": m, "inhibitor": inhibitor, "blocks": blocks, "mask": None if mask is None else mask.cuda()}
     value = mk.moduli_penalty(*leaves, power=power, **settings)
     value.backward(torch.tensor(grad, dtype=value.dtype).cuda(), retain_graph=True)
-    value.backward(torch.tensor(1 - grad, dtype=value.dtype).cuda())  # made again: together once the gradient
+    value.backward(torch.tensor(1 - grad, dtype=value.dtype).cuda())  # recomputes the gradient
     with torch.no_grad():
         check(f"{name}: value alone", mk.moduli_penalty(*leaves, power=power, **settings), want, tolerance)
     found = [("value", value, want), ("dW", leaves[0].grad, wanted.weight)]
@@ -74,7 +83,7 @@ def run(rows: int, columns: int | None, manifold: str = "torus", inhibitor=None,
 
 
 def compressed() -> None:
-    """torch.sparse_csr: value and gradients of the kept values alone."""
+    """Compares value and gradient of a weight in torch.sparse_csr with the reference."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(90, 75, generator=generator) < 0.05
     dense = torch.where(mask, torch.randn(90, 75, generator=generator), 0)
@@ -94,7 +103,7 @@ if __name__ == "__main__":
     for rows, columns, settings in CASES:
         run(rows, columns, **settings)
     compressed()
-    for case in gpu_workload_rnn.cases():
+    for case in workload_rnn.cases():
         check(*case, TOLERANCE[torch.float32])
     torch.cuda.synchronize()
-    print(f"workload: {len(CASES) + 1 + len(gpu_workload_rnn.CASES)} cases, all as the reference has them")
+    print(f"workload: {len(CASES) + 1 + len(workload_rnn.CASES)} cases agree with the reference")

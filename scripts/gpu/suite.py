@@ -1,5 +1,7 @@
-"""The test suite on a GPU for scripts/gpu.py: shares of it in processes side by side, since most tests wait for Triton
-to compile, which takes one core; pytest-xdist need not be there."""
+"""Runs the test suite on the GPU in several processes, without pytest-xdist.
+
+Most tests wait for Triton to compile, which takes one core.
+"""
 from __future__ import annotations
 
 import os
@@ -14,24 +16,32 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOST_SHARDS = 14
-GPU_GIB_A_SHARD = 2.0  # a CUDA context, torch and small tensors
-MOST_FAILURES = 20  # of a shard: after an illegal access every later test of its process fails
-ONLY_ON_A_GPU = "test_cuda_only"  # of which some must have passed, or nothing ran on the GPU
+GPU_GIB_A_SHARD = 2.0  # a process needs it for its CUDA context, torch and small tensors
+MOST_FAILURES = 20  # a shard stops after them: after an illegal access every later test of its process fails
+ONLY_ON_A_GPU = "test_cuda_only"  # some of these tests must have passed, or nothing ran on the GPU
 
 
 @dataclass
 class Outcome:
-    """Of all shards together. failed: test -> first line of what it said; broken: in words, shards without a report."""
+    """The results of all shards together.
+
+    passed, skipped: numbers of tests.
+    failed: test -> the first line of its message.
+    reasons: why tests were skipped -> how many.
+    slowest: (seconds, test).
+    broken: a sentence for each shard that made no report.
+    on_gpu: number of passed tests that only a GPU can run.
+    """
 
     passed: int = 0
     skipped: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-    reasons: Counter = field(default_factory=Counter)  # why tests were skipped
+    reasons: Counter = field(default_factory=Counter)
     slowest: list[tuple[float, str]] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-    on_gpu: int = 0  # passed tests that only a GPU can run
+    on_gpu: int = 0
 
     @property
     def ok(self) -> bool:
@@ -44,7 +54,7 @@ class Outcome:
         return text if self.on_gpu or self.failed or self.broken else text + "; none of them ran on the GPU"
 
     def lines(self) -> list[str]:
-        """What is to be read beside the summary."""
+        """Returns the lines that are shown beside the summary."""
         return [*self.broken, *(f"{test}: {why}" for test, why in self.failed.items())]
 
     def details(self) -> dict[str, Any]:
@@ -54,11 +64,12 @@ class Outcome:
 
 
 def shards(cores: int, gpu_gib: float) -> int:
+    """Returns how many processes fit a machine, given its cores and the free memory of its GPU in GiB."""
     return max(1, min(cores - 1, MOST_SHARDS, int(gpu_gib // GPU_GIB_A_SHARD)))
 
 
 def read_report(path: pathlib.Path, outcome: Outcome) -> None:
-    """Adds a shard's JUnit file."""
+    """Adds the JUnit file of a shard to the outcome."""
     for case in xml.parse(path).iter("testcase"):
         name = f"{case.get('classname', '')}::{case.get('name')}"
         outcome.slowest.append((round(float(case.get("time", 0)), 1), name))
@@ -76,7 +87,7 @@ def read_report(path: pathlib.Path, outcome: Outcome) -> None:
 
 
 def run(count: int, seconds: float, log: pathlib.Path, tests: str = "tests", device: str = "cuda") -> Outcome:
-    """Runs the suite in `count` processes; what has not ended after so many seconds is ended, and told."""
+    """Runs the suite in `count` processes. One that has not ended after so many seconds is killed and reported."""
     outcome = Outcome()
     with tempfile.TemporaryDirectory() as name, open(log, "w") as out:
         folder = pathlib.Path(name)
@@ -87,7 +98,7 @@ def run(count: int, seconds: float, log: pathlib.Path, tests: str = "tests", dev
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # what its tests started goes with it
+                os.killpg(process.pid, signal.SIGKILL)  # also kills the processes that its tests started
                 process.wait()
                 late = True
             text = (folder / f"{index}.log").read_text(errors="replace")
@@ -107,13 +118,13 @@ def run(count: int, seconds: float, log: pathlib.Path, tests: str = "tests", dev
 
 
 def _start(index: int, count: int, folder: pathlib.Path, tests: str, device: str) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {
         "PYTHONPATH": path, "MODULI_KERNELS_TEST_DEVICE": device, "MODULI_KERNELS_SHARD": f"{index}/{count}",
         "MODULI_KERNELS_SHARD_NOW": str(folder / f"{index}.now"), "OMP_NUM_THREADS": "1"}
     with open(folder / f"{index}.log", "w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "gpu_shard", "-p", "no:cacheprovider", "--tb=short",
+            [sys.executable, "-m", "pytest", "-q", "-p", "scripts.gpu.sharding", "-p", "no:cacheprovider", "--tb=short",
              f"--maxfail={MOST_FAILURES}", f"--junitxml={folder / f'{index}.xml'}", tests],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True)

@@ -1,4 +1,4 @@
-"""The benchmarks on a GPU for scripts/gpu.py: several processes compile what contestants need, one then measures."""
+"""Runs the benchmarks on the GPU: several processes compile the contestants' kernels, then one process measures."""
 from __future__ import annotations
 
 import os
@@ -8,23 +8,29 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-MOST_COMPILERS = 10  # processes at once, each with compilers of its own
-# as benchmarks/conftest.py names them: in its child, so that it starts none itself; where to write; till when
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MOST_COMPILERS = 10  # processes at the same time, each of which starts compilers
+# benchmarks/conftest.py reads these variables: that this is the process that measures, so that it starts no other; the
+# record's file; when to stop.
 ALLOCATOR, RECORD, DEADLINE = (f"MODULI_KERNELS_BENCHMARKS_{name}" for name in ("ALLOCATOR", "GPU_RECORD", "DEADLINE"))
 
 
 @dataclass
 class Outcome:
-    """rows: the table of goals, (case, goal, value, verdict)."""
+    """The result of the benchmarks.
+
+    ok: whether the measurements could be made.
+    summary: one line about it.
+    rows: the table of goals, (case, goal, value, verdict).
+    """
 
     ok: bool
-    told: str
+    summary: str
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
 def dealt(names: list[str], hands: int) -> list[list[str]]:
-    """The names in so many hands at most, of about equal size."""
+    """Deals the names out to at most so many hands of about equal size."""
     return [names[k::hands] for k in range(min(hands, len(names)))]
 
 
@@ -34,7 +40,10 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def prepare(cores: int, seconds: float, log: pathlib.Path) -> None:
-    """Fills the caches of torch and Triton. What fails or takes too long here is compiled when it is measured."""
+    """Fills the caches of torch and Triton.
+
+    A kernel that fails or takes too long here is compiled when it is measured.
+    """
     from benchmarks.penalty.cases_gpu import GPU_CASES
 
     hands = dealt([case.name for case in GPU_CASES], max(1, min(MOST_COMPILERS, cores // 2)))
@@ -52,8 +61,8 @@ def prepare(cores: int, seconds: float, log: pathlib.Path) -> None:
 
 
 def measure(record: pathlib.Path, seconds: float, log: pathlib.Path, arguments: list[str]) -> Outcome:
-    """Runs the benchmark into `record`; `arguments` go to pytest."""
-    margin = 0.15 * seconds  # for the case that is under way at the deadline
+    """Runs the benchmarks, which write to `record`; `arguments` go to pytest."""
+    margin = 0.15 * seconds  # the case that is under way at the deadline may finish in it
     variables = {ALLOCATOR: "retained", RECORD: str(record), DEADLINE: str(time.time() + seconds - margin)}
     with open(log, "w") as out:
         try:
@@ -68,8 +77,10 @@ def measure(record: pathlib.Path, seconds: float, log: pathlib.Path, arguments: 
 
 
 def outcome(status: int | None, record: pathlib.Path, log: pathlib.Path) -> Outcome:
-    """status: pytest's, None where it was ended. Passed are measurements that could be made, be the goals reached or
-    not: how many were is told."""
+    """Judges a run by its record. It passes if the measurements could be made; goals that were missed are only counted.
+
+    status: pytest's exit status, or None if it took too long and was ended.
+    """
     from benchmarks.harness import records
     from benchmarks.penalty import report_gpu
 
@@ -79,10 +90,10 @@ def outcome(status: int | None, record: pathlib.Path, log: pathlib.Path) -> Outc
     rows = report_gpu.rows(records.load(record))
     reached, missed, absent = (sum(row[3] == verdict for row in rows)
                                for verdict in ("reached", "NOT reached", "not measured in this run"))
-    told = f"{reached} goals reached, {missed} not reached, {absent} not measured"
+    summary = f"{reached} goals reached, {missed} not reached, {absent} not measured"
     if status is None:
-        told += "; ended, since its time was up"
+        summary += "; ended, since its time was up"
     elif status:
         failed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.startswith("FAILED")]
-        told += f"; pytest ended with status {status}: {'; '.join(failed)[:300] or 'see its log'}"
-    return Outcome(status == 0, told, rows)
+        summary += f"; pytest ended with status {status}: {'; '.join(failed)[:300] or 'see its log'}"
+    return Outcome(status == 0, summary, rows)

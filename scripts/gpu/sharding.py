@@ -1,13 +1,14 @@
-"""A pytest plugin for scripts/gpu_tests.py: keeps a share of the tests, and writes down which one runs.
+"""A pytest plugin for suite.py: it keeps one share of the tests and writes down which test is running.
 
-    MODULI_KERNELS_SHARD=INDEX/COUNT  MODULI_KERNELS_SHARD_NOW=FILE  pytest -p gpu_shard
+    MODULI_KERNELS_SHARD=INDEX/COUNT  MODULI_KERNELS_SHARD_NOW=FILE  pytest -p scripts.gpu.sharding
 """
 from __future__ import annotations
 
 import os
 import pathlib
 
-RUN = 10  # neighbours that stay together: powers and dtypes of one test, which share compiled kernels
+# This many neighbouring tests stay together: powers and dtypes of one test share compiled kernels.
+RUN = 10
 
 
 def pytest_collection_modifyitems(config, items):
@@ -19,5 +20,5 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_logstart(nodeid, location):
-    """What a shard that is killed was at."""
+    """Writes down the test that begins, so that suite.py can name it if this process is killed."""
     pathlib.Path(os.environ["MODULI_KERNELS_SHARD_NOW"]).write_text(nodeid)

@@ -1,4 +1,4 @@
-"""compute-sanitizer for scripts/gpu.py: its four tools over gpu_workload.py, each first proved on a planted bug."""
+"""Runs the four tools of compute-sanitizer over workload.py, each after it has found the bug that is planted for it."""
 from __future__ import annotations
 
 import os
@@ -13,19 +13,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import gpu_plants
+from . import plants
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-WORKLOAD, PLANTS = ROOT / "scripts" / "gpu_workload.py", ROOT / "scripts" / "gpu_plants.py"
-SEARCHED = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-DONE = "workload: "  # how the last line of the workload begins
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+WORKLOAD, PLANTS = "scripts.gpu.workload", "scripts.gpu.plants"  # the modules that run under the tools
+SEARCHED = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # folders that are searched after the PATH
+DONE = "workload: "  # the last line of the workload begins so
 
 Run = Callable[[list[str], float], "Output"]
 
 
 @dataclass
 class Output:
-    """Of a command; status None where it was ended for taking too long."""
+    """What a command printed, and its exit status, or None if it took too long and was ended."""
 
     status: int | None
     text: str
@@ -33,26 +33,31 @@ class Output:
 
 @dataclass
 class Verdict:
+    """Whether a tool found its planted bug and nothing else, and the reason in words."""
+
     tool: str
     ok: bool
-    told: str
+    reason: str
 
 
 def find(program: str) -> str | None:
-    """Where a program of the CUDA toolkit lies: on the PATH, else at the usual place."""
+    """Looks for a program of the CUDA toolkit on the PATH, then in SEARCHED; returns its path, or None if absent."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *SEARCHED])
     return shutil.which(program, path=path)
 
 
 def errors(text: str) -> int | None:
-    """How many a tool counted in its summary; None where there is no summary, so nothing was watched."""
+    """Returns how many errors a tool counted in its summary, or None if it printed none and so watched nothing."""
     found = [int(number) for number in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
     found += [int(number) for number in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)]
     return max(found) if found else None
 
 
 def judge(tool: str, planted: Output, work: Output | None) -> Verdict:
-    """work is None where the plant was missed and nothing else was run."""
+    """Judges a tool by its output on the planted bug and on the kernels.
+
+    work is None if the tool missed the planted bug, because the kernels are not run then.
+    """
     seen = errors(planted.text)
     if planted.status is None:
         return Verdict(tool, False, "took too long over its planted bug")
@@ -77,20 +82,21 @@ def _last(text: str) -> str:
 
 
 def _first(text: str) -> str:
-    """The first finding in a tool's output, which begins its lines with =========."""
+    """Returns the first finding in a tool's output. The tool's own lines begin with =========."""
     lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("=========")]
     found = (line for line in lines if line and "COMPUTE-SANITIZER" not in line and "SUMMARY" not in line)
     return next(found, "?")[:200]
 
 
-def command(sanitizer: str, tool: str, *program: str) -> list[str]:
-    return [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, *program]
+def command(sanitizer: str, tool: str, *module: str) -> list[str]:
+    """Returns the command that runs a module with its arguments under a tool."""
+    return [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, "-m", *module]
 
 
 def execute(arguments: list[str], seconds: float) -> Output:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # each tensor is an allocation, with bounds that the tools know
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # each tensor is its own allocation, whose bounds the tools know
         "CUDA_MODULE_LOADING": "LAZY", "OMP_NUM_THREADS": "2"}
     try:
         done = subprocess.run(arguments, cwd=ROOT, env=environment, text=True, errors="replace", timeout=seconds,
@@ -102,7 +108,10 @@ def execute(arguments: list[str], seconds: float) -> Output:
 
 
 def run(architecture: str, seconds: float, log: pathlib.Path, execute: Run = execute) -> list[Verdict]:
-    """All tools side by side, for so many seconds in all. A first run without a tool fills Triton's cache."""
+    """Runs all tools side by side, for so many seconds in all.
+
+    The workload runs first without a tool, to see that it passes and to fill Triton's cache.
+    """
     end = time.monotonic() + seconds
 
     def left() -> float:
@@ -117,22 +126,22 @@ def run(architecture: str, seconds: float, log: pathlib.Path, execute: Run = exe
     with tempfile.TemporaryDirectory() as folder:
         library = pathlib.Path(folder, "plants.so")
         try:
-            gpu_plants.build(library, nvcc, architecture)
+            plants.build(library, nvcc, architecture)
         except RuntimeError as error:
             return [Verdict("nvcc", False, str(error))]
-        first = execute([sys.executable, str(WORKLOAD)], left())
+        first = execute([sys.executable, "-m", WORKLOAD], left())
         texts["no tool"] = first.text
         verdicts = []
         if first.status or DONE not in first.text:
             verdicts = [Verdict("the kernels", False, f"failed without any tool: {_last(first.text)}")]
         else:
             def one(tool: str) -> Verdict:
-                planted = execute(command(sanitizer, tool, str(PLANTS), tool, str(library)), left())
-                work = execute(command(sanitizer, tool, str(WORKLOAD)), left()) if errors(planted.text) else None
+                planted = execute(command(sanitizer, tool, PLANTS, tool, str(library)), left())
+                work = execute(command(sanitizer, tool, WORKLOAD), left()) if errors(planted.text) else None
                 texts[tool] = planted.text + ("" if work is None else "\n--- the kernels\n" + work.text)
                 return judge(tool, planted, work)
 
-            with ThreadPoolExecutor(len(gpu_plants.TOOLS)) as pool:
-                verdicts = list(pool.map(one, gpu_plants.TOOLS))
+            with ThreadPoolExecutor(len(plants.TOOLS)) as pool:
+                verdicts = list(pool.map(one, plants.TOOLS))
     log.write_text("".join(f"--- {name}\n{text}\n" for name, text in texts.items()))
     return verdicts

@@ -1,4 +1,4 @@
-"""The kernel of the planted reads of gpu_plants.py, which without Triton can be imported all the same."""
+"""The Triton kernel that plants.py uses, in a file of its own because plants.py must import without Triton too."""
 from __future__ import annotations
 
 import triton
@@ -7,5 +7,5 @@ import triton.language as tl
 
 @triton.jit
 def add_up(numbers, out, COUNT: tl.constexpr):
-    """out <- the sum of COUNT numbers, wherever they lie."""
+    """Writes the sum of the first COUNT numbers to out, without any check of bounds."""
     tl.store(out, tl.sum(tl.load(numbers + tl.arange(0, COUNT))))

@@ -1,9 +1,10 @@
-"""One planted bug for each tool of compute-sanitizer, to be run under it: a tool that stays silent here proves nothing.
+"""Runs a bug that is planted for one tool of compute-sanitizer. A tool that does not report it proves nothing.
 
-    python scripts/gpu_plants.py TOOL LIBRARY       memcheck, initcheck, racecheck or synccheck; LIBRARY: of build()
+    python -m scripts.gpu.plants TOOL LIBRARY
 
-In a process with torch, as the kernels themselves run. The reads are planted in Triton, whose kernels are those to be
-watched; a race and a bad barrier cannot be written in it.
+TOOL is memcheck, initcheck, racecheck or synccheck, and LIBRARY is what build() made. The bug runs in a process with
+torch, as the kernels do. The bad reads are planted in Triton, because its kernels are the ones to be watched; a race
+and a bad barrier are planted in CUDA, because they cannot be written in Triton.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import sys
 import tempfile
 
 CUDA = r"""
-// All of a block writes, one thread reads what the others wrote, with nothing between.
+// All threads of a block write, then one thread reads what the others wrote, without a barrier in between.
 __global__ void race(int *out) {
   __shared__ int shared[128];
   shared[threadIdx.x] = threadIdx.x;
@@ -25,7 +26,7 @@ __global__ void race(int *out) {
   }
 }
 
-// Half of a warp waits at a barrier of the whole block.
+// Half of a warp waits at a barrier for the whole block.
 __global__ void barrier(int *out) {
   __shared__ int shared[64];
   if (threadIdx.x < 16) {
@@ -42,7 +43,7 @@ TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 
 
 def build(library: pathlib.Path, nvcc: str, architecture: str) -> None:
-    """architecture: "90". Raises RuntimeError with what nvcc said."""
+    """Compiles the planted bugs of CUDA for an architecture such as "90". Raises RuntimeError with nvcc's message."""
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder, "plants.cu")
         source.write_text(CUDA)
@@ -61,16 +62,16 @@ def run(tool: str, library: str) -> None:
         call = plants.run_race if tool == "racecheck" else plants.run_barrier
         call(ctypes.c_void_p(out.data_ptr()))
         return
-    import gpu_plants_triton
+    from scripts.gpu import plants_triton
 
-    # Each tensor is an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING=1), of a size that is no whole page.
+    # Each tensor is its own allocation (PYTORCH_NO_CUDA_MEMORY_CACHING=1), and this size does not fill its last page.
     count, out = 1_000_003, torch.zeros(1, device="cuda")
     numbers = torch.empty(count, device="cuda")
     if tool == "memcheck":
         numbers.zero_()
-        gpu_plants_triton.add_up[(1,)](numbers[count - 512:], out, COUNT=1024)  # 512 beyond the end
+        plants_triton.add_up[(1,)](numbers[count - 512:], out, COUNT=1024)  # reads 512 numbers beyond the end
     else:
-        gpu_plants_triton.add_up[(1,)](numbers, out, COUNT=1024)  # nobody wrote them
+        plants_triton.add_up[(1,)](numbers, out, COUNT=1024)  # reads numbers that nothing has written
     torch.cuda.synchronize()
 
 

@@ -1,5 +1,7 @@
-"""`make gpu` without a GPU: its parts with fakes, its refusals, its record; and that a tool which misses its planted
-bug fails the run."""
+"""`make gpu` without a GPU: its parts with fakes, its refusals and its record.
+
+A tool of compute-sanitizer that misses its planted bug fails the run.
+"""
 from __future__ import annotations
 
 import json
@@ -11,18 +13,11 @@ import time
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+from benchmarks.harness import records
+from moduli_kernels import runtime
+from scripts.gpu import benchmark, command, plants, sanitizer, suite, workload
 
-import gpu  # noqa: E402
-import gpu_bench  # noqa: E402
-import gpu_plants  # noqa: E402
-import gpu_sanitize  # noqa: E402
-import gpu_tests  # noqa: E402
-import gpu_workload  # noqa: E402
-
-from benchmarks.harness import records  # noqa: E402
-from moduli_kernels import runtime  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -33,25 +28,25 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
     (None, "a torch with CUDA is needed, but"), ("13.0", "torch finds no CUDA GPU here; look at nvidia-smi")])
 def test_refuses_without_a_gpu(monkeypatch, cuda, words):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    told = gpu.refusal()
-    assert words in told and "`make test`" in told and "\n" not in told
+    reason = command.refusal()
+    assert words in reason and "`make test`" in reason and "\n" not in reason
 
 
 def test_refuses_an_old_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert gpu.refusal().startswith("torch >= 2.10 is needed, but")
+    assert command.refusal().startswith("torch >= 2.10 is needed, but")
 
 
 @without_gpu
 def test_the_command_refuses_in_one_sentence():
-    done = subprocess.run([sys.executable, "scripts/gpu.py", "tests"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "scripts.gpu", "tests"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
 
 
 # --- the suite in shares ----------------------------------------------------------------------------------
 
 def test_shares_fit_the_machine():
-    assert [gpu_tests.shards(*machine) for machine in ((16, 79), (16, 7), (2, 79), (1, 1))] == [14, 3, 1, 1]
+    assert [suite.shards(*machine) for machine in ((16, 79), (16, 7), (2, 79), (1, 1))] == [14, 3, 1, 1]
 
 
 SUITE = """
@@ -61,24 +56,24 @@ def test_passes(k):
     assert os.environ["MODULI_KERNELS_TEST_DEVICE"] == "cpu"
 def test_fails():
     assert 1 == 2, "one is not two"
-@pytest.mark.skip(reason="of no device")
+@pytest.mark.skip(reason="has no device")
 def test_skipped(): pass
 """
 ON_GPU = "def test_alone(): pass\n"
 SLEEPS, DIES = "import time\ndef test_sleeps(): time.sleep(60)\n", "import os\ndef test_dies(): os._exit(7)\n"
 
 
-def suite(folder: pathlib.Path, **files: str) -> str:
+def suite_in(folder: pathlib.Path, **files: str) -> str:
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
     return str(folder)
 
 
 def test_all_shares_together(tmp_path):
-    outcome = gpu_tests.run(3, 60, tmp_path / "log", suite(tmp_path, suite=SUITE, cuda_only=ON_GPU), "cpu")
+    outcome = suite.run(3, 60, tmp_path / "log", suite_in(tmp_path, suite=SUITE, cuda_only=ON_GPU), "cpu")
     assert (outcome.passed, outcome.skipped, outcome.on_gpu) == (6, 1, 1) and not outcome.broken and not outcome.ok
     assert [*outcome.failed.values()] == ["AssertionError: one is not two"] and "test_fails" in [*outcome.failed][0]
-    assert outcome.reasons == {"of no device": 1}
+    assert outcome.reasons == {"has no device": 1}
     assert outcome.summary() == "6 passed, 1 failed, 1 skipped"
     assert json.loads(json.dumps(outcome.details()))["passed"] == 6
     assert (tmp_path / "log").read_text().count("--- share") == 3
@@ -86,15 +81,15 @@ def test_all_shares_together(tmp_path):
 
 def test_green_is_only_what_ran_on_the_gpu(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    green = gpu_tests.run(1, 60, tmp_path / "log", suite(tmp_path / "a", cuda_only=ON_GPU), "cpu")
+    green = suite.run(1, 60, tmp_path / "log", suite_in(tmp_path / "a", cuda_only=ON_GPU), "cpu")
     assert green.ok and green.summary() == "1 passed, 0 failed, 0 skipped"
-    elsewhere = gpu_tests.run(1, 60, tmp_path / "log", suite(tmp_path / "b", other=ON_GPU), "cpu")
+    elsewhere = suite.run(1, 60, tmp_path / "log", suite_in(tmp_path / "b", other=ON_GPU), "cpu")
     assert not elsewhere.ok and elsewhere.summary().endswith("none of them ran on the GPU")
 
 
-def test_a_share_that_hangs_or_dies_is_told(tmp_path):
+def test_a_share_that_hangs_or_dies_is_reported(tmp_path):
     begun = time.monotonic()
-    outcome = gpu_tests.run(2, 8, tmp_path / "log", suite(tmp_path, a=SLEEPS, b=DIES), "cpu")
+    outcome = suite.run(2, 8, tmp_path / "log", suite_in(tmp_path, a=SLEEPS, b=DIES), "cpu")
     assert time.monotonic() - begun < 40 and not outcome.ok
     assert any("share 1 was ended after 8 s; it was at" in line and "test_sleeps" in line for line in outcome.broken)
     assert any("share 2 died with status 7 at" in line and "test_dies" in line for line in outcome.broken)
@@ -107,18 +102,18 @@ FOUND = """========= COMPUTE-SANITIZER
 =========     at add_up+0x80
 ========= ERROR SUMMARY: 3 errors
 """
-DONE = "workload: 11 cases, all as the reference has them\n"
+DONE = "workload: 11 cases agree with the reference\n"
 RACE = "========= Error: Race reported\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
 CLEAN = f"========= COMPUTE-SANITIZER\n{DONE}========= ERROR SUMMARY: 0 errors\n"
 CLEAN_RACE = f"{DONE}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 
 
-def output(text: str, status: int | None = 0) -> gpu_sanitize.Output:
-    return gpu_sanitize.Output(status, text)
+def output(text: str, status: int | None = 0) -> sanitizer.Output:
+    return sanitizer.Output(status, text)
 
 
 def test_errors_are_counted():
-    assert [gpu_sanitize.errors(t) for t in (FOUND, RACE, CLEAN, CLEAN_RACE, DONE)] == [3, 1, 0, 0, None]
+    assert [sanitizer.errors(t) for t in (FOUND, RACE, CLEAN, CLEAN_RACE, DONE)] == [3, 1, 0, 0, None]
 
 
 @pytest.mark.parametrize("planted,work,ok,words", [
@@ -131,64 +126,64 @@ def test_errors_are_counted():
     (FOUND, DONE, False, "the kernels did not run to their end"),
 ])
 def test_verdicts(planted, work, ok, words):
-    verdict = gpu_sanitize.judge("memcheck", output(planted), None if work is None else output(work))
-    assert verdict.ok == ok and words in verdict.told
+    verdict = sanitizer.judge("memcheck", output(planted), None if work is None else output(work))
+    assert verdict.ok == ok and words in verdict.reason
 
 
 def test_verdicts_on_what_took_too_long_or_failed():
     late, found = output("", None), output(FOUND)
     for planted, work in ((late, None), (found, late), (found, output(CLEAN, 1))):
-        assert not gpu_sanitize.judge("memcheck", planted, work).ok
+        assert not sanitizer.judge("memcheck", planted, work).ok
 
 
 @pytest.fixture
 def toolkit(monkeypatch):
-    monkeypatch.setattr(gpu_sanitize, "find", lambda program: f"/usr/bin/{program}")
-    monkeypatch.setattr(gpu_plants, "build", lambda *a: None)
+    monkeypatch.setattr(sanitizer, "find", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(plants, "build", lambda *a: None)
 
 
-@pytest.mark.parametrize("blind", [None, *gpu_plants.TOOLS])
+@pytest.mark.parametrize("blind", [None, *plants.TOOLS])
 def test_each_tool_is_proved_before_it_is_believed(toolkit, tmp_path, blind):
-    """One that misses its planted bug fails, and the kernels are not even run under it."""
+    """A tool that misses its planted bug fails, and the kernels are not even run under it."""
     calls = []
 
-    def execute(arguments: list[str], seconds: float) -> gpu_sanitize.Output:
+    def execute(arguments: list[str], seconds: float) -> sanitizer.Output:
         tool = arguments[2] if arguments[0].endswith("compute-sanitizer") else None
-        plant = str(gpu_sanitize.PLANTS) in arguments
+        plant = sanitizer.PLANTS in arguments
         calls.append((tool, plant))
         assert tool is None or arguments[1] == "--tool" and (not plant or tool in arguments[3:])
         bug, clean = (RACE, CLEAN_RACE) if tool == "racecheck" else (FOUND, CLEAN)
         return output(DONE if tool is None else bug if plant and tool != blind else clean)
 
-    verdicts = gpu_sanitize.run("90", 60, tmp_path / "log", execute)
-    assert calls[0] == (None, False) and {v.tool: v.ok for v in verdicts} == {t: t != blind for t in gpu_plants.TOOLS}
+    verdicts = sanitizer.run("90", 60, tmp_path / "log", execute)
+    assert calls[0] == (None, False) and {v.tool: v.ok for v in verdicts} == {t: t != blind for t in plants.TOOLS}
     assert ((blind, False) not in calls) if blind else len(calls) == 9
     assert "--- memcheck" in (tmp_path / "log").read_text()
 
 
-def test_kernels_that_fail_by_themselves_are_told(toolkit, tmp_path):
-    verdict, = gpu_sanitize.run("90", 60, tmp_path / "log", lambda *a: output("torus is off by 1e+00\n", 1))
-    assert not verdict.ok and verdict.told == "failed without any tool: torus is off by 1e+00"
+def test_kernels_that_fail_without_a_tool_are_reported(toolkit, tmp_path):
+    verdict, = sanitizer.run("90", 60, tmp_path / "log", lambda *a: output("torus is off by 1e+00\n", 1))
+    assert not verdict.ok and verdict.reason == "failed without any tool: torus is off by 1e+00"
 
 
-def test_missing_tools_are_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_sanitize, "find", lambda program: None if program == "nvcc" else "/x")
-    verdict, = gpu_sanitize.run("90", 60, tmp_path / "log")
-    assert (verdict.tool, verdict.ok) == ("nvcc", False) and "CUDA toolkit" in verdict.told
+def test_missing_tools_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(sanitizer, "find", lambda program: None if program == "nvcc" else "/x")
+    verdict, = sanitizer.run("90", 60, tmp_path / "log")
+    assert (verdict.tool, verdict.ok) == ("nvcc", False) and "CUDA toolkit" in verdict.reason
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state", "ignore:.* has no compiled kernel")
 @pytest.mark.parametrize("factor", [1.0, 1.01])
 def test_the_workload_checks_what_it_runs(monkeypatch, factor):
-    """On CPU tensors: right as it is, refused where value and gradients are off by 1 %."""
-    right = gpu_workload.mk.moduli_penalty
+    """On CPU tensors, the workload passes, and refuses a value and gradients that are off by 1 %."""
+    right = workload.mk.moduli_penalty
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.clone())
-    monkeypatch.setattr(gpu_workload.mk, "moduli_penalty", lambda *a, **k: right(*a, **k) * factor)
+    monkeypatch.setattr(workload.mk, "moduli_penalty", lambda *a, **k: right(*a, **k) * factor)
 
     def everything():
-        for rows, columns, settings in gpu_workload.CASES:
-            gpu_workload.run(rows, columns, **settings)
-        gpu_workload.compressed()
+        for rows, columns, settings in workload.CASES:
+            workload.run(rows, columns, **settings)
+        workload.compressed()
 
     if factor == 1:
         everything()
@@ -199,8 +194,8 @@ def test_the_workload_checks_what_it_runs(monkeypatch, factor):
 
 @pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 def test_the_planted_reads_compile():
-    code = ("import sys; sys.path.insert(0, 'scripts')\n"
-            "import gpu_plants_triton as p, triton\n"
+    code = ("from scripts.gpu import plants_triton as p\n"
+            "import triton\n"
             "from triton.backends.compiler import GPUTarget\n"
             "from triton.compiler import ASTSource\n"
             "source = ASTSource(p.add_up, {'numbers': '*fp32', 'out': '*fp32', 'COUNT': 'constexpr'}, {(2,): 1024})\n"
@@ -212,24 +207,24 @@ def test_the_planted_reads_compile():
 # --- the benchmark's part, and the whole ------------------------------------------------------------------
 
 def test_names_are_dealt():
-    assert gpu_bench.dealt(list("abcde"), 2) == [["a", "c", "e"], ["b", "d"]]
-    assert gpu_bench.dealt(["a"], 8) == [["a"]]
+    assert benchmark.dealt(list("abcde"), 2) == [["a", "c", "e"], ["b", "d"]]
+    assert benchmark.dealt(["a"], 8) == [["a"]]
 
 
 def test_what_the_benchmark_came_to(tmp_path):
     log, record = tmp_path / "log", tmp_path / "20260101-000000.json"
     log.write_text("E  RuntimeError\n1 error\n")
-    assert gpu_bench.outcome(1, record, log).told == "measured nothing: E  RuntimeError / 1 error"
+    assert benchmark.outcome(1, record, log).summary == "measured nothing: E  RuntimeError / 1 error"
     times = {"rounds": 60, "time": [1e-6] * 3, "gaps": 0}
     contestants = [{"name": "ours", "kind": "ours", "ratio": [1, 1, 1], **times},
                    {"name": "copy into a buffer", "kind": "floor", "ratio": [0.9, 0.9, 0.9], **times}]
     record.write_text(json.dumps({"quick": False, "memory": [], "penalty": [
         {"case": "torus-dog-8192-frozen", "contestants": contestants}]}))
-    good = gpu_bench.outcome(0, record, log)
-    assert good.ok and good.told.startswith("1 goals reached, 0 not reached,") and len(good.rows) > 10
-    assert not gpu_bench.outcome(None, record, log).ok
+    good = benchmark.outcome(0, record, log)
+    assert good.ok and good.summary.startswith("1 goals reached, 0 not reached,") and len(good.rows) > 10
+    assert not benchmark.outcome(None, record, log).ok
     log.write_text("FAILED benchmarks/penalty/bench_penalty_gpu.py::test_penalty[x] - boom\n")
-    assert "status 1: FAILED benchmarks" in gpu_bench.outcome(1, record, log).told
+    assert "status 1: FAILED benchmarks" in benchmark.outcome(1, record, log).summary
 
 
 HEADER = {"driver": None, "quick": False,
@@ -239,13 +234,14 @@ HEADER = {"driver": None, "quick": False,
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A GPU with nothing to do; what its parts give can be set."""
-    parts = {name: gpu.Part(True, f"{name} went well") for name in ("build", *gpu.PARTS)}
+    """Pretends that there is a GPU. Returns the results of the parts, which a test may change."""
+    parts = {name: command.Part(True, f"{name} went well") for name in ("build", *command.PARTS)}
     for name in parts:
-        monkeypatch.setattr(gpu, name, lambda *a, name=name: parts[name]() if callable(parts[name]) else parts[name])
-    monkeypatch.setattr(gpu, "refusal", lambda: None)
-    monkeypatch.setattr(gpu, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(gpu_bench, "prepare", lambda *a: None)
+        monkeypatch.setattr(
+            command, name, lambda *a, name=name: parts[name]() if callable(parts[name]) else parts[name])
+    monkeypatch.setattr(command, "refusal", lambda: None)
+    monkeypatch.setattr(command, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(benchmark, "prepare", lambda *a: None)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(records, "gpu_header", lambda quick: HEADER)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -254,11 +250,11 @@ def machine(monkeypatch, tmp_path):
 
 def run(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
-    return gpu.main()
+    return command.main()
 
 
 def test_all_parts_and_the_record(machine, monkeypatch, tmp_path, capsys):
-    machine["bench"] = gpu.Part(True, "1 goals reached", [], [["n = 8192", ">= 85 %", "90 %", "reached"]])
+    machine["bench"] = command.Part(True, "1 goals reached", [], [["n = 8192", ">= 85 %", "90 %", "reached"]])
     assert run(monkeypatch) == 0
     found, = (tmp_path / "results" / "nvidia-h100-80gb-hbm3").glob("*.json")
     content = json.loads(found.read_text())
@@ -280,7 +276,7 @@ def test_a_part_that_fails_stops_no_other(machine, monkeypatch, tmp_path, capsys
         raise subprocess.TimeoutExpired("x", 5)
 
     machine["tests"], machine["build"] = broken, late
-    machine["sanitize"] = gpu.Part(False, "3 of 4 tools", ["racecheck did not report it"])
+    machine["sanitize"] = command.Part(False, "3 of 4 tools", ["racecheck did not report it"])
     assert run(monkeypatch) == 1
     shown = capsys.readouterr().out
     assert "tests     FAILED" in shown and "broke: OSError: the disk is gone" in shown
@@ -288,7 +284,7 @@ def test_a_part_that_fails_stops_no_other(machine, monkeypatch, tmp_path, capsys
     assert "sanitize: racecheck did not report it" in shown and "bench     passed" in shown
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
+@pytest.mark.parametrize("part", command.PARTS)
 def test_one_part_alone(machine, monkeypatch, tmp_path, part):
     assert run(monkeypatch, part) == 0
     found, = (tmp_path / "results" / "nvidia-h100-80gb-hbm3").glob("*.json")

@@ -1,4 +1,4 @@
-"""The checks of scripts/wheels.py refuse what they are there to refuse. `make wheels` runs them on real wheels."""
+"""The checks of scripts/wheels.py refuse bad wheels. `make wheels` runs them on real ones."""
 import json
 import shutil
 import subprocess
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import wheels  # noqa: E402
+from scripts import wheels
 
-NEEDED = ("moduli_kernels/py.typed", "moduli_kernels/rnn_crossovers.json", "moduli_kernels/triton/penalty.py")
+NEEDED = ("moduli_kernels/py.typed", "moduli_kernels/rnn/crossovers.json", "moduli_kernels/triton/penalty/dense.py")
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("c++") and shutil.which("nm") and sys.platform == "linux"), reason="needs c++ and nm on Linux")
 
@@ -27,7 +25,7 @@ def wheel(folder, *names, library=None):
     return path
 
 
-def test_a_wheel_holds_its_library_and_the_package_alone(tmp_path):
+def test_a_wheel_holds_its_library_and_only_the_package(tmp_path):
     assert wheels.contents(wheel(tmp_path, *NEEDED), None) == []
     assert wheels.contents(wheel(tmp_path, *NEEDED, "moduli_kernels/_cpu_ops.so"), "_cpu_ops") == [
         "moduli_kernels/_cpu_ops.so"]
@@ -51,7 +49,7 @@ def test_the_stable_shims_are_found_in_torchs_headers():
     ('extern "C" int torch_no_shim(); int f() { return torch_no_shim(); }', "torch_no_shim"),
     ("namespace c10 { int unstable(); } int f() { return c10::unstable(); }", "_ZN3c108unstableEv"),
 ], ids=["shim", "not a shim", "C++"])
-def test_a_library_may_call_stable_shims_alone(tmp_path, call, stranger):
+def test_a_library_may_call_only_stable_shims(tmp_path, call, stranger):
     source, library = tmp_path / "a.cpp", tmp_path / "a.so"
     source.write_text(call)
     subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
@@ -63,7 +61,7 @@ def test_a_library_may_call_stable_shims_alone(tmp_path, call, stranger):
             wheels.symbols(made, "moduli_kernels/_cpu_ops.so")
 
 
-def test_a_failing_command_is_told_with_its_words():
+def test_a_failing_command_is_reported_with_its_words():
     with pytest.raises(SystemExit, match="ended with 3:\nno such thing"):
         wheels.run(sys.executable, "-c", "print('no such thing'); raise SystemExit(3)")
 
@@ -83,5 +81,5 @@ def test_machine_code_of_every_architecture_without_stack(monkeypatch, change, r
         with pytest.raises(SystemExit, match=refused):
             wheels.machine_code(Path("python"))
     else:
-        told = wheels.machine_code(Path("python")).splitlines()
-        assert [each.split(":")[0] for each in told] == ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+        lines = wheels.machine_code(Path("python")).splitlines()
+        assert [each.split(":")[0] for each in lines] == ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]

@@ -1,9 +1,10 @@
-"""What surrounds the code: the citation, the workflows, the issue templates, sizes of files, and what none says."""
+"""What surrounds the code: the citation, the workflows, the issue templates, `make lint`, and words no file says."""
 from __future__ import annotations
 
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -11,24 +12,17 @@ import moduli_kernels as mk
 
 yaml = pytest.importorskip("yaml")
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 if not (ROOT / ".github").is_dir():
     pytest.skip("a source archive has no workflows", allow_module_level=True)
 
-MOST_LINES = 300
-LONGER = {  # file of the package -> why it is one file all the same
-    "_checks.py": "every user-facing error of penalty and pruning, to be read and kept alike in one place",
-    "inhibitors.py": "every inhibitor beside the others: formula, slope, parameters",
-    "manifolds.py": "every manifold beside the others: points, distance, pull-back",
-    "triton/penalty.py": "one kernel, of which Triton inlines all parts",
-}
-# Hosts of package registries, in pieces, as this file is looked through too.
+# The hosts of package registries, in pieces, because this file is searched too.
 HOSTS = ["pypi" + ".org", "python" + "hosted.org", "pytorch" + ".org/whl", "anaconda" + ".org", "npmjs" + ".org"]
 TEXT = {".py", ".sh", ".md", ".yml", ".yaml", ".toml", ".cff", ".json", ".h", ".cpp", ".cu", ".txt", ".in", ""}
 
 
 def tracked() -> list[pathlib.Path]:
-    """The files of the repository, those not committed yet included."""
+    """Returns the files of the repository, including those that are not committed yet."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -107,15 +101,37 @@ def test_issue_templates_ask_for_the_report(name, required):
     assert fields["report"].get("validations", {}).get("required", False) is required
 
 
+# --- make lint ------------------------------------------------------------------------------------------------
+
+def hooks_of(stage: str) -> dict[str, dict]:
+    """Returns the hooks of pre-commit that run in a stage, by their ids."""
+    [repository] = load(".pre-commit-config.yaml")["repos"]
+    default = load(".pre-commit-config.yaml")["default_stages"]
+    return {hook["id"]: hook for hook in repository["hooks"] if stage in hook.get("stages", default)}
+
+
+def test_lint_needs_no_network_and_fixes_only_where_it_is_asked():
+    [repository] = load(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local" and {hook["language"] for hook in repository["hooks"]} == {"system"}
+    checks, fixes = hooks_of("pre-commit"), hooks_of("manual")
+    assert {name.removesuffix("-fix") for name in fixes} == set(checks)
+    assert {name for name in fixes if name not in checks} == {"ruff-fix", "clang-format-fix"}
+    assert not any("--fix" in hook["entry"] or "--force " in hook["entry"] for hook in checks.values())
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-m pre_commit run --all-files" in makefile and "--hook-stage manual" in makefile
+
+
+def test_lint_advises_to_split_long_files_and_does_not_fail(tmp_path):
+    long, short = tmp_path / "long.py", tmp_path / "short.py"
+    long.write_text("x = 1\n" * 301), short.write_text("x = 1\n" * 300)
+    hook = hooks_of("pre-commit")["long-files"]
+    command = [sys.executable, ROOT / hook["entry"].split()[1], short, long]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{long} has 301 lines, which is more than 300; consider splitting it\n"
+    assert hook["verbose"]  # or else pre-commit would not show what a hook prints that passes
+
+
 # --- files ----------------------------------------------------------------------------------------------------
-
-def test_files_of_the_package_are_short():
-    package = ROOT / "moduli_kernels"
-    lines = {str(path.relative_to(package)): len(path.read_text().splitlines()) for path in package.rglob("*.py")}
-    assert {name for name, count in lines.items() if count > MOST_LINES} <= set(LONGER)
-    for name in LONGER:  # an exception that is not needed any more has to go
-        assert lines[name] > MOST_LINES, f"{name} has {lines[name]} lines: take it out of LONGER"
-
 
 def test_no_file_names_the_host_of_a_registry():
     found = []

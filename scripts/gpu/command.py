@@ -1,11 +1,12 @@
-"""`make gpu`: builds, runs the tests, compute-sanitizer and the benchmarks on this machine's CUDA GPU; writes it down.
+"""Runs the tests, compute-sanitizer and the benchmarks on this machine's CUDA GPU, and writes a record of it.
 
-    python scripts/gpu.py [all|tests|sanitize|bench] [--seconds S] [--quick] [-k EXPRESSION]
+    make gpu    or    python -m scripts.gpu [all|tests|sanitize|bench] [--seconds S] [--quick] [-k EXPRESSION]
 
-Needs torch >= 2.10 with CUDA, Triton, and what the tests import; nvcc and compute-sanitizer for `sanitize`; no network.
-A part that fails does not stop the others. The record lies in benchmarks/results/<gpu>/<time>.json ("-tests" at its end
-where nothing was timed), with logs in build/gpu/; where OUT names a folder, copies of all of it under $OUT/<gpu>/. A
-summary table comes last; exit status 1 where a part failed, 2 where nothing could begin.
+It needs torch >= 2.10 with CUDA, Triton, and what the tests import; `sanitize` also needs nvcc and compute-sanitizer.
+It uses no network. A part that fails does not stop the others. The record goes to
+benchmarks/results/<gpu>/<time>.json, whose name ends with "-tests" where nothing was timed, and the logs to build/gpu/.
+If OUT names a folder, $OUT/<gpu>/ gets copies of both. A summary is printed last. The exit status is 1 if a part failed
+and 2 if nothing could begin.
 """
 from __future__ import annotations
 
@@ -22,41 +23,45 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-LOGS = ROOT / "build" / "gpu"
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+from . import benchmark, sanitizer, suite
 
-import gpu_bench  # noqa: E402
-import gpu_sanitize  # noqa: E402
-import gpu_tests  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LOGS = ROOT / "build" / "gpu"
 
 PARTS = ("tests", "sanitize", "bench")
-SECONDS = 520  # of all parts: under 9 minutes
-# of what is left when a part begins, the share it may take, where others follow it
+SECONDS = 520  # for all parts together, so that it takes under 9 minutes
+# The share of the remaining time that a part may take when others follow it.
 SHARES = {"build": 0.3, "tests": 0.6, "sanitize": 0.45}
-LEAST_TORCH = (2, 10)
+MIN_TORCH = (2, 10)
 
 
 @dataclass
 class Part:
-    """What became of a part. told: one line; lines: what is to be read beside it; details: for the record."""
+    """The result of a part.
+
+    ok: whether it passed.
+    summary: one line about it.
+    lines: lines that are shown beside the summary.
+    details: what the record holds of it.
+    seconds: how long it took.
+    """
 
     ok: bool
-    told: str
+    summary: str
     lines: list[str] = field(default_factory=list)
     details: Any = None
     seconds: float = 0.0
 
 
 def refusal() -> str | None:
-    """Why nothing can begin here, in one sentence."""
+    """Says in one sentence why nothing can begin here; returns None if all can."""
     try:
         import torch
     except ImportError:
         return (f"{sys.executable} has no torch; set PYTHON to a Python that has torch >= 2.10 with CUDA (without a "
                 "GPU, `make test` is what to run).")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < LEAST_TORCH:
+    if version < MIN_TORCH:
         return f"torch >= 2.10 is needed, but {sys.executable} has {torch.__version__}; set PYTHON to another Python."
     if torch.version.cuda is None:
         return (f"a torch with CUDA is needed, but {sys.executable} has {torch.__version__}; set PYTHON to another "
@@ -77,7 +82,7 @@ def cores() -> int:
 
 
 def build(seconds: float) -> Part:
-    """The C++ kernels in place, as `make build` does; without them the GPU's still work."""
+    """Compiles the C++ kernels in place, as `make build` does. The GPU's kernels work without them."""
     log = LOGS / "build.log"
     with open(log, "w") as out:
         done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, stdout=out,
@@ -91,8 +96,8 @@ def build(seconds: float) -> Part:
 def tests(seconds: float) -> Part:
     import torch
 
-    count = gpu_tests.shards(cores(), torch.cuda.mem_get_info()[0] / 2**30)
-    outcome = gpu_tests.run(count, seconds, LOGS / "tests.log")
+    count = suite.shards(cores(), torch.cuda.mem_get_info()[0] / 2**30)
+    outcome = suite.run(count, seconds, LOGS / "tests.log")
     return Part(outcome.ok, f"{outcome.summary()}; {count} processes", outcome.lines(), outcome.details())
 
 
@@ -100,26 +105,26 @@ def sanitize(seconds: float) -> Part:
     import torch
 
     architecture = "".join(map(str, torch.cuda.get_device_capability()))
-    verdicts = gpu_sanitize.run(architecture, seconds, LOGS / "sanitize.log")
+    verdicts = sanitizer.run(architecture, seconds, LOGS / "sanitize.log")
     good = sum(verdict.ok for verdict in verdicts)
-    told = f"{good} of {len(verdicts)} tools found their planted bug and nothing else"
-    return Part(good == len(verdicts), told, [f"{verdict.tool} {verdict.told}" for verdict in verdicts],
-                {verdict.tool: {"ok": verdict.ok, "told": verdict.told} for verdict in verdicts})
+    summary = f"{good} of {len(verdicts)} tools found their planted bug and nothing else"
+    return Part(good == len(verdicts), summary, [f"{verdict.tool} {verdict.reason}" for verdict in verdicts],
+                {verdict.tool: {"ok": verdict.ok, "told": verdict.reason} for verdict in verdicts})
 
 
 def bench(seconds: float, record: pathlib.Path, arguments: list[str]) -> Part:
-    outcome = gpu_bench.measure(record, seconds, LOGS / "bench.log", arguments)
-    return Part(outcome.ok, outcome.told, [], [list(row) for row in outcome.rows])
+    outcome = benchmark.measure(record, seconds, LOGS / "bench.log", arguments)
+    return Part(outcome.ok, outcome.summary, [], [list(row) for row in outcome.rows])
 
 
 def guarded(work: Callable[[], Part]) -> Part:
-    """A part's result, whatever it did."""
+    """Runs a part and turns whatever it raises into a failed result, so that the other parts go on."""
     begun = time.monotonic()
     try:
         part = work()
     except subprocess.TimeoutExpired as error:
         part = Part(False, f"was ended after {error.timeout:.0f} s")
-    except Exception as error:  # noqa: BLE001 - the others go on
+    except Exception as error:  # noqa: BLE001
         part = Part(False, f"broke: {type(error).__name__}: {error}")
     part.seconds = time.monotonic() - begun
     return part
@@ -127,8 +132,10 @@ def guarded(work: Callable[[], Part]) -> Part:
 
 def run(asked: tuple[str, ...], seconds: float, record: pathlib.Path, arguments: list[str],
         done: Callable[[dict[str, Part]], None]) -> dict[str, Part]:
-    """All parts in turn; compilers for the benchmarks work while compute-sanitizer, or nobody, uses the GPU. `done` is
-    told after each part what there is so far."""
+    """Runs the parts in turn, and calls `done` with the results so far after each of them.
+
+    The benchmarks' kernels are compiled meanwhile on the CPU, while compute-sanitizer or nothing uses the GPU.
+    """
     end = time.monotonic() + seconds
     parts: dict[str, Part] = {}
 
@@ -146,7 +153,7 @@ def run(asked: tuple[str, ...], seconds: float, record: pathlib.Path, arguments:
         take("tests", tests)
     compilers = None
     if "bench" in asked:
-        compilers = threading.Thread(target=gpu_bench.prepare, args=(cores(), 0.4 * left(), LOGS / "compile.log"))
+        compilers = threading.Thread(target=benchmark.prepare, args=(cores(), 0.4 * left(), LOGS / "compile.log"))
         compilers.start()
     if "sanitize" in asked:
         take("sanitize", sanitize)
@@ -159,9 +166,9 @@ def run(asked: tuple[str, ...], seconds: float, record: pathlib.Path, arguments:
 # --- what is written and shown ---------------------------------------------------------------------------------
 
 def write(record: pathlib.Path, header: dict[str, Any], parts: dict[str, Part]) -> None:
-    """Adds the parts to the record, which the benchmark may have begun; never seen half written."""
+    """Adds the parts to the record, which the benchmarks may have begun. Readers never see it half written."""
     content = json.loads(record.read_text()) if record.exists() else header | {"penalty": [], "memory": []}
-    content["parts"] = {name: {"ok": part.ok, "seconds": round(part.seconds, 1), "summary": part.told,
+    content["parts"] = {name: {"ok": part.ok, "seconds": round(part.seconds, 1), "summary": part.summary,
                                "lines": part.lines, "details": part.details} for name, part in parts.items()}
     record.parent.mkdir(parents=True, exist_ok=True)
     partial = record.with_suffix(".partial")
@@ -170,7 +177,7 @@ def write(record: pathlib.Path, header: dict[str, Any], parts: dict[str, Part]) 
 
 
 def export(folder: pathlib.Path, record: pathlib.Path) -> None:
-    """Copies of the record and the logs."""
+    """Copies the record and the logs to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (record, *sorted(LOGS.glob("*.log"))):
         if path.exists():
@@ -178,6 +185,7 @@ def export(folder: pathlib.Path, record: pathlib.Path) -> None:
 
 
 def summary(header: dict[str, Any], parts: dict[str, Part], record: pathlib.Path) -> list[str]:
+    """Returns the lines that are printed last: the machine, what failed, the table of goals, a line for each part."""
     environment = header["environment"]
     versions = environment["versions"]
     commit = (environment["commit"] or "unknown")[:12] + (" with uncommitted changes" if environment["dirty"] else "")
@@ -191,7 +199,7 @@ def summary(header: dict[str, Any], parts: dict[str, Part], record: pathlib.Path
     if rows:
         width = max(len(row[0]) for row in rows)
         lines += ["", *(f"{row[0]:<{width}}  {row[1]:<14}  {row[3]:<12}  {row[2]}" for row in rows)]
-    lines += ["", *(f"{name:<10}{'passed' if part.ok else 'FAILED':<8}{part.seconds:5.0f} s  {part.told}"
+    lines += ["", *(f"{name:<10}{'passed' if part.ok else 'FAILED':<8}{part.seconds:5.0f} s  {part.summary}"
                     for name, part in parts.items())]
     return [*lines, f"record    {os.path.relpath(record, ROOT)}"]
 
@@ -200,8 +208,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS})")
-    parser.add_argument("--quick", action="store_true", help="benchmarks at small sizes: does all of it work?")
-    parser.add_argument("-k", dest="expression", help="of the benchmarks, those whose names match")
+    parser.add_argument("--quick", action="store_true", help="benchmarks at small sizes, to see that all of it works")
+    parser.add_argument("-k", dest="expression", help="only the benchmarks whose names match")
     asked = parser.parse_args()
     if reason := refusal():
         print(f"gpu: {reason}", file=sys.stderr)
@@ -227,7 +235,3 @@ def main() -> int:
     parts = run(chosen, asked.seconds, record, arguments, done)
     print("\n".join(summary(header, parts, record)))
     return 0 if all(part.ok for part in parts.values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""env_report and environment(): the facts are right, and anything optional may be absent."""
+"""env_report() and environment() give the right facts, and work where anything optional is missing."""
 import json
 import os
 import pathlib
@@ -14,7 +14,7 @@ import moduli_kernels as mk
 from moduli_kernels import backends
 from moduli_kernels.env_report import env_report, environment, self_test
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def git(folder, *command):
