@@ -21,7 +21,6 @@ from .penalty.modules import CoefficientRegularizer, ModuliRegularizer
 from .pruning.lottery import reinitialize_, rewind_
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import linear_schedule
-from .pruning.targets import Weight
 from .rnn.cell import SparseRNNCell, masked_rnn_step
 from .rnn.compressed import CompressedRNN
 from .rnn.path_choice import Measured
@@ -36,7 +35,7 @@ __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in i
 
 
 # These are not public, but pickles of public objects hold them.
-_IN_PICKLES = (CallableInhibitor, Measured, Weight)
+_IN_PICKLES = (CallableInhibitor, Measured)
 
 
 def _name_after_the_package() -> None:

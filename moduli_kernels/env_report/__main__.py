@@ -2,7 +2,7 @@ import argparse
 import sys
 
 from . import env_report
-from .self_test import self_test
+from .comparison import self_test
 
 parser = argparse.ArgumentParser(prog="python -m moduli_kernels.env_report",
                                  description="What is installed and active, to paste in a bug report.")

@@ -56,7 +56,7 @@ class CompressedRNN(nn.Module):
         NotImplementedError: a gradient is asked for, in a call or by `requires_grad_()`.
     """
 
-    trainable_form: ClassVar[type[SparseRNN]]  # sparse_rnn.py sets it
+    trainable_form: ClassVar[type]  # SparseRNN; sparse_rnn.py sets it
 
     input_size: int
     hidden_size: int

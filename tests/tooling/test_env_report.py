@@ -12,7 +12,7 @@ import torch
 
 import moduli_kernels as mk
 from moduli_kernels import backends
-from moduli_kernels.env_report import env_report, environment, self_test
+from moduli_kernels.env_report import comparison, env_report, environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -121,34 +121,34 @@ def test_commit_and_uncommitted_changes(tmp_path, monkeypatch):
 
 def test_check_passes_on_every_backend_and_fails_where_one_is_wrong(monkeypatch):
     said = []
-    assert self_test.self_test(said.append)
+    assert comparison.self_test(said.append)
     assert all(line.startswith("ok  ") for line in said) or said[0].startswith("nothing to check")
     present = [name for name, (there, _) in backends.availability().items() if there and name == "cpp"]
     if not present:
         return
     assert len(said) == 7
     said.clear()
-    monkeypatch.setattr(self_test, "TOLERANCE", 1e-12)
-    assert not self_test.self_test(said.append)
+    monkeypatch.setattr(comparison, "TOLERANCE", 1e-12)
+    assert not comparison.self_test(said.append)
     assert all(line.startswith("FAIL") and "from the reference" in line for line in said)
     said.clear()
 
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(self_test, "_rnn", broken)
-    assert not self_test.self_test(said.append)
+    monkeypatch.setattr(comparison, "_rnn", broken)
+    assert not comparison.self_test(said.append)
     assert sum("RuntimeError: no such kernel" in line for line in said) == 2 and len(said) == 7
 
 
 def test_check_counts_nan_as_wrong():
     nan, ones = torch.full((2,), float("nan")), torch.ones(2)
-    assert self_test._apart(nan, ones) == float("inf") and self_test._apart(ones, ones) == 0
-    assert self_test._apart(torch.zeros(2), torch.zeros(2)) == 0
-    assert self_test._apart(ones * 1.01, ones) == pytest.approx(0.01, rel=1e-5)
+    assert comparison._apart(nan, ones) == float("inf") and comparison._apart(ones, ones) == 0
+    assert comparison._apart(torch.zeros(2), torch.zeros(2)) == 0
+    assert comparison._apart(ones * 1.01, ones) == pytest.approx(0.01, rel=1e-5)
 
 
 def test_check_without_any_kernel_says_so(monkeypatch):
-    monkeypatch.setattr(self_test, "availability", lambda: {"reference": (True, ""), "cpp": (False, "not built")})
+    monkeypatch.setattr(comparison, "availability", lambda: {"reference": (True, ""), "cpp": (False, "not built")})
     said = []
-    assert self_test.self_test(said.append) and "only the reference" in said[0]
+    assert comparison.self_test(said.append) and "only the reference" in said[0]
