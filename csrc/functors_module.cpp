@@ -178,7 +178,7 @@ void define_inhibitor(py::module_& m, std::index_sequence<P...>) {
         [](const py::array_t<T>& s, const py::array_t<T, py::array::c_style | py::array::forcecast>& table,
            Double<P>... parameters) {
           if (table.ndim() != 2 || table.shape(0) < 2 || table.shape(1) != 4)
-            throw py::value_error("table must have shape (samples, 4) with samples >= 2; pass TabulatedInhibitor.table()");
+            throw py::value_error("table must have shape (samples, 4) with samples >= 2; pass the table() of the inhibitor");
           const double values[] = {parameters...};
           return value_and_slope<T>(Inhibitor::CODE,
                                     {.parameters = values, .table = table.data(), .samples = table.shape(0)}, s);
