@@ -20,6 +20,8 @@ from .. import backends, runtime
 
 library = torch.library.Library("moduli_kernels", "DEF")
 
+declared: dict[str, Op] = {}  # every op by its name
+
 # How a field of a group of arguments is written in a schema.
 SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor?[]",
@@ -104,6 +106,7 @@ def declare(op: Op) -> Op:
     Triton's kernels serve CUDA tensors. In Triton's interpreter they serve CPU tensors too, where the backend "triton"
     is chosen; all other calls go to what served the CPU before, the compiled kernel or the fallback.
     """
+    declared[op.name] = op
     qualified = f"moduli_kernels::{op.name}"
     library.define(op.schema(), tags=(torch.Tag.pt2_compliant_tag,) if op.mutates is None else ())
     library.impl(op.name, op.by_reference, "CompositeExplicitAutograd")
