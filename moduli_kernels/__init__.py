@@ -7,6 +7,7 @@
 Importing touches neither CUDA nor Triton, and works without a compiler; `mk.env_report()` says what is available.
 """
 import inspect
+import sys
 
 from . import geometry, plots
 from ._version import __version__
@@ -46,8 +47,11 @@ def _name_after_the_package() -> None:
     for named in (*(globals()[name] for name in __all__), *_IN_PICKLES):
         if not getattr(named, "__module__", "").startswith("moduli_kernels."):
             continue
-        if isinstance(named, type):  # as text, annotations would be looked up in this module from now on
-            named.__annotations__ = inspect.get_annotations(named, eval_str=True)
+        if isinstance(named, type):
+            # Annotations that stay text would be looked up in this module from now on. Public names count too, since
+            # files import each other's classes for the type checker alone where they would import in a circle.
+            own = vars(sys.modules[named.__module__])
+            named.__annotations__ = inspect.get_annotations(named, globals=globals(), locals=own, eval_str=True)
         named.__module__ = "moduli_kernels"
 
 

@@ -9,8 +9,7 @@ import importlib
 import typing
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 from .. import backends, runtime
 
 library = torch.library.Library("moduli_kernels", "DEF")
+
+declared: dict[str, Op] = {}  # every op by its name
 
 # How a field of a group of arguments is written in a schema.
 SCHEMA_TYPES: dict[Any, str] = {
@@ -64,12 +65,22 @@ class Op:
     launcher: str
     derivative: Derivative | None = None
     mutates: str | None = None
+    _cuts: list[tuple[Callable[..., Any] | None, int, int]] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        # For each of `arguments`: the class of its group or None, and where its values begin and end one by one.
+        cuts: list[tuple[Callable[..., Any] | None, int, int]] = []
+        start = 0
+        for group in self.arguments:
+            make, fields = (None, 1) if isinstance(group, str) else (group, len(group._fields))  # pyright: ignore[reportAttributeAccessIssue]
+            cuts.append((make, start, start + fields))
+            start += fields
+        object.__setattr__(self, "_cuts", cuts)
 
     def grouped(self, arguments: Iterable[Any]) -> tuple[Any, ...]:
         """The op's arguments, given one by one, in the groups of `self.arguments`."""
-        rest = iter(arguments)
-        return tuple([next(rest) if isinstance(group, str) else group(*islice(rest, len(group._fields)))  # pyright: ignore[reportAttributeAccessIssue]
-                      for group in self.arguments])
+        flat = tuple(arguments)
+        return tuple([flat[start] if make is None else make(*flat[start:end]) for make, start, end in self._cuts])
 
     def by_reference(self, *arguments: Any) -> Any:
         """What the fallback gives for the op's arguments, given one by one as to the op itself."""
@@ -104,6 +115,7 @@ def declare(op: Op) -> Op:
     Triton's kernels serve CUDA tensors. In Triton's interpreter they serve CPU tensors too, where the backend "triton"
     is chosen; all other calls go to what served the CPU before, the compiled kernel or the fallback.
     """
+    declared[op.name] = op
     qualified = f"moduli_kernels::{op.name}"
     library.define(op.schema(), tags=(torch.Tag.pt2_compliant_tag,) if op.mutates is None else ())
     library.impl(op.name, op.by_reference, "CompositeExplicitAutograd")

@@ -144,7 +144,7 @@ class _PenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor, cols: Tensor | None, mask: Tensor | None,
-                run: _OpRunner | _ReferenceRunner) -> Tensor:
+                run: OpRunner | ReferenceRunner) -> Tensor:
         ctx.run = run
         weight_needed, rows_needed, cols_needed, *_ = ctx.needs_input_grad
         ctx.need_weight, ctx.need_points = weight_needed, rows_needed or cols_needed
@@ -177,7 +177,7 @@ def refuse_second_derivative() -> NoReturn:
     )
 
 
-class _OpRunner:
+class OpRunner:
     """Computes the penalty by the registered ops, which have kernels."""
 
     def __init__(self, what: reference.Penalty, code: encoding.ManifoldCode, inhibitor: encoding.InhibitorCode):
@@ -248,7 +248,7 @@ class _OpRunner:
         _scale_grads_([stored(g) for g in grads if g is not None], grad)
 
 
-class _ReferenceRunner:
+class ReferenceRunner:
     """Computes the penalty by the reference: for a manifold or inhibitor without kernels, and where none are built."""
 
     def __init__(self, what: reference.Penalty):
@@ -293,7 +293,7 @@ def stored(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.values()
 
 
-def runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRunner:
+def runner(what: reference.Penalty, weight: Tensor) -> OpRunner | ReferenceRunner:
     """What computes this penalty: the ops or, where they do not serve it, the reference."""
     backend = backends.active(weight.device.type)
     code, inhibitor = encoding.encode_manifold(what.manifold), encoding.encode_inhibitor(what.inhibitor)
@@ -303,8 +303,8 @@ def runner(what: reference.Penalty, weight: Tensor) -> _OpRunner | _ReferenceRun
         if inhibitor is None:
             Manifold.warn_tiled(repr(what.inhibitor), "the inhibitor")
     if backend == "reference" or code is None or inhibitor is None:
-        return _ReferenceRunner(what)
-    return _OpRunner(what, code, inhibitor)
+        return ReferenceRunner(what)
+    return OpRunner(what, code, inhibitor)
 
 
 def row_strided(weight: Tensor) -> Tensor:

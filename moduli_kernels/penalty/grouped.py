@@ -66,7 +66,7 @@ def penalties(layers: list[Layer]) -> tuple[Tensor, Tensor]:
 
     Weights are dense. Manifold, inhibitor, power, device and compute dtype are those of the first for all.
     """
-    run = _OpRunner(layers)
+    run = OpRunner(layers)
     weights, rows, cols, _ = zip(*layers)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *rows, *cols)):
         return _PenaltiesFunction.apply(run, *weights, *rows, *cols)
@@ -75,7 +75,7 @@ def penalties(layers: list[Layer]) -> tuple[Tensor, Tensor]:
     return total, values
 
 
-class _OpRunner:
+class OpRunner:
     """Computes the penalties by the registered ops. `tensors` holds L weights, L rows and L cols (or None)."""
 
     def __init__(self, layers: list[Layer]):
@@ -131,7 +131,7 @@ class _PenaltiesFunction(torch.autograd.Function):
     first backward takes the gradients and scales them in place, and a repeated one computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, run: _OpRunner, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: OpRunner, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.run = run
         ctx.set_materialize_grads(False)
         weight_needed, rows_needed, cols_needed = run.split(ctx.needs_input_grad[1:])

@@ -43,7 +43,7 @@ def accumulate_penalty_grad_(
     need_points = any(t is not None and t.requires_grad for t in (rows, cols))
     run = runner(what, weight)
     into = weight.grad if weight.requires_grad else None
-    if into is not None and _like(into, weight):
+    if into is not None and can_take_in_place(into, weight):
         value, drows, dcols = run.accumulate_(stored(into), weight, row_points, column_points, mask, need_points)
         torch.autograd.graph.increment_version(into)
     else:
@@ -87,7 +87,7 @@ def proximal_step_(
     torch.autograd.graph.increment_version(weight)
 
 
-def _like(gradient: Tensor, weight: Tensor) -> bool:
+def can_take_in_place(gradient: Tensor, weight: Tensor) -> bool:
     """Whether a kernel can add the weight's gradient into this one entry by entry."""
     if gradient.layout != weight.layout:
         return False

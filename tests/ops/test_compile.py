@@ -47,7 +47,7 @@ def op_arguments(manifold: str = "torus", inhibitor: str = "dog", *, shape=(6, 9
                  blocks: int = 1,
                  masked: bool = False, shared: bool = False, needs=(False, False, False),
                  power: float = 1.5) -> tuple:
-    """What `penalty` takes (moduli_kernels/penalty_ops.py)."""
+    """What `penalty` takes (moduli_kernels/ops/penalty.py)."""
     point_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     weight = draw_weight(blocks * shape[0], *shape[1:], dtype=dtype).requires_grad_(needs[0])
     rows = draw_points(manifold, shape[0], 1, point_dtype).requires_grad_(needs[1])

@@ -155,7 +155,7 @@ def test_no_second_derivative():
 @pytest.mark.parametrize("need_points", [True, False])
 def test_opcheck(need_points):
     layers = [layer(*(t.detach() for t in tensors)) for tensors, _ in three()]
-    run = grouped._Runner(layers)
+    run = grouped.OpRunner(layers)
     weights, rows, cols, _ = zip(*layers)
     arguments, needs = run.arguments((*weights, *rows, *cols)), ([True, False, True], [need_points] * 3)
     ops = torch.ops.moduli_kernels

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from moduli_kernels import reference
+from moduli_kernels.reference import penalty as reference_penalty
 from tests.support.penalty_cases import needs_cpp
 
 COUNTER = r"""
@@ -113,5 +113,5 @@ def test_memory_beyond_the_gradient(beyond, case):
     """Under 1 % x columns of a point, of the weight; the reference takes a few strips whatever the weight's
     size."""
     manifold, n, *_, backend = CASES[case]
-    allowed = 0.01 * COLUMNS[manifold] if backend == "cpp" else 16 * reference.TILE / n**2
+    allowed = 0.01 * COLUMNS[manifold] if backend == "cpp" else 16 * reference_penalty.TILE / n**2
     assert beyond[case] <= allowed

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moduli_kernels import reference
+from moduli_kernels.reference import penalty as reference_penalty
 from tests.penalty.test_reference import draw_mask, penalty, points, run
 from tests.support.penalty_cases import INHIBITORS, MANIFOLDS, draw_points, draw_weight, generator
 
@@ -24,7 +24,7 @@ def test_how_it_is_cut_in_strips_does_not_matter(monkeypatch, tile, form):
     rows, cols = points("klein", 13), points("klein", 7, seed=1)
     arguments = weight, rows, cols, mask if form == "masked" else None, penalty("klein", blocks=2)
     value, grads = run(*arguments)
-    monkeypatch.setattr(reference, "TILE", tile)
+    monkeypatch.setattr(reference_penalty, "TILE", tile)
     other, other_grads = run(*arguments)
     torch.testing.assert_close(other, value, rtol=1e-14, atol=0)
     for g, o in zip(grads, other_grads):
@@ -54,7 +54,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("blocks, masked", [(1, False), (1, True), (4, False)])
 def test_no_second_matrix_is_made(monkeypatch, name, blocks, masked):
     n, tile = 128, 1 << 11
-    monkeypatch.setattr(reference, "TILE", tile)
+    monkeypatch.setattr(reference_penalty, "TILE", tile)
     weight, rows, cols = draw_weight(n, n), draw_points(name, n // blocks), draw_points(name, n, seed=1)
     mask = draw_mask(n, n) if masked else None
     with Allocations(*(t for t in (weight, rows, cols, mask) if t is not None)) as made:
@@ -65,7 +65,7 @@ def test_no_second_matrix_is_made(monkeypatch, name, blocks, masked):
 
 def test_no_second_matrix_is_made_for_compressed_rows(monkeypatch):
     n, tile = 128, 1 << 11
-    monkeypatch.setattr(reference, "TILE", tile)
+    monkeypatch.setattr(reference_penalty, "TILE", tile)
     weight = torch.where(torch.rand(n, n, generator=generator()) < 0.01, draw_weight(n, n), 0).to_sparse_csr()
     rows = draw_points("torus", n)
     with Allocations(weight.values(), weight.col_indices(), weight.crow_indices(), rows) as made:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops import penalty as penalty_ops
 from ...ops.penalty import PenaltyArguments
 from ..device import bytes_of, device_of, on_device
 from ..inhibitors import inhibitor
@@ -354,26 +355,24 @@ def compute(a: PenaltyArguments, grad: Tensor | None, need_value: bool, need_wei
 # --- the ops ---------------------------------------------------------------------------------------------------
 
 def penalty(*arguments) -> Tensor:
-    return compute(PenaltyArguments(*arguments), None, True, False, False).value
+    a, = penalty_ops.PENALTY.grouped(arguments)
+    return compute(a, None, True, False, False).value
 
 
 def penalty_with_grads(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *rest, need_weight, need_points = arguments
-    a = PenaltyArguments(*rest)
+    a, need_weight, need_points = penalty_ops.PENALTY_WITH_GRADS.grouped(arguments)
     results = compute(a, None, True, need_weight, need_points)
     return (results.value, *gradients_of(a, results))
 
 
-def penalty_grads(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, need_weight, need_points = arguments
-    a = PenaltyArguments(*rest)
+def penalty_grads(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    grad, a, need_weight, need_points = penalty_ops.PENALTY_GRADS.grouped(arguments)
     return gradients_of(a, compute(a, grad, False, need_weight, need_points))
 
 
-def accumulate_penalty_grad_(grad: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def accumulate_penalty_grad_(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Adds dW to grad, which is like the weight and contiguous, in the pass that computes value and dE."""
-    *rest, need_points = arguments
-    a = PenaltyArguments(*rest)
+    grad, a, need_points = penalty_ops.ACCUMULATE_PENALTY_GRAD_.grouped(arguments)
     results = compute(a, None, True, True, need_points, grad)
     _, *points = gradients_of(a, results)
     return (results.value, *points)

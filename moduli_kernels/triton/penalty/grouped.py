@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops import grouped as grouped_ops
 from ...ops.grouped import GroupedArguments
 from ...ops.penalty import PenaltyArguments
 from ..device import device_of, on_device
@@ -266,16 +267,15 @@ def gradients_of_each(a: GroupedArguments, results: list[Results]) -> tuple[list
 # --- the ops ---------------------------------------------------------------------------------------------------
 
 def penalties_with_grads(*arguments) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    *rest, need_weight, need_points = arguments
-    a = GroupedArguments(*rest)
+    a, need_weight, need_points = grouped_ops.PENALTIES_WITH_GRADS.grouped(arguments)
     total, values, results = compute(a, None, True, need_weight, need_points)
     return (total, values, *gradients_of_each(a, results))
 
 
-def penalties_grads(grad: Tensor, *arguments) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    *rest, need_weight, need_points = arguments
-    a = GroupedArguments(*rest)
-    return gradients_of_each(a, compute(a, grad, False, need_weight, need_points)[2])
+def penalties_grads(*arguments) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    grad, a, need_weight, need_points = grouped_ops.PENALTIES_GRADS.grouped(arguments)
+    _, _, results = compute(a, grad, False, need_weight, need_points)
+    return gradients_of_each(a, results)
 
 
 def scale_penalties_grads_(grads: list[Tensor], grad: Tensor, layers: list[int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...ops.penalty import PenaltyArguments
+from ...ops.penalty import PROXIMAL_STEP_, PenaltyArguments
 from ..device import bytes_of, on_device
 from ..inhibitors import inhibitor
 from ..manifolds import distance, prepare
@@ -179,8 +179,7 @@ def step_kept(a: PenaltyArguments, formula: Formula, scale: float) -> None:
 
 def proximal_step_(*arguments) -> None:
     """The op; its contract stands in moduli_kernels/ops/penalty.py."""
-    *rest, step = arguments
-    a = PenaltyArguments(*rest)
+    a, step = PROXIMAL_STEP_.grouped(arguments)
     if a.weight.numel() == 0:
         return
     formula = formula_of(a, a.rows)
