@@ -16,10 +16,12 @@ import sys
 
 import torch
 
+from . import report_gpu
 from .harness import records
-from .penalty import report as penalty, report_gpu
+from .penalty import report as penalty
 from .penalty.picture import draw
 from .penalty.report import Record
+from .rnn import report as rnn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = "tests/penalty/test_penalty*.py"  # pattern of the tests that must pass
@@ -39,7 +41,8 @@ def main() -> int:
     on_gpu = run.get("device") == "cuda"
     if not asked.no_tests and (reason := red_then(run) or failing_tests(on_gpu and torch.cuda.is_available())):
         return _refuse(reason)
-    text = "\n".join((report_gpu if on_gpu else penalty).report_lines(run))
+    text = "\n".join(report_gpu.report_lines(run) if on_gpu else
+                     penalty.report_lines(run) + rnn.report_lines(run.get("rnn", []), run["quick"]))
     print(text)
     if run["quick"]:
         return 0

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-from .training.task import WORLD_SEED, Preset, Task
+from .training.preset import Preset
+from .training.task import WORLD_SEED, Task
 
 INPUTS = 2  # the number and its mark
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import moduli_kernels as mk
 
 from .data import datasets
-from .training.task import WORLD_SEED, Preset, Task
+from .training.preset import Preset
+from .training.task import WORLD_SEED, Task
 
 END = "<eos>"  # closes a line
 START_RANGE = 0.1  # embedding and decoder start uniform between minus and plus this

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 
-from .training.task import WORLD_SEED, Preset, Task
+from .training.preset import Preset
+from .training.task import WORLD_SEED, Task
 
 BOX = 2.2  # side of the arena, m
 DT = 0.02  # duration of a step, s

@@ -22,7 +22,8 @@ import moduli_kernels as mk
 
 from .data import speech_features
 from .data.datasets import librispeech
-from .training.task import WORLD_SEED, Preset, Task
+from .training.preset import Preset
+from .training.task import WORLD_SEED, Task
 
 CORPORA = {  # the publisher's (training part, test part)
     "mini": ("train-clean-5", "dev-clean-2"),

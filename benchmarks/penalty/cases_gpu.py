@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..harness.goals import GpuGoal
 from .cases import ACCURACY_GOALS, MEMORY_GOAL, Case
 
 # dW of a 16-bit weight is rounded once; in float16 the gradient of a mean lies below the normal numbers.
@@ -80,27 +80,6 @@ GRAPH = "ours, under a CUDA graph"
 
 
 @dataclass(frozen=True)
-class GpuGoal:
-    """A line of the table: what is measured and the limit that it is to reach."""
-
-    case: str
-    label: str
-    limit: float
-
-    def goal(self) -> str:
-        """Puts the goal into words."""
-        raise NotImplementedError
-
-    def figure(self, run: dict[str, Any]) -> tuple[str, bool] | None:
-        """Returns (the value in words, whether it reaches the goal), or None where the run lacks it."""
-        raise NotImplementedError
-
-    def _contestants(self, run: dict[str, Any]) -> list[dict]:
-        """Returns the contestants of this case, ours first."""
-        return next((one["contestants"] for one in run["penalty"] if one["case"] == self.case), [])
-
-
-@dataclass(frozen=True)
 class Share(GpuGoal):
     """The share of the copy's bandwidth in the same run; both count one read and one write of n x n."""
 
@@ -108,7 +87,7 @@ class Share(GpuGoal):
         return f">= {100 * self.limit:.0f} % of the copy"
 
     def figure(self, run):
-        copy = [one for one in self._contestants(run) if one["name"] == COPY]
+        copy = [one for one in self.contestants(run) if one["name"] == COPY]
         if not copy:
             return None
         low, share, high = copy[0]["ratio"]
@@ -125,7 +104,7 @@ class Faster(GpuGoal):
         return f">= {self.limit:g} x"
 
     def figure(self, run):
-        found = [one for one in self._contestants(run) if self.against in (one["kind"], one["name"])]
+        found = [one for one in self.contestants(run) if self.against in (one["kind"], one["name"])]
         if not found:
             return None
         best = min(found, key=lambda one: one["ratio"][1])
@@ -143,7 +122,7 @@ class FasterThanDense(GpuGoal):
         return f">= {self.limit:g} x"
 
     def figure(self, run):
-        found = [one for one in self._contestants(run) if one["name"] == self.subject]
+        found = [one for one in self.contestants(run) if one["name"] == self.subject]
         if not found:
             return None
         low, ratio, high = (1 / r for r in reversed(found[0]["ratio"]))
@@ -158,7 +137,7 @@ class Seconds(GpuGoal):
         return f"<= {1e6 * self.limit:g} us"
 
     def figure(self, run):
-        ours = [one for one in self._contestants(run) if one["name"] == GRAPH]
+        ours = [one for one in self.contestants(run) if one["name"] == GRAPH]
         if not ours:
             return None
         low, seconds, high = (1e6 * t for t in ours[0]["time"])

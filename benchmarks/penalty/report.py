@@ -1,10 +1,9 @@
-"""The report of a run on the CPU, as lines of Markdown."""
+"""The part of a report that is about the run and the penalty on the CPU, as lines of Markdown."""
 from __future__ import annotations
 
 from typing import Any
 
 from ..harness.records import commit_in_words
-from ..rnn import report as rnn
 from .cases import ACCURACY_GOALS, GOALS, MEMORY_GOAL, Goal
 
 QUIET = 0.05  # the share of the machine's time that others may use while we measure
@@ -12,7 +11,7 @@ Record = dict[str, Any]
 
 
 def report_lines(run: Record) -> list[str]:
-    """Returns the report as lines of Markdown."""
+    """Returns what the run was, and what it measured of the penalty."""
     environment = run["environment"]
     lines = [
         "# Measured" + (" (QUICK: small sizes, no figures)" if run["quick"] else ""), "",
@@ -23,7 +22,7 @@ def report_lines(run: Record) -> list[str]:
         *quietness(run),
     ]
     if not run["penalty"]:
-        return lines + rnn.report_lines(run.get("rnn", []), run["quick"])
+        return lines
     for allocator in dict.fromkeys(one["allocator"] for one in run["penalty"]):
         of_allocator = {one["case"]: one for one in run["penalty"] if one["allocator"] == allocator}
         lines += ["", f"## Figures, malloc {allocator}" + _about(allocator, run), ""]
@@ -31,7 +30,7 @@ def report_lines(run: Record) -> list[str]:
     lines += ["", "## Every contestant", "", *contestants(run["penalty"])]
     lines += ["", "## Accuracy: relative error against the float64 reference", "", *accuracy(run["penalty"])]
     lines += ["", "## Memory beyond W and its gradients", "", *memory(run["memory"], run["quick"])]
-    return lines + rnn.report_lines(run.get("rnn", []), run["quick"])
+    return lines
 
 
 def quietness(run: Record) -> list[str]:

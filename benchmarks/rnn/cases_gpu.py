@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..penalty.cases_gpu import GpuGoal
+from ..harness.goals import GpuGoal
 
 OURS, OURS_GRAPH, VENDOR, PRODUCTS = "ours", "ours, under a CUDA graph", "torch.nn.RNN", "vendor's products"
 

@@ -81,8 +81,8 @@ def outcome(status: int | None, record: pathlib.Path, log: pathlib.Path) -> Outc
 
     status: pytest's exit status, or None if it took too long and was ended.
     """
+    from benchmarks import report_gpu
     from benchmarks.harness import records
-    from benchmarks.penalty import report_gpu
 
     if not record.exists():
         last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-2:])

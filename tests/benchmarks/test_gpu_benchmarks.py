@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import report, report_gpu
 from benchmarks.harness import records, stopwatch
-from benchmarks.penalty import contest_gpu, memory, peers, peers_gpu, report_gpu
+from benchmarks.penalty import contest_gpu, memory, peers, peers_gpu
 from benchmarks.penalty.cases_gpu import GPU_CASES, GPU_GOALS, MASKED, MEMORY_CASES
 from benchmarks.tuning import penalty as tuning_penalty
 from moduli_kernels import runtime

@@ -5,7 +5,7 @@ import torch
 
 from examples.adding import PRESETS
 from examples.training.config import Result
-from examples.training.task import Preset
+from examples.training.preset import Preset
 from examples.training.trainer import Run
 
 CONFIG = PRESETS["full"].config("adding", "torus", 0, 0.95)

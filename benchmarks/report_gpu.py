@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..harness.records import commit_in_words
-from ..rnn.cases_gpu import RNN_GPU_GOALS
-from .cases import ACCURACY_GOALS, MEMORY_GOAL
-from .cases_gpu import ACCURACY_16_BIT, COPY, GPU_GOALS
+from .harness.records import commit_in_words
+from .penalty.cases import ACCURACY_GOALS, MEMORY_GOAL
+from .penalty.cases_gpu import ACCURACY_16_BIT, COPY, GPU_GOALS
+from .rnn.cases_gpu import RNN_GPU_GOALS
 
 Record = dict[str, Any]
 LEAST_ROUNDS = 50  # the report warns of cases with fewer
