@@ -58,7 +58,8 @@ def hexagonal_squared(x, y):
 
 
 def torus_squared(x, y):
-    images = [torch.tensor([10.0 * i, 10.0 * j], dtype=torch.float64) for i, j in itertools.product(range(-2, 3), repeat=2)]
+    images = [torch.tensor([10.0 * i, 10.0 * j], dtype=torch.float64)
+              for i, j in itertools.product(range(-2, 3), repeat=2)]
     return torch.stack([(x[:, None] - y[None] + image).square().sum(-1) for image in images]).amin(0)
 
 
