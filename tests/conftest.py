@@ -17,11 +17,13 @@ from tests.support.penalty_cases import DEVICE, KERNELS
 settings.register_profile("moduli", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("moduli")
 
-# Under MODULI_KERNELS_TEST_DEVICE=cuda: of files whose subject has no device. The suite on the CPU runs them.
-WITHOUT_A_DEVICE = ("test_setup.py", "test_packaging.py", "test_functors.py", "test_plots.py", "examples/*.py",
-                    "test_gpu_scripts.py", "triton/*.py", "test_block_layout.py", "test_mask_table.py",
+# Files whose subject has no device. Under MODULI_KERNELS_TEST_DEVICE=cuda they are skipped: the suite on the CPU runs
+# them.
+WITHOUT_A_DEVICE = ("examples/*.py", "triton/*.py", "test_setup.py", "test_packaging.py", "test_functors.py",
+                    "test_plots.py", "test_gpu_scripts.py", "test_block_layout.py", "test_mask_table.py",
                     "test_rnn_cpp.py", "test_docs.py", "test_lightning.py", "test_distributed.py", "test_wheels.py",
-                    "test_sanitizers.py", "test_tooling.py")
+                    "test_sanitizers.py", "test_tooling.py", "test_bitwise.py", "test_layers.py", "test_masks.py",
+                    "test_three_places.py", "test_toy.py")
 
 
 def pytest_configure(config):
@@ -41,6 +43,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Files with slow tests come first, so that the processes that share the suite end at about the same time.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if DEVICE == "cpu":
         return
     for item in items:

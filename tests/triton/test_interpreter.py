@@ -17,6 +17,7 @@ needs_triton = pytest.mark.skipif(not runtime.triton_installed, reason="Triton i
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["interpreter.py", "interpreter_kept.py"])
 def test_in_the_interpreter(name):
     done = subprocess.run(

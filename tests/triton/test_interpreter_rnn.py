@@ -15,6 +15,7 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.skipif(not runtime.triton_installed, reason="Triton is not installed: pip install triton")
 
 
+@pytest.mark.slow
 def test_in_the_interpreter(tmp_path):
     """All files run at the same time."""
     running = {}
