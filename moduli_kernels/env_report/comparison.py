@@ -29,7 +29,7 @@ def _case(device: str, seed: int = 0) -> tuple[torch.Generator, Tensor, Tensor]:
     return generator, weight, torch.rand(NEURONS, NEURONS, generator=generator, device=device) < DENSITY
 
 
-def _penalty(device: str, preset: str, masked: bool) -> list[Tensor]:
+def penalty_results(device: str, preset: str, masked: bool) -> list[Tensor]:
     """Returns the value of the penalty, the gradient of the weight and the gradient of the points."""
     generator, weight, mask = _case(device)
     points = manifold(preset).sample(NEURONS, generator=generator, device=torch.device(device))
@@ -38,7 +38,7 @@ def _penalty(device: str, preset: str, masked: bool) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def _rnn(device: str, nonlinearity: str) -> list[Tensor]:
+def rnn_results(device: str, nonlinearity: str) -> list[Tensor]:
     """Returns the outputs of a masked net and all of its gradients."""
     generator, _, mask = _case(device)
     net = SparseRNN(5, NEURONS, nonlinearity=nonlinearity, path="sparse", device=device)
@@ -56,10 +56,10 @@ def _rnn(device: str, nonlinearity: str) -> list[Tensor]:
 def _checks() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     """Yields the name of each check and a function that runs it on a device."""
     for preset in PRESETS:
-        yield f"penalty, {preset}, trained points", lambda device, p=preset: _penalty(device, p, False)
-    yield f"penalty, torus, {DENSITY:.0%} kept", lambda device: _penalty(device, "torus", True)
+        yield f"penalty, {preset}, trained points", lambda device, p=preset: penalty_results(device, p, False)
+    yield f"penalty, torus, {DENSITY:.0%} kept", lambda device: penalty_results(device, "torus", True)
     for nonlinearity in ("tanh", "relu"):
-        yield f"SparseRNN, {nonlinearity}, {DENSITY:.0%} kept", lambda device, s=nonlinearity: _rnn(device, s)
+        yield f"SparseRNN, {nonlinearity}, {DENSITY:.0%} kept", lambda device, s=nonlinearity: rnn_results(device, s)
 
 
 def self_test(say: Callable[[str], None] = print) -> bool:
@@ -81,7 +81,7 @@ def self_test(say: Callable[[str], None] = print) -> bool:
                     expected = run(serves[name])
                 with backend(name):
                     got = run(serves[name])
-                apart = max(_apart(a, b) for a, b in zip(got, expected, strict=True))
+                apart = max(relative_difference(a, b) for a, b in zip(got, expected, strict=True))
                 fine, finding = apart <= TOLERANCE, f"{apart:.1e} from the reference"
             except Exception as error:  # the report goes on with the other checks
                 fine, finding = False, f"{type(error).__name__}: {error}"
@@ -90,7 +90,7 @@ def self_test(say: Callable[[str], None] = print) -> bool:
     return well
 
 
-def _apart(got: Tensor, expected: Tensor) -> float:
+def relative_difference(got: Tensor, expected: Tensor) -> float:
     """Returns the relative difference in norm; NaN counts as infinite."""
     scale = expected.double().norm().item()
     difference = (got.double() - expected.double()).norm().item()

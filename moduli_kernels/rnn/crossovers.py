@@ -112,12 +112,12 @@ def predicted(device_type: str, dtype: torch.dtype, hidden: int, batch: int, den
     table = table_of(device_type, dtype)
     if table is None:
         return None
-    corners = [_between(values, at) for values, at in zip(table.grid, (hidden, batch, steps))]
+    corners = [neighbours(values, at) for values, at in zip(table.grid, (hidden, batch, steps))]
     if density_ih is None and density_hh is None:
         columns = [(-1, 1.0)]
     else:
         density = joint_density(density_ih, density_hh, hidden if inputs is None else inputs, hidden)
-        columns = [(table.densities.index(near), share) for near, share in _between(table.densities, density)]
+        columns = [(table.densities.index(near), share) for near, share in neighbours(table.densities, density)]
     logarithm = 0.0
     for *key, (column, share) in itertools.product(*corners, columns):
         weight = share * math.prod(its_share for _, its_share in key)
@@ -131,7 +131,7 @@ def joint_density(density_ih: float | None, density_hh: float | None, inputs: in
     return (ih * inputs + hh * hidden) / max(1, inputs + hidden)
 
 
-def _between(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
+def neighbours(values: tuple[Any, ...], at: float) -> list[tuple[Any, float]]:
     """The neighbours of `at` among the ascending values, each with its share by the logarithm."""
     if at <= values[0]:
         return [(values[0], 1.0)]

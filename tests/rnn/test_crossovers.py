@@ -74,7 +74,7 @@ def test_between_and_beyond_the_grid(table):
     assert predicted(1000, 1000, 1000, 0.001) == pytest.approx(64 * 8 / 4 / 0.1)
     assert predicted(1, 0, 0, 0.0) == pytest.approx(16 / 0.1)
     assert predicted(32, 2, 2, None) == pytest.approx(32)
-    assert crossovers._between((1, 2, 4), 2) == [(2, 1.0)]
+    assert crossovers.neighbours((1, 2, 4), 2) == [(2, 1.0)]
 
 
 def test_the_density_is_that_of_both_weights_together(table):

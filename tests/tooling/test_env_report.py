@@ -136,16 +136,16 @@ def test_check_passes_on_every_backend_and_fails_where_one_is_wrong(monkeypatch)
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(comparison, "_rnn", broken)
+    monkeypatch.setattr(comparison, "rnn_results", broken)
     assert not comparison.self_test(said.append)
     assert sum("RuntimeError: no such kernel" in line for line in said) == 2 and len(said) == 7
 
 
 def test_check_counts_nan_as_wrong():
     nan, ones = torch.full((2,), float("nan")), torch.ones(2)
-    assert comparison._apart(nan, ones) == float("inf") and comparison._apart(ones, ones) == 0
-    assert comparison._apart(torch.zeros(2), torch.zeros(2)) == 0
-    assert comparison._apart(ones * 1.01, ones) == pytest.approx(0.01, rel=1e-5)
+    assert comparison.relative_difference(nan, ones) == float("inf") and comparison.relative_difference(ones, ones) == 0
+    assert comparison.relative_difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert comparison.relative_difference(ones * 1.01, ones) == pytest.approx(0.01, rel=1e-5)
 
 
 def test_check_without_any_kernel_says_so(monkeypatch):
