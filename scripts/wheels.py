@@ -137,8 +137,11 @@ def smoke_test(wheel: Path, backend: str) -> str:
         # The builder's torch is used: another would take gigabytes and is not what is tested.
         torch_folder = Path(importlib.util.find_spec("torch").origin).parent
         (site / "torch_of_the_builder.pth").write_text(f"{torch_folder.parent}\n")
-        run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MODULI"))}
+        # The builder's own installation is visible beside its torch; without --ignore-installed pip would be content
+        # with that.
+        run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index",
+            "--ignore-installed", wheel, env=environment)
         said = run(python, "-m", "moduli_kernels.env_report", "--check", cwd=folder, env=environment)
         where = run(python, "-c", "import moduli_kernels; print(moduli_kernels.__file__)", cwd=folder, env=environment)
         gpus = machine_code(python, cwd=folder, env=environment)
