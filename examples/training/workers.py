@@ -95,7 +95,9 @@ def train_each(
     try:
         with _terminated_as_interrupted(), Display(waiting) as display:
             while waiting or running:
-                if free and waiting and time.monotonic() >= look_again:
+                # A net that has ended is heard first: its failure may show that the others would fail as well.
+                heard = not any(future.done() for future in running)
+                if free and waiting and heard and time.monotonic() >= look_again:
                     known = recorded()
                     waiting = [config for config in waiting if config.key not in known]
                     unfinished = {c.key for c in waiting} | {net.config.key for net in running.values()}
