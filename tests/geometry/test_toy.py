@@ -1,6 +1,6 @@
 """A manifold and an inhibitor are added to a copy of the package by one Python class each, and then work everywhere.
 
-tests/support/toy holds the two classes. The copy has no compiled kernels, so that the reference computes the penalty.
+tests/support/toys.py adds the classes. The copy has no compiled kernels, so that the reference computes the penalty.
 """
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.support.toys import INHIBITOR, MANIFOLD, add_toys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -85,9 +87,7 @@ def test_one_class_each_is_all_that_python_needs(tmp_path):
     pytest.importorskip("matplotlib")
     for part in ("moduli_kernels", "tests/support"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.so", "*.dylib", "__pycache__"))
-    for file in ("flat.py", "inhibitors.py"):
-        with open(tmp_path / "moduli_kernels" / "geometry" / file, "a") as text:
-            text.write((ROOT / "tests" / "support" / "toy" / f"{file}.txt").read_text())
+    add_toys(tmp_path, [name for name in MANIFOLD | INHIBITOR if name.startswith("moduli_kernels/geometry/")])
     done = subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM], cwd=tmp_path, text=True, capture_output=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path), "MODULI_KERNELS_BACKEND": "reference"})
     assert done.returncode == 0, done.stderr

@@ -17,26 +17,12 @@ from pathlib import Path
 import pytest
 
 from moduli_kernels import runtime
+from tests.support.toys import INHIBITOR, MANIFOLD, add_toys
 
 ROOT = Path(__file__).resolve().parents[2]
-TOY = ROOT / "tests" / "support" / "toy"
 COPIED = ("moduli_kernels", "csrc", "build_support", "setup.py", "pyproject.toml", "LICENSE", "README.md")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     runtime.cpu_ops_error is not None, reason="needs what the C++ kernels are compiled with")]
-
-# Each file, the text that adds to it, and how: at its end, or before a line, with the name put into a list of types.
-MANIFOLD = {
-    "moduli_kernels/geometry/flat.py": ("flat.py.txt", None, None),
-    "csrc/manifolds.h": ("manifolds.h.txt", "// The list of all manifolds that the kernels know.",
-                         ("using Manifolds = TypeList<", "HexagonalTorus<T>, ")),
-    "moduli_kernels/triton/manifolds.py": ("triton_manifolds.py.txt", None, None),
-}
-INHIBITOR = {
-    "moduli_kernels/geometry/inhibitors.py": ("inhibitors.py.txt", None, None),
-    "csrc/inhibitors.h": ("inhibitors.h.txt", "// The list of all inhibitors that the kernels know.",
-                          ("using Inhibitors = TypeList<", "Saturation<T>, ")),
-    "moduli_kernels/triton/inhibitors.py": ("triton_inhibitors.py.txt", None, None),
-}
 
 # What runs in the copy, with the name of a backend.
 CHECK = r'''
@@ -132,14 +118,7 @@ def tree(folder: Path) -> Path:
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, folder / name)
-    for name, (addition, before, entry) in (MANIFOLD | INHIBITOR).items():
-        text, added = (folder / name).read_text(), (TOY / addition).read_text()
-        if before is None:
-            text += added
-        else:
-            assert text.count(before) == 1 and text.count(entry[0]) == 1
-            text = text.replace(before, added + "\n" + before).replace(entry[0], "".join(entry))
-        (folder / name).write_text(text)
+    add_toys(folder, MANIFOLD | INHIBITOR)
     return folder
 
 
