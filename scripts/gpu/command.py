@@ -167,13 +167,12 @@ def run(asked: tuple[str, ...], seconds: float, record: pathlib.Path, arguments:
 
 def write(record: pathlib.Path, header: dict[str, Any], parts: dict[str, Part]) -> None:
     """Adds the parts to the record, which the benchmarks may have begun. Readers never see it half written."""
+    from examples.training.files import write_text  # brings filelock, which only a Python with torch is sure to have
+
     content = json.loads(record.read_text()) if record.exists() else header | {"penalty": [], "memory": []}
     content["parts"] = {name: {"ok": part.ok, "seconds": round(part.seconds, 1), "summary": part.summary,
                                "lines": part.lines, "details": part.details} for name, part in parts.items()}
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, record)
+    write_text(record, json.dumps(content, indent=1) + "\n")
 
 
 def export(folder: pathlib.Path, record: pathlib.Path) -> None:
