@@ -1,5 +1,6 @@
 """torch.compile of training steps: net, loss and penalty in one graph, its backward and the optimizer, over steps in
-which weights, masks and the strength change. What breaks a graph or compiles again is counted, and whose it is told.
+which weights, masks and the strength change. What breaks a graph or compiles again is counted, and so is whose fault it
+is.
 
     step                                                 graphs   compilations
     forward + penalty (backward by autograd)             1        1, and 1 more once the strength changes

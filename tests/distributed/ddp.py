@@ -46,7 +46,7 @@ def regularizer_inside():
 
 
 def gradients_without_exchange():
-    """Of points outside of DDP: each rank computes the same ones, for the penalty has no batch."""
+    """Gradients of points outside of DDP are the same on each rank, since the penalty has no batch."""
     net = Net("rnn", N)
     reg = regularizer(net.rnn)
     model = DistributedDataParallel(net)

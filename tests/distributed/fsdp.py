@@ -17,8 +17,8 @@ from tests.support.pruning_cases import Weights
 
 
 def training(kind: str, own_group: bool, n: int = 13, replicas: int = 1):
-    """own_group: the recurrent net is sharded by itself, so the penalty meets its shards; else only the root is, which
-    stays whole from forward to backward."""
+    """own_group: the recurrent net is sharded as a group of its own, so the penalty meets its shards; else only the
+    root is, which stays whole from forward to backward."""
     def check():
         one, net = Net(kind, n), Net(kind, n)
         reg_of_one = regularizer(one.rnn)

@@ -84,7 +84,7 @@ def penalty(case: str, dtype: torch.dtype = torch.float64, masked: bool = False,
 
 
 def own_rows_only():
-    """Of the weights nothing travels: all a penalty and its backward exchange are two small sums."""
+    """No weight travels between ranks: a penalty and its backward exchange two small sums."""
     net = Net("rnn", 13)
     fully_shard(net.rnn, mesh=mesh())
     fully_shard(net, mesh=mesh())

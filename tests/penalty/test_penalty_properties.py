@@ -43,7 +43,7 @@ MASKS = ["none", "none", "all", "nothing", "random", "rows"]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of one call; small enough in all that the float64 reference is quick."""
+    """The sizes of one call, all so small that the float64 reference is quick."""
 
     rows: int
     columns: int

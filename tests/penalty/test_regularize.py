@@ -24,7 +24,7 @@ def regularize(model: nn.Module, targets=None, **settings) -> mk.Regularization:
 
 
 def points_of(reg: mk.Regularization) -> dict[str, tuple[int, ...]]:
-    """Of each weight: how many row and column points, or one number where they are shared."""
+    """Returns for each weight how many row and column points it has, or one number where they are shared."""
     return {name: (len(r.rows),) if r.cols is r.rows else (len(r.rows), len(r.cols)) for name,
             r in reg.items()}
 

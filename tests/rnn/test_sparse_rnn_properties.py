@@ -55,7 +55,7 @@ def check(case: dict, path: str, dtype: torch.dtype) -> None:
         "unequal": torch.randint(1, steps + 1, (batch,), generator=generator(case["seed"], "cpu"), device="cpu"),
     }[kind]
     x = draw(*shape, sizes[0], seed=2)
-    # float32 is held against float64 on the same numbers, which are rounded to float32
+    # float32 is compared with float64 on the same numbers, which are rounded to float32
     assert_same(net, run(net, x, hx, lengths), run(plain_rnn(net, torch.float64), x, hx, lengths), TOLERANCE[dtype])
 
 

@@ -182,7 +182,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def digest(tensors: list[Tensor]) -> str:
-    """Of the bytes of all tensors and their shapes; signs of zeros and bits of NaN count."""
+    """Hashes the bytes of all tensors, and the shapes of those that have one. Signs of zeros and bits of NaN count."""
     found = hashlib.sha256()
     for tensor in tensors:
         plain = tensor.detach().contiguous()

@@ -1,4 +1,4 @@
-"""What the tests of the recurrent nets share: masks, the nn.RNN they are held against, and how the two are compared."""
+"""What the tests of the recurrent nets share: masks, the nn.RNN that they are compared with, and how."""
 from __future__ import annotations
 
 from typing import NamedTuple
