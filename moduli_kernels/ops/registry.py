@@ -52,7 +52,7 @@ class Op:
     fallback: (*arguments) -> the results, in plain PyTorch, for every device that has no kernel.
     fake: (*arguments) -> results of the right shapes and dtypes without their numbers, for torch.compile.
     launcher: the module below moduli_kernels/triton that holds the function `name`, which takes the op's arguments one
-        by one. The first call imports it.
+        by one. The first call imports it. None: there is no Triton kernel, and the fallback serves CUDA.
     derivative: the autograd formula; None for an op that is called where autograd is off.
     mutates: the name of the argument that is written in place.
     """
@@ -62,7 +62,7 @@ class Op:
     returns: str
     fallback: Callable[..., Any]
     fake: Callable[..., Any]
-    launcher: str
+    launcher: str | None = None
     derivative: Derivative | None = None
     mutates: str | None = None
     _cuts: list[tuple[Callable[..., Any] | None, int, int]] = field(init=False, repr=False)
@@ -122,6 +122,8 @@ def declare(op: Op) -> Op:
     torch.library.register_fake(qualified, lambda *arguments: op.fake(*op.grouped(arguments)), lib=library)
     if op.derivative is not None:
         _register_derivative(op, op.derivative)
+    if op.launcher is None:
+        return op
     if runtime.triton_installed:
         library.impl(op.name, op.launch, "CUDA")
     if runtime.triton_interpreted:

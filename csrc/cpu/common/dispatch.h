@@ -2,14 +2,18 @@
 #pragma once
 
 #include "cpu/common/isa.h"
+#include "cpu/masks/entries.h"
 #include "cpu/penalty/problem.h"
 #include "cpu/rnn/steps.h"
 
 namespace moduli {
 
-// Each of these functions is defined in the files avx512.cpp, avx2.cpp and portable.cpp of penalty/ and rnn/.
+// Each of these functions is defined in the files avx512.cpp, avx2.cpp and portable.cpp of masks/, penalty/ and
+// rnn/.
 #define MODULI_DECLARE_LOOPS(isa)         \
   namespace isa {                         \
+  template <typename Bits>                \
+  const MaskLoops<Bits>& mask_loops();    \
   template <typename T>                   \
   const PenaltyLoops<T>& penalty_loops(); \
   template <typename T>                   \
@@ -37,6 +41,21 @@ const Loops<T>& loops() {
       case Isa::AVX2: return Loops<T>{avx2::penalty_loops<T>(), avx2::rnn_loops<T>()};
 #endif
       default: return Loops<T>{portable::penalty_loops<T>(), portable::rnn_loops<T>()};
+    }
+  }();
+  return picked;
+}
+
+// The loops over masked entries for this processor, for weights of the size of Bits (uint16_t, uint32_t or uint64_t).
+template <typename Bits>
+const MaskLoops<Bits>& mask_loops() {
+  static const MaskLoops<Bits>& picked = [&]() -> const MaskLoops<Bits>& {
+    switch (pick_isa()) {
+#if MODULI_KERNELS_X86
+      case Isa::AVX512: return avx512::mask_loops<Bits>();
+      case Isa::AVX2: return avx2::mask_loops<Bits>();
+#endif
+      default: return portable::mask_loops<Bits>();
     }
   }();
   return picked;
