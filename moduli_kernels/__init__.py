@@ -15,10 +15,12 @@ from .backends import backend
 from .env_report import env_report
 from .geometry import *  # noqa: F403
 from .geometry.inhibitors import CallableInhibitor
+from .masks.holding import zero_after_loading, zero_before_forward, zero_before_saving  # noqa: F401
 from .penalty.attach import Regularization, Target, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
 from .penalty.modules import CoefficientRegularizer, ModuliRegularizer
+from .pruning.checkpoints import load_pruned_
 from .pruning.lottery import reinitialize_, rewind_
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import linear_schedule
@@ -30,7 +32,7 @@ from .rnn.sparse_rnn import SparseRNN
 __all__ = [
     "CoefficientRegularizer", "CompressedRNN", "MagnitudePruner", "ModuliRegularizer", "Regularization", "SparseRNN",
     "SparseRNNCell", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report", "linear_schedule",
-    "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_", "rewind_",
+    "load_pruned_", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_", "rewind_",
 ]
 __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
 

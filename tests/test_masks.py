@@ -1,4 +1,4 @@
-"""masks.py: the buffer in which a mask lives, and that no other file of the package knows its name."""
+"""masks/buffers.py: the buffer in which a mask lives, and that no other file of the package knows its name."""
 from __future__ import annotations
 
 import ast
@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from moduli_kernels import masks
 
-PACKAGE = Path(masks.__file__).parent
+PACKAGE = Path(masks.__file__).parents[1]
 # The end of a buffer's name: the whole of a string, or after a field that a parameter's name is put into.
 ENDING = re.compile(r"(^|\{\w*\}|%s)_(mask|orig)(?!\w)")
 
@@ -53,7 +53,7 @@ def test_the_search_leaves_other_strings_alone(source):
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_masks_alone_spells_the_names_of_its_buffers(file):
     found = spelled_names(file.read_text())
-    assert bool(found) == (file == PACKAGE / "masks.py"), found
+    assert bool(found) == (file == PACKAGE / "masks" / "buffers.py"), found
 
 
 def test_a_mask_is_set_replaced_and_removed():

@@ -1,0 +1,29 @@
+"""Masks: the buffers that hold them, what keeps masked weights at 0, and the weight that a forward pass uses.
+
+    buffers     the buffer `<parameter>_mask` on the module that owns the parameter; this folder alone knows its name
+    zeros       sets masked entries of a tensor to 0, and finds out whether they are
+    holding     hooks that keep masked weights at 0, whoever writes them
+    averaging   torch's AveragedModel takes masks as they are
+    effective   the weight that a module's forward pass uses, whatever it is computed from
+"""
+from .buffers import (
+    buffer_name,
+    described,
+    get_mask,
+    is_mask,
+    live_mask,
+    masked_names,
+    names_pruned_by_torch,
+    original_name,
+    plain_name,
+    replace_mask,
+)
+from .effective import effective_weight, origin, parameters_behind
+from .holding import hold, is_held, mask_changed, remove_mask, set_mask, stop_holding
+from .zeros import is_zero_where_masked, zero_masked_
+
+__all__ = [
+    "buffer_name", "described", "effective_weight", "get_mask", "hold", "is_held", "is_mask", "is_zero_where_masked",
+    "live_mask", "mask_changed", "masked_names", "names_pruned_by_torch", "origin", "original_name",
+    "parameters_behind", "plain_name", "remove_mask", "replace_mask", "set_mask", "stop_holding", "zero_masked_",
+]

@@ -2,7 +2,8 @@
 
 A mask is a bool tensor of the parameter's shape, True where a weight is kept. torch.nn.utils.prune uses the same name
 for a float buffer of zeros and ones, and renames the parameter to `<parameter>_orig`. This file alone spells out the
-two names; every other file asks it, so that a mask is found in the same place whoever set it.
+two names; every other file asks it, so that a mask is found in the same place whoever set it. holding.py sets and
+removes masks, since a mask that is set is also held.
 """
 from __future__ import annotations
 
@@ -11,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-
-from .distributed import is_sharded, shard_of
 
 _MASK, _ORIGINAL = "_mask", "_orig"
 
@@ -29,20 +28,9 @@ def get_mask(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(buffer_name(name))
 
 
-def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Registers `mask` itself, not a copy, as the mask of the parameter `name`, in place of one that is there."""
-    module.register_buffer(buffer_name(name), mask)
-
-
 def replace_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     """Puts `mask` itself in place of the mask that is there; a mask left out of the state_dict stays left out."""
     module._buffers[buffer_name(name)] = mask
-
-
-def remove_mask(module: nn.Module, name: str) -> None:
-    """Takes the mask of the parameter `name` away; nothing happens where there is none."""
-    if buffer_name(name) in module._buffers:
-        delattr(module, buffer_name(name))
 
 
 def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
@@ -56,16 +44,20 @@ def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
     return mask if mask is not None and mask.dtype == torch.bool else None
 
 
-def zero_masked_(tensor: Tensor, mask: Tensor) -> None:
-    """Sets the masked entries of `tensor` to 0 in place; in a sharded tensor, in the rows that this rank holds.
+def masked_names(module: nn.Module) -> list[str]:
+    """The parameters of this module, without its submodules, that have a live mask of their shape."""
+    names = []
+    for key in module._buffers:
+        name = parameter_of_mask(key)
+        mask = None if name is None else live_mask(module, name)
+        if mask is not None and mask.shape == module._parameters[name].shape:  # pyright: ignore
+            names.append(name)
+    return names
 
-    The write counts in the tensor's version, so that a backward pass through the old values is an error.
-    """
-    with torch.no_grad():
-        if is_sharded(tensor):
-            shard = shard_of(tensor)
-            tensor, mask = shard.local, shard.rows_of(mask)
-        tensor.masked_fill_(~mask, 0)
+
+def parameter_of_mask(key: str) -> str | None:
+    """The parameter whose mask the buffer `key` would be; None where it is not named as a mask."""
+    return key.removesuffix(_MASK) if key.endswith(_MASK) else None
 
 
 # --- what torch.nn.utils.prune has pruned -----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..checks import shown
 from ..masks import described
 from .targets import Pairs
 
@@ -96,8 +97,11 @@ def compute_masks(parameters: list[Tensor], masks: list[Tensor], grids: list[Blo
 
 # --- checks -------------------------------------------------------------------------------------------------
 
-def block_grids(block: Any, order: Any, pairs: Pairs) -> dict[int, BlockGrid]:
-    """Checks `block` and `order` as a user gave them; returns a grid by id(parameter), none where both are None."""
+def block_grids(block: Any, order: Any, pairs: Pairs, keys: list[str]) -> dict[int, BlockGrid]:
+    """Checks `block` and `order` as a user gave them; returns a grid by id(parameter), none where both are None.
+
+    pairs: the pruner's targets. keys: their names.
+    """
     if block is None and order is None:
         return {}
     if block is None or order is None:
@@ -118,7 +122,7 @@ def block_grids(block: Any, order: Any, pairs: Pairs) -> dict[int, BlockGrid]:
         )
     grids: dict[int, BlockGrid] = {}
     for key, permutations in order.items():
-        module, name = _target(key, pairs)
+        module, name = _target(key, pairs, keys)
         what, parameter = f"order[{type(module).__name__}, {name!r}]", cast(Tensor, module._parameters[name])
         grid = _block_grid(what, permutations, parameter.shape, height=block[0], width=block[1])
         first = grids.setdefault(id(parameter), grid)
@@ -129,15 +133,18 @@ def block_grids(block: Any, order: Any, pairs: Pairs) -> dict[int, BlockGrid]:
     return grids
 
 
-def _target(key: Any, pairs: Pairs) -> tuple[nn.Module, str]:
-    """Returns the target that a key of `order` names; raises where it names none."""
+def _target(key: Any, pairs: Pairs, keys: list[str]) -> tuple[nn.Module, str]:
+    """Returns the target that a key of `order`, a pair or a name, means; raises where it means none."""
+    if isinstance(key, str) and key in keys:
+        return pairs[keys.index(key)]
     is_pair = isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], str)
     for module, name in pairs:
         if is_pair and key[0] is module and key[1] == name:
             return module, name
-    came = f"({type(key[0]).__name__}, {key[1]!r})" if is_pair else f"a {type(key).__name__}"
+    came = f"({type(key[0]).__name__}, {key[1]!r})" if is_pair else shown(key)
     raise ValueError(
-        f"each key of order must be one of the targets, got {came}; use the same (module, name) pairs in both."
+        f"each key of order must be one of the targets, got {came}; use the same (module, name) pairs in both, or the "
+        f"targets' names: {', '.join(keys)}."
     )
 
 

@@ -5,6 +5,7 @@ saved in the module's state_dict. A pruner keeps no copy: it reads the masks fro
 """
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
@@ -12,11 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks import described, get_mask, is_mask, remove_mask, set_mask, zero_masked_
-from . import blocks, hooks
+from ..checks import one_of
+from ..masks import (
+    described,
+    get_mask,
+    hold,
+    is_mask,
+    is_zero_where_masked,
+    mask_changed,
+    remove_mask,
+    set_mask,
+    stop_holding,
+    zero_masked_,
+)
+from . import blocks, optimizers
 from .schedules import fraction
-from .targets import PrunedWeight, check_prunable, distinct_weights, target_pairs
+from .targets import Pairs, PrunedWeight, check_prunable, distinct_weights, named_targets
 from .torch_prune import hand_over, take_over
+
+# A target that keeps less than EMPTIED times the mean density is warned of, unless it would keep but FEW weights anyway.
+EMPTIED, FEW = 0.1, 16
 
 
 class MagnitudePruner:
@@ -24,25 +40,40 @@ class MagnitudePruner:
 
     Each module gets a bool buffer `<param>_mask` (True = kept) of the parameter's shape, which its state_dict holds. A
     mask that is there already (an earlier pruner's) is taken over, and the weights that it masks are set to 0. To load
-    a checkpoint with masks, make the pruner first, then load.
+    a checkpoint with masks, make the pruner first, then load; or `mk.load_pruned_(model, state_dict)` makes the masks.
 
     Args:
-        targets: list of (module, parameter name). A Parameter that several pairs name (tied weights) counts once, at
-            its first place, and every module that owns it gets the same mask buffer.
-        optimizer: with it, gradients are masked as they arrive (before accumulation and clipping, as
-            torch.nn.utils.prune does) and weights after each `optimizer.step()`, so that momentum and weight decay
-            revive nothing. Without it only gradients are masked: call `apply()` after each step.
+        model: the model, whose recurrent weights are pruned (weight_hh of RNN, GRU, LSTM and cells, as `regularize`
+            finds them), or `targets` where these are given. Or, in its place, a list of (module, parameter name).
+        targets: names such as "rnn.weight_hh_l0" in the model, or (module, parameter name) pairs. A Parameter that
+            several targets name (tied weights) counts once, at its first place, and every module that owns it gets the
+            same mask buffer.
+        optimizer: the optimizer, or optimizers, that train the targets: torch's, or a wrapper that has param_groups or
+            an attribute `optimizer` (Accelerate's, Lightning's). It is only checked: one must have a target. Weights
+            are held at 0 whatever optimizer steps them.
         block: (rows, columns) of the blocks in which matrices are pruned, which SparseRNN runs faster than scattered
             weights; blocks at the far edges may be smaller. Blocks rank by mean |w|, together with the single weights
             of targets that `order` does not name.
-        order: {(module, name): (row_permutation, column_permutation)} of the matrices to prune in blocks, int64
-            tensors of the lengths of the matrix. A matrix is put in this order first, best `mk.manifold_order` of its
-            neurons' points (a recurrent weight takes the same permutation twice). Controls without points borrow the
-            order of the penalized net. Neither block nor order is saved: give both again when a checkpoint is loaded.
+        order: {target: (row_permutation, column_permutation)} of the matrices to prune in blocks, int64 tensors of the
+            lengths of the matrix; a target is a (module, name) pair or a name, as in `targets`. A matrix is put in
+            this order first, best `mk.manifold_order` of its neurons' points (a recurrent weight takes the same
+            permutation twice). Controls without points borrow the order of the penalized net. Neither block nor order
+            is saved: give both again when a checkpoint is loaded.
+        scope: "global" ranks the weights of all targets together; "each" ranks those of each target by themselves, so
+            that each is pruned to the same sparsity. Together, a penalized or smaller matrix may be emptied: there is
+            one warning where a target keeps less than a tenth of the mean share.
 
-    Hooks belong to the weights, not to this object: the net stays masked when the pruner is dropped, and
-    `remove_hooks()` ends it. `copy.deepcopy(model)` copies masks but no hooks: make a new MagnitudePruner on the copy
-    (and its optimizer), which takes the masks over. The same goes for a new optimizer.
+    Masks hold through every way in which weights are written. Gradients are masked as they arrive (before accumulation
+    and clipping, as torch.nn.utils.prune does), weights after each step of any torch.optim.Optimizer, before a forward
+    pass of their module, before its state_dict is made and after one is loaded (a dense checkpoint included). What an
+    optimizer has gathered of weights that become masked (momentum) is set to 0 at its next step. AveragedModel, with
+    what is built on it, takes masks as they are. Weights that are used without a forward pass of their module (of
+    nn.MultiheadAttention's out_proj, say) are masked after steps and loading. `torch.jit.script` compiles no hooks:
+    script a copy after `make_permanent()`.
+
+    What holds a mask belongs to the weights, not to this object: the net stays masked when the pruner is dropped, and
+    in copies and pickles of it; `remove_hooks()` ends it. A pruner is for the modules that it was made with: make a
+    new one on a copy of the model, which takes the masks over.
 
     Under DistributedDataParallel every rank has a pruner and calls `step_to` at the same steps. Weights are equal on
     all ranks, and so are the masks. Under FSDP2 make the pruner after `fully_shard` (it takes over the masks that were
@@ -52,30 +83,36 @@ class MagnitudePruner:
     the whole weight that a forward pass sees.
 
     Raises:
-        TypeError, ValueError: targets, masks, block, order or an optimizer do not fit; nothing is changed then.
-        NotImplementedError: sharded targets are to be pruned in blocks, or are sharded over different processes or not
-            in rows; nothing is changed then.
+        TypeError, ValueError: model, targets, masks, block, order, scope or an optimizer do not fit, or no optimizer
+            has a target; nothing is changed then.
+        NotImplementedError: sharded targets are to be pruned in blocks or with scope "each", or are sharded over
+            different processes or not in rows; nothing is changed then.
         RuntimeError: what writes weights (`step_to`, `apply`, `load_state_dict`) finds a sharded weight whole (an FSDP
             root stays whole after a forward pass without gradients): call the root's `reshard()` first.
     """
 
-    def __init__(self, targets: Iterable[tuple[nn.Module, str]], *,
-                 optimizer: torch.optim.Optimizer | None = None,
-                 block: tuple[int, int] | None = None, order: Mapping[Any, Any] | None = None):
-        _check_optimizer(optimizer)
-        pairs = target_pairs(targets)
+    def __init__(self, model: nn.Module | Iterable[tuple[nn.Module, str]] | None = None,
+                 targets: Iterable[str | tuple[nn.Module, str]] | None = None, *,
+                 optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+                 block: tuple[int, int] | None = None, order: Mapping[Any, Any] | None = None,
+                 scope: str = "global"):
+        self._set_up(*named_targets(model, targets), optimizer, block, order, scope)
+
+    def _set_up(self, pairs: Pairs, keys: list[str], optimizer: Any, block: Any, order: Any, scope: str) -> None:
         for i, (module, name) in enumerate(pairs):
             check_prunable(i, module, name)
-        grids = blocks.block_grids(block, order, pairs)
-        self.weights = distinct_weights(pairs)  # for this package; users have `masks`
+        grids = blocks.block_grids(block, order, pairs, keys)
+        self.scope = one_of("scope", scope, ("global", "each"))
+        self.weights = distinct_weights(pairs, keys)  # for this package; users have `masks`
+        optimizers.check_has_one_of(optimizer, [weight.parameter for weight in self.weights])
         self._sharded = any(weight.sharded for weight in self.weights)
         if self._sharded:
             from . import sharded  # imports torch.distributed
 
-            sharded.check_targets({w.key: w.parameter for w in self.weights}, block is not None)
+            sharded.check_targets({w.key: w.parameter for w in self.weights}, block is not None, scope == "each")
         self._grids = [grids.get(id(weight.parameter)) for weight in self.weights]
-        self.optimizer = optimizer
         self._hooked = True
+        self._warned: set[str] = set()  # what has been warned of already
         for weight in self.weights:
             mask = weight.found_mask()
             if mask is None:
@@ -110,18 +147,17 @@ class MagnitudePruner:
         """
         sparsity = fraction("sparsity", sparsity)
         self._check_writable()
-        total, masked = self._size(), self._masked()
-        count = round(sparsity * total)
-        if count < masked:
-            raise ValueError(
-                f"sparsity must be at least the {masked / total:.6g} already cut ({masked} of {total} weights), "
-                f"got {sparsity!r}; pruned weights never come back, load earlier masks to go back."
-            )
-        if count > masked:
-            self._check_no_nan()
-            for weight, mask in zip(self.weights, self._compute_masks(count), strict=True):
+        groups = [self.weights] if self.scope == "global" else [[weight] for weight in self.weights]
+        counts = [self._count_to_mask(group, sparsity) for group in groups]
+        growing = [(group, count) for group, count in zip(groups, counts) if count > _masked(group)]
+        self._check_no_nan([weight for group, _ in growing for weight in group])
+        found = [self._compute_masks(group, count) for group, count in growing]
+        for (group, _), masks in zip(growing, found):
+            for weight, mask in zip(group, masks, strict=True):
                 weight.mask.copy_(mask)
+                mask_changed(*weight.owners[0])
         self.apply()
+        self._warn_of_emptied_targets()
         for weight in self.weights:
             grad = weight.parameter.grad
             if grad is not None and grad.layout == torch.strided:
@@ -129,39 +165,68 @@ class MagnitudePruner:
             elif grad is not None:
                 weight.parameter.grad = grad * weight.mask
 
-    def _compute_masks(self, count: int) -> list[Tensor]:
-        """Returns the weights' masks after `count` entries in all are masked (with blocks: at most `count`)."""
-        parameters, masks = [w.parameter.detach() for w in self.weights], [w.mask for w in self.weights]
+    def _count_to_mask(self, group: list[PrunedWeight], sparsity: float) -> int:
+        """How many of the weights of a group, which are ranked together, are to be masked."""
+        total, masked = _size(group), _masked(group)
+        count = round(sparsity * total)
+        if count < masked:
+            where = "" if self.scope == "global" else f" of {group[0].key}"
+            raise ValueError(
+                f"sparsity must be at least the {masked / total:.6g} already cut ({masked} of {total} weights{where}), "
+                f"got {sparsity!r}; pruned weights never come back, load earlier masks to go back."
+            )
+        return count
+
+    def _compute_masks(self, group: list[PrunedWeight], count: int) -> list[Tensor]:
+        """Returns the masks of a group after `count` entries in all are masked (with blocks: at most `count`)."""
+        parameters, masks = [w.parameter.detach() for w in group], [w.mask for w in group]
         if self._sharded:
             from . import sharded
 
             return sharded.compute_masks(parameters, masks, count)
-        if any(self._grids):
-            return blocks.compute_masks(parameters, masks, self._grids, count)
+        grids = [grid for weight, grid in zip(self.weights, self._grids) if weight in group]
+        if any(grids):
+            return blocks.compute_masks(parameters, masks, grids, count)
         return _compute_masks(parameters, masks, count)
 
-    def _check_no_nan(self) -> None:
-        parameters, masks = [w.parameter for w in self.weights], [w.mask for w in self.weights]
-        if self._sharded:
+    def _check_no_nan(self, weights: list[PrunedWeight]) -> None:
+        parameters, masks = [w.parameter for w in weights], [w.mask for w in weights]
+        if self._sharded and weights:
             from . import sharded
 
             found = sharded.any_nan(parameters, masks)
         else:
             found = ((p.isnan() & mask).any() for p, mask in zip(parameters, masks))
-        for weight, has_nan in zip(self.weights, found, strict=True):
+        for weight, has_nan in zip(weights, found, strict=True):
             if has_nan:
                 raise ValueError(
                     f"weights must not hold NaN when they are ranked, got NaN in {weight.key}; no mask was "
                     "changed, look at the loss and the learning rate."
                 )
 
+    def _warn_of_emptied_targets(self) -> None:
+        """Warns, once a pruner, where the common ranking has left a target next to nothing."""
+        mean = 1 - _masked(self.weights) / max(_size(self.weights), 1)
+        for weight in self.weights if self.scope == "global" else ():
+            size = weight.parameter.numel()
+            density = 1 - _masked([weight]) / max(size, 1)
+            if density < EMPTIED * mean and mean * size >= FEW:
+                self._warn("emptied", f"{weight.key} keeps {100 * density:.2g} % of its weights where all targets "
+                           f"together keep {100 * mean:.2g} %, because weights are ranked over all targets; "
+                           'MagnitudePruner(..., scope="each") prunes each to the same sparsity.')
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
     def apply(self) -> None:
-        """Sets masked weights to 0. Call it after weights were written by hand, or by an optimizer not given here."""
+        """Sets masked weights to 0 at once; else the next forward pass of their module does."""
         self._check_writable()
         for weight in self.weights:
             zero_masked_(weight.parameter, weight.mask)
-            if self._hooked:
-                hooks.register(*weight.owners[0], self.optimizer)
+            for owner in weight.owners if self._hooked else ():
+                hold(*owner)
 
     def _check_writable(self) -> None:
         for weight in self.weights:
@@ -173,30 +238,44 @@ class MagnitudePruner:
 
     # -- reading --
 
-    def _size(self) -> int:
-        """The number N of weights that are ranked, tied ones counted once."""
-        return sum(w.parameter.numel() for w in self.weights)
-
-    def _masked(self) -> int:
-        """How many of the N weights are masked."""
-        return sum(w.mask.numel() - int(torch.count_nonzero(w.mask)) for w in self.weights)
-
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The mask buffers themselves, bool, True = kept, by "<position in targets>.<parameter>": "0.weight_hh_l0"."""
+        """The mask buffers themselves, bool, True = kept, by the names of the weights in the model, such as
+        "rnn.weight_hh_l0". For a pruner that was given pairs alone they are "<position>.<parameter>"."""
         self._check_alive()
         return {w.key: w.mask for w in self.weights}
 
     @property
     def sparsity(self) -> float:
-        """The fraction of all weights that is masked (0 where there are no weights)."""
+        """The fraction of all weights that is masked and 0 (0 where there are no weights).
+
+        Masked weights that something has written since are not 0, and do not count; there is one warning then. The next
+        forward pass of their module sets them to 0, and so does `apply()`. Of sharded weights the masks alone count.
+        """
         self._check_alive()
-        return self._masked() / max(self._size(), 1)
+        return (_masked(self.weights) - sum(self._written().values())) / max(_size(self.weights), 1)
 
     def densities(self) -> dict[str, float]:
-        """Returns the kept fraction of each weight, with the keys of `masks` (1 for an empty weight)."""
-        masks = self.masks.items()
-        return {key: int(torch.count_nonzero(m)) / m.numel() if m.numel() else 1.0 for key, m in masks}
+        """Returns the fraction of each weight that is not masked and 0, with the keys of `masks` (1 for an empty one).
+
+        Warns as `sparsity` does.
+        """
+        self._check_alive()
+        written = self._written()
+        return {w.key: 1 - (_masked([w]) - written[w.key]) / w.parameter.numel() if w.parameter.numel() else 1.0
+                for w in self.weights}
+
+    def _written(self) -> dict[str, int]:
+        """How many masked weights of each target are not 0. Warns where there are any."""
+        counts = {weight.key: 0 for weight in self.weights}
+        for weight in self.weights:
+            if not weight.sharded and not is_zero_where_masked(weight.parameter.detach(), weight.mask):
+                counts[weight.key] = int(torch.count_nonzero(weight.parameter.detach().masked_fill(weight.mask, 0)))
+        if any(counts.values()):
+            first = next(key for key, count in counts.items() if count)
+            self._warn("written", f"{sum(counts.values())} masked weights (the first in {first}) are not 0: something "
+                       "has written them since the last forward pass; the next sets them to 0, as apply() does now.")
+        return counts
 
     def __repr__(self) -> str:
         return f"MagnitudePruner({', '.join(w.key for w in self.weights)})"
@@ -215,6 +294,7 @@ class MagnitudePruner:
         """
         self._check_writable()
         masks = self.masks
+        state_dict = self._with_our_keys(state_dict)
         for key in state_dict:
             if key not in masks:
                 raise ValueError(
@@ -228,9 +308,19 @@ class MagnitudePruner:
                     f"state_dict[{key!r}] must be a torch.bool mask {tuple(mask.shape)}, got "
                     f"{described(new)}; give the pruner the targets it was saved with."
                 )
-        for key, mask in masks.items():
-            mask.copy_(state_dict[key])
+        for weight in self.weights:
+            weight.mask.copy_(state_dict[weight.key])
+            mask_changed(*weight.owners[0])
         self.apply()
+
+    def _with_our_keys(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A pruner with pairs and one with a model name the same weights differently; both end with the parameter's
+        name and have the same order."""
+        keys = list(self.masks)
+        if len(state_dict) != len(keys) or set(state_dict) == set(keys):
+            return state_dict
+        ends = [[key.rpartition(".")[2] for key in each] for each in (state_dict, keys)]
+        return dict(zip(keys, state_dict.values())) if ends[0] == ends[1] else state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """Names no class of this package, so that a pickle does not depend on where the package keeps its classes."""
@@ -245,10 +335,11 @@ class MagnitudePruner:
     # -- leaving --
 
     def remove_hooks(self) -> None:
-        """Stops the masking of gradients, and of weights after optimizer steps. Masks stay, and `apply()` works."""
+        """Stops holding the masked weights at 0, and masking gradients. Masks stay, and `apply()` works."""
         self._hooked = False
         for weight in self.weights:
-            hooks.remove(*weight.owners[0], self.optimizer)
+            for owner in weight.owners:
+                stop_holding(*owner)
 
     def make_permanent(self) -> None:
         """Leaves plain modules: masked weights are 0, mask buffers and hooks are removed. The pruner ends here."""
@@ -278,7 +369,8 @@ class MagnitudePruner:
 
     @classmethod
     def from_torch_prune(cls, targets_or_model: nn.Module | Iterable[tuple[nn.Module, str]],
-                         optimizer: torch.optim.Optimizer | None = None) -> MagnitudePruner:
+                         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+                         scope: str = "global") -> MagnitudePruner:
         """Takes over what torch.nn.utils.prune has pruned: all of a model, or the given targets.
 
         The Parameter object that was `<param>_orig` becomes `<param>` again, so that optimizers go on working. Targets
@@ -286,13 +378,27 @@ class MagnitudePruner:
 
         Args:
             targets_or_model: (module, parameter name) pairs, or a model to be searched.
-            optimizer: as the constructor takes it.
+            optimizer, scope: as the constructor takes them.
 
         Raises:
             ValueError: torch has pruned none of them, or a mask holds anything but 0 and 1; nothing is changed then.
         """
-        _check_optimizer(optimizer)
-        return cls(take_over(targets_or_model), optimizer=optimizer)
+        one_of("scope", scope, ("global", "each"))
+        optimizers.check(optimizer)
+        pairs, keys = take_over(targets_or_model, optimizer)
+        pruner = cls.__new__(cls)
+        pruner._set_up(pairs, keys, optimizer, None, None, scope)
+        return pruner
+
+
+def _size(weights: list[PrunedWeight]) -> int:
+    """The number of entries of these weights."""
+    return sum(w.parameter.numel() for w in weights)
+
+
+def _masked(weights: list[PrunedWeight]) -> int:
+    """How many entries of these weights are masked."""
+    return sum(w.mask.numel() - int(torch.count_nonzero(w.mask)) for w in weights)
 
 
 def _compute_masks(parameters: list[Tensor], masks: list[Tensor], count: int) -> list[Tensor]:
@@ -313,11 +419,3 @@ def _compute_masks(parameters: list[Tensor], masks: list[Tensor], count: int) ->
     ties = count - int(torch.count_nonzero(~kept))
     kept[(scores == threshold).nonzero()[:ties, 0]] = False
     return [part.view(p.shape) for part, p in zip(kept.split(sizes), parameters, strict=True)]
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got a {type(optimizer).__name__}; pass the one that "
-            "steps these weights, or None and call apply() after each step."
-        )

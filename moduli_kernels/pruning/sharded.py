@@ -16,13 +16,19 @@ from ..distributed import Shard, is_sharded, shard_of, sum_over_ranks
 _DIGIT_BITS = 11  # a histogram then has 2048 counts; float32 takes 3 of them and float64 takes 6
 
 
-def check_targets(parameters: dict[str, Any], in_blocks: bool) -> None:
+def check_targets(parameters: dict[str, Any], in_blocks: bool, apart: bool) -> None:
     """Raises unless all parameters are sharded in rows over the same processes, and none is to be pruned in blocks.
 
     Args:
         parameters: by the name that an error gives them; at least one is sharded.
         in_blocks: whether some are to be pruned in blocks.
+        apart: whether each is to be ranked by itself.
     """
+    if apart:
+        raise NotImplementedError(
+            "scope must be 'global' for sharded weights (fully_shard), got 'each'; give each weight a pruner of its "
+            "own."
+        )
     if in_blocks:
         raise NotImplementedError(
             "block must be None for sharded weights (fully_shard), whose blocks cross from rank to rank; prune in "

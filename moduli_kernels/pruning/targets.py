@@ -17,9 +17,11 @@ from ..masks import (
     is_mask,
     live_mask,
     names_pruned_by_torch,
+    origin,
     original_name,
     replace_mask,
 )
+from ..models import name_in, recurrent_weights
 
 Pairs = list[tuple[nn.Module, str]]  # (module, parameter name), as a user gives them
 
@@ -46,6 +48,44 @@ def target_pairs(targets: Any) -> Pairs:
     return [(module, name) for module, name in pairs]
 
 
+def named_targets(model: Any, targets: Any) -> tuple[Pairs, list[str]]:
+    """The (module, name) pairs that a pruner's first two arguments mean, and a name for each.
+
+    Args:
+        model: a model, or the pairs themselves.
+        targets: pairs, or names such as "rnn.weight_hh_l0", in the model. None: its recurrent weights.
+
+    Returns:
+        The pairs, with names as in the model; without one they are "<position>.<parameter>".
+    """
+    if not isinstance(model, nn.Module):
+        if model is not None and targets is not None:
+            raise TypeError(f"model must be an nn.Module where targets are given beside it, got a "
+                            f"{type(model).__name__}; pass MagnitudePruner(model, targets).")
+        pairs = target_pairs(targets if model is None else model)
+        return pairs, [f"{i}.{name}" for i, (_, name) in enumerate(pairs)]
+    if targets is None:
+        pairs = [(weight.module, weight.name) for weight in recurrent_weights(model)]
+        if not pairs:
+            raise ValueError(
+                f"model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found "
+                f'none in {type(model).__name__}; name the weights: MagnitudePruner(model, ["fc.weight"]).')
+    else:
+        given = targets if isinstance(targets, Iterable) and not isinstance(targets, (str, nn.Module)) else [targets]
+        pairs = target_pairs([_pair_of(model, each) if isinstance(each, str) else each for each in given])
+    return pairs, [name_in(model, *pair) for pair in pairs]
+
+
+def _pair_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """The module and the parameter that a name such as "rnn.weight_hh_l0" means in a model."""
+    path, _, name = target.rpartition(".")
+    try:
+        return model.get_submodule(path), name
+    except AttributeError as error:
+        raise ValueError(f"targets must name weights of the model, got {target!r}: {error}; pass names such as those "
+                         "of model.named_parameters().") from error
+
+
 def check_prunable(i: int, module: nn.Module, name: str) -> None:
     """Raises unless target i names a floating-point Parameter that has no mask yet or one that fits it."""
     kind = type(module).__name__
@@ -55,6 +95,13 @@ def check_prunable(i: int, module: nn.Module, name: str) -> None:
             "MagnitudePruner.from_torch_prune(...)."
         )
     parameter = module._parameters.get(name)
+    if parameter is None and origin(module, name) in ("parametrization", "hook"):
+        source = "a parametrization" if origin(module, name) == "parametrization" else "a hook"
+        raise ValueError(
+            f"targets[{i}] must be a plain parameter, got {kind}.{name}, which {source} computes from others, so that "
+            "no mask would hold; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations, or "
+            "remove_spectral_norm / remove_weight_norm), or mask it in a SparseRNN by set_mask."
+        )
     if parameter is None:
         have = ", ".join(n for n, p in module._parameters.items() if p is not None) or "none"
         raise ValueError(
@@ -93,7 +140,7 @@ class PrunedWeight:
     replace both.
 
     Args:
-        key: the name of the weight in `MagnitudePruner.masks`: "<position in targets>.<parameter>".
+        key: the name of the weight in `MagnitudePruner.masks`.
         owners: the (module, name) pairs under which it is found, at least one.
         sharded: whether it was a DTensor when the pruner was made.
     """
@@ -156,8 +203,8 @@ class PrunedWeight:
         check_resharded(self.key, self.parameter, self.sharded)
 
 
-def distinct_weights(pairs: Pairs) -> list[PrunedWeight]:
-    """Returns one PrunedWeight for each Parameter, in the order of `pairs`.
+def distinct_weights(pairs: Pairs, keys: list[str]) -> list[PrunedWeight]:
+    """Returns one PrunedWeight for each Parameter, in the order of `pairs`, with the first of its keys.
 
     A Parameter that torch.nn.utils.prune has renamed is found under its new name.
 
@@ -165,10 +212,10 @@ def distinct_weights(pairs: Pairs) -> list[PrunedWeight]:
         ValueError: modules that share a Parameter have masks that differ.
     """
     weights: dict[int, PrunedWeight] = {}
-    for i, (module, name) in enumerate(pairs):
+    for (module, name), key in zip(pairs, keys, strict=True):
         own = module._parameters
         parameter = own[name] if name in own else own[original_name(name)]
-        first = PrunedWeight(f"{i}.{name}", [], is_sharded(own.get(name)))
+        first = PrunedWeight(key, [], is_sharded(own.get(name)))
         owners = weights.setdefault(id(parameter), first).owners
         if all(m is not module or n != name for m, n in owners):
             owners.append((module, name))

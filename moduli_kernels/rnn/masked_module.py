@@ -116,6 +116,8 @@ class MaskedModule(nn.Module):
     The subclass names its weights and biases, in the order of nn.RNN, in `_weight_names()`.
     """
 
+    applies_masks = True  # so that no hook looks at the weights before each forward pass (masks/holding.py)
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._facts = Facts()

@@ -24,8 +24,9 @@ def layer_with(**buffers):
 
 PASS = "pass e.g. [(model.rnn, 'weight_hh_l0')]."
 BAD_TARGETS = [
-    (lambda: nn.Linear(3, 2), TypeError,
-     f"targets must be a list of (module, parameter name), got a Linear; {PASS}"),
+    (lambda: nn.Linear(3, 2), ValueError,
+     "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found none in Linear; "
+     'name the weights: MagnitudePruner(model, ["fc.weight"]).'),
     (lambda: 3, TypeError, f"targets must be a list of (module, parameter name), got a int; {PASS}"),
     (lambda: (nn.Linear(3, 2), "weight"), TypeError,
      f"targets[0] must be a pair (module, parameter name), got a Linear; {PASS}"),
@@ -112,8 +113,8 @@ def test_bad_optimizer():
     layer = nn.Linear(3, 2)
     with pytest.raises(TypeError) as error:
         MagnitudePruner([(layer, "weight")], optimizer=layer.parameters())
-    assert str(error.value) == ("optimizer must be a torch.optim.Optimizer, got a generator; pass the one "
-                                "that steps these weights, or None and call apply() after each step.")
+    assert str(error.value) == ("optimizer must be a torch.optim.Optimizer, a wrapper that has param_groups, or a list "
+                                "of them, got a generator; pass the one that steps these weights, or None.")
 
 
 def test_a_weight_that_no_longer_fits_its_mask():
@@ -178,7 +179,7 @@ TOGETHER = ("pass block=(16, 16) and order={(module, name): (row_permutation, co
             "matrices cut in blocks.")
 WHOLE = "block must be two positive whole numbers (rows, columns), got "
 KEY = "each key of order must be one of the targets, got "
-SAME = "; use the same (module, name) pairs in both."
+SAME = "; use the same (module, name) pairs in both, or the targets' names: 0.weight, 1.bias."
 WHAT = "order[Linear, 'weight']"
 TWICE = "; for a recurrent weight pass the same permutation twice."
 REPEATS, MAKES = " that repeats or leaves out some", "; mk.manifold_order makes one."
@@ -192,7 +193,7 @@ BAD = [  # block, order made from a Linear(3, 2) whose weight and bias are targe
     ((2, 2), lambda m: [PAIR], TypeError,
      "order must be a dict {(module, name): (row_permutation, column_permutation)}, got a list; "
      "mk.manifold_order(points, manifold) makes permutations."),
-    ((2, 2), lambda m: {"weight": PAIR}, ValueError, f"{KEY}a str{SAME}"),
+    ((2, 2), lambda m: {"weight": PAIR}, ValueError, f"{KEY}'weight'{SAME}"),
     ((2, 2), lambda m: {m: PAIR}, ValueError, f"{KEY}a Linear{SAME}"),
     ((2, 2), lambda m: {(m, "weights"): PAIR}, ValueError, f"{KEY}(Linear, 'weights'){SAME}"),
     ((2, 2), lambda m: {(nn.Linear(3, 2), "weight"): PAIR}, ValueError, f"{KEY}(Linear, 'weight'){SAME}"),

@@ -114,7 +114,7 @@ def test_a_tied_parameter_to_and_from_torch():
     assert net.encoder.weight_orig is net.decoder.weight_orig
     pruner = MagnitudePruner.from_torch_prune(net)
     assert net.encoder.weight is net.decoder.weight and net.encoder.weight_mask is net.decoder.weight_mask
-    assert torch.equal(net.encoder.weight_mask, mask) and list(pruner.masks) == ["0.weight"]
+    assert torch.equal(net.encoder.weight_mask, mask) and list(pruner.masks) == ["encoder.weight"]
     pruner.to_torch_prune()
     net.decoder.weight_mask[3] = 0
     with pytest.raises(ValueError, match="must have one mask, got masks that differ"):
@@ -138,9 +138,9 @@ def test_from_torch_prune_errors_change_nothing():
     torch_prune.l1_unstructured(net.encoder, "weight", amount=3)
     torch_prune.custom_from_mask(net.decoder, "weight", torch.full((2, 8), 0.5))
     for optimizer, kind, message in [
-        (net.parameters(), TypeError, "optimizer must be a torch.optim.Optimizer, got a generator; pass the "
-                                      "one that steps these weights, or None and call apply() after each "
-                                      "step."),
+        (net.parameters(), TypeError, "optimizer must be a torch.optim.Optimizer, a wrapper that has param_groups, or "
+                                      "a list of them, got a generator; pass the one that steps these weights, or "
+                                      "None."),
         (None, ValueError, "weight_mask of Linear must hold only 0 and 1, got other values; make these "
                            "weights permanent with torch.nn.utils.prune.remove first."),
     ]:

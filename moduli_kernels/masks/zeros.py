@@ -1,0 +1,47 @@
+"""Sets the masked entries of a tensor to 0, and finds out whether they are."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..distributed import is_sharded, shard_of
+
+
+def zero_masked_(tensor: Tensor, mask: Tensor) -> bool:
+    """Sets the masked entries of `tensor` to 0 in place; in a sharded tensor, in the rows that this rank holds.
+
+    Where an entry changes, the write counts in the tensor's version, so that a backward pass through the old values is
+    an error. Away from the CPU it always counts, since it is not waited for whether one changes.
+
+    Returns:
+        On the CPU, whether a masked entry differed from 0; elsewhere True.
+    """
+    with torch.no_grad():
+        if is_sharded(tensor):
+            shard = shard_of(tensor)
+            tensor, mask = shard.local, shard.rows_of(mask)
+        if not _has_op(tensor, mask):
+            tensor.masked_fill_(~mask, 0)
+            return True
+        written = bool(torch.ops.moduli_kernels.zero_masked_(tensor, mask))
+        if written:
+            torch.autograd.graph.increment_version(tensor)
+        return written
+
+
+def is_zero_where_masked(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether all masked entries of `tensor` are 0, for which a GPU is waited for. Both are read once."""
+    with torch.no_grad():
+        if is_sharded(tensor):
+            shard = shard_of(tensor)
+            tensor, mask = shard.local, shard.rows_of(mask)
+        if _has_op(tensor, mask):
+            return not torch.ops.moduli_kernels.any_masked_nonzero(tensor, mask)
+        return not tensor.masked_fill(mask, 0).any()
+
+
+def _has_op(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether the compiled ops take these tensors: plain ones on the CPU, contiguous, of one shape."""
+    return (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" == mask.device.type
+            and tensor.shape == mask.shape and tensor.is_contiguous() and mask.is_contiguous()
+            and not torch.compiler.is_compiling())
