@@ -32,7 +32,8 @@ from .rnn.sparse_rnn import SparseRNN
 __all__ = [
     "CoefficientRegularizer", "CompressedRNN", "MagnitudePruner", "ModuliRegularizer", "Regularization", "SparseRNN",
     "SparseRNNCell", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report", "linear_schedule",
-    "load_pruned_", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_", "rewind_",
+    "load_pruned_", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_",
+    "rewind_",
 ]
 __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
 

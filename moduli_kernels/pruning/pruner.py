@@ -31,7 +31,7 @@ from .schedules import fraction
 from .targets import Pairs, PrunedWeight, check_prunable, distinct_weights, named_targets
 from .torch_prune import hand_over, take_over
 
-# A target that keeps less than EMPTIED times the mean density is warned of, unless it would keep but FEW weights anyway.
+# A target that keeps less than EMPTIED times the mean density is warned of, unless it would keep few weights anyway.
 EMPTIED, FEW = 0.1, 16
 
 

@@ -25,8 +25,8 @@ def layer_with(**buffers):
 PASS = "pass e.g. [(model.rnn, 'weight_hh_l0')]."
 BAD_TARGETS = [
     (lambda: nn.Linear(3, 2), ValueError,
-     "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found none in Linear; "
-     'name the weights: MagnitudePruner(model, ["fc.weight"]).'),
+     "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found none in Linear;"
+     ' name the weights: MagnitudePruner(model, ["fc.weight"]).'),
     (lambda: 3, TypeError, f"targets must be a list of (module, parameter name), got a int; {PASS}"),
     (lambda: (nn.Linear(3, 2), "weight"), TypeError,
      f"targets[0] must be a pair (module, parameter name), got a Linear; {PASS}"),

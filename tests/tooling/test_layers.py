@@ -85,7 +85,8 @@ def test_every_room_has_a_floor():
 
 
 @pytest.mark.parametrize("files, complaint", [
-    ({"masks/__init__.py": "from .. import ops", "ops/__init__.py": ""}, "masks imports ops, which stands no floor lower"),
+    ({"masks/__init__.py": "from .. import ops", "ops/__init__.py": ""},
+     "masks imports ops, which stands no floor lower"),
     ({"geometry/__init__.py": "", "geometry/a.py": "from .b import x", "geometry/b.py": "def f():\n from . import a"},
      "files import each other in a circle"),
     ({"checks.py": "import moduli_kernels.backends", "backends.py": ""}, "checks imports backends"),
