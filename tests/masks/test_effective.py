@@ -125,7 +125,7 @@ def test_what_is_of_unknown_origin_is_refused():
     with pytest.raises(ValueError, match="^weight of Linear must be a Parameter or what torch.nn.utils.parametrize.*"
                                          "name the Parameter that it is made of .*bias, weight_raw"):
         effective_weight(layer, "weight")
-    with pytest.raises(ValueError, match="^name must be a weight of Linear, got 'missing'; its own parameters are bias"):
+    with pytest.raises(ValueError, match="^name must be a weight of Linear, got 'missing'; its own parameters"):
         effective_weight(layer, "missing")
     assert origin(layer, "missing") is None
 
@@ -135,7 +135,8 @@ def test_what_is_of_unknown_origin_is_refused():
     (nn.utils.spectral_norm, "a hook computes"), (nn.utils.weight_norm, "a hook computes")])
 def test_a_pruner_refuses_computed_weights(make, words):
     layer = make(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=rf"^targets\[0\] must be a plain parameter, got .*Linear.weight, which {words}"):
+    expected = rf"^targets\[0\] must be a plain parameter, got .*Linear.weight, which {words}"
+    with pytest.raises(ValueError, match=expected):
         mk.MagnitudePruner([(layer, "weight")])
     assert not [name for name, _ in layer.named_buffers() if name.endswith("_mask")]
 

@@ -107,7 +107,8 @@ class Groups:
 
 @pytest.mark.parametrize("make", [
     lambda net: torch.optim.SGD(Net().parameters(), lr=0.1), lambda net: [OTHER], lambda net: (),
-    lambda net: Wrapper(OTHER), lambda net: torch.optim.SGD(net.decoder.parameters(), lr=0.1), lambda net: Groups(Net().parameters())])
+    lambda net: Wrapper(OTHER), lambda net: torch.optim.SGD(net.decoder.parameters(), lr=0.1),
+    lambda net: Groups(Net().parameters())])
 def test_optimizers_that_hold_none_of_the_targets_are_refused_and_nothing_is_changed(make):
     net = Net()
     with pytest.raises(ValueError, match="^optimizer must hold at least one of the targets, got .* holds none of them; "
