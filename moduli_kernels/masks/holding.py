@@ -195,6 +195,7 @@ def _zero_for_call(module: nn.Module, name: str) -> None:
     parameter, mask = cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name))
     if any(hook.belongs_to(module, name) for hook in _gradient_hooks(parameter)):
         _zero_quietly(parameter, mask)
+        _register_gradient_hook(module, name)  # links it again where the tensor was swapped
     elif parameter.device.type == "meta":
         return
     elif torch._C._are_functorch_transforms_active() or not is_zero_where_masked(parameter, mask):

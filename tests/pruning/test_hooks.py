@@ -247,7 +247,6 @@ def test_replaced_and_swapped_parameters_are_hooked_again(flag):
         layer.double()
     finally:
         getattr(torch.__future__, flag)(False)
-    pruner.apply()
     for _ in range(2):
         layer(torch.ones(1, 4, dtype=torch.float64)).sum().backward()
         assert torch.equal(layer.weight.grad != 0, layer.weight_mask)
