@@ -11,6 +11,7 @@ import contextlib
 import functools
 import random
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -142,7 +143,10 @@ class Run:
     def _epoch(self, epoch: int, report: Callable, begun: float, first: int) -> dict[str, float]:
         config, task, model, clock = self.config, self.task, self.task.model, self.clock
         sparsity, epochs = config.sparsities()[epoch], len(config.schedule)
-        self.pruner.step_to(sparsity)
+        with warnings.catch_warnings():
+            # The paper ranks the weights of all layers together.
+            warnings.filterwarnings("ignore", ".*because weights are ranked over all targets", UserWarning)
+            self.pruner.step_to(sparsity)
         resting = config.lottery or epoch >= epochs - config.frozen_epochs
         for points in self.points:
             points.requires_grad_(not resting)
