@@ -154,11 +154,11 @@ def _zero_before_forward(module: nn.Module, arguments: Any) -> None:
     """
     if torch.compiler.is_compiling():
         _zero_in_graph(module)
-        return
-    with _not_traced():
-        for name in _held_names(module):
-            _zero_for_call(module, name)
-    _check_no_mask_is_lost(module)
+    elif torch._C._get_tracing_state() is None:
+        _zero_eagerly(module)
+    else:
+        with _not_traced():
+            _zero_eagerly(module)
 
 
 def _zero_before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -191,11 +191,26 @@ def _zero_in_graph(module: nn.Module) -> None:
             _use_masked_copy(module, name)
 
 
-def _zero_for_call(module: nn.Module, name: str) -> None:
-    parameter, mask = cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name))
-    if any(hook.belongs_to(module, name) for hook in _gradient_hooks(parameter)):
+def _zero_eagerly(module: nn.Module) -> None:
+    """Sets the masked weights of a module to 0 for the forward pass that begins. It runs at every step, so it looks at
+    each mask once."""
+    released = _released(module)
+    for key, mask in list(module._buffers.items()):
+        name = parameter_of_mask(key)
+        if name is None or mask is None or mask.dtype != torch.bool or name in released:
+            continue
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            _check_not_lost(module, name, mask)
+        elif parameter.shape == mask.shape:
+            _zero_for_call(module, name, parameter, mask)
+
+
+def _zero_for_call(module: nn.Module, name: str, parameter: Tensor, mask: Tensor) -> None:
+    hook = next((hook for hook in _gradient_hooks(parameter) if hook.belongs_to(module, name)), None)
+    if hook is not None:
         _zero_quietly(parameter, mask)
-        _register_gradient_hook(module, name)  # links it again where the tensor was swapped
+        hook.link(parameter)
     elif parameter.device.type == "meta":
         return
     elif torch._C._are_functorch_transforms_active() or not is_zero_where_masked(parameter, mask):
@@ -225,21 +240,15 @@ def _use_masked_copy(module: nn.Module, name: str) -> None:
     handle = module.register_forward_hook(put_back, always_call=True)
 
 
-def _check_no_mask_is_lost(module: nn.Module) -> None:
-    """Raises where something has replaced a masked Parameter, so that its mask no longer counts."""
-    if getattr(module, "_is_replica", False):  # of nn.DataParallel: it has no Parameters
-        return
-    for key, mask in module._buffers.items():
-        name = parameter_of_mask(key)
-        if name is None or mask is None or mask.dtype != torch.bool or module._parameters.get(name) is not None:
-            continue
-        value = getattr(module, name, None)
-        if isinstance(value, Tensor) and value.shape == mask.shape:
-            raise RuntimeError(
-                f"{name} of {type(module).__name__} must be a plain Parameter while it has a mask, got one that a "
-                f"parametrization or another hook computes, which the mask does not reach; del module.{key} to go on "
-                "without it, or use a SparseRNN, which multiplies computed weights by their masks."
-            )
+def _check_not_lost(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Raises where something has replaced the masked Parameter, so that its mask no longer counts."""
+    value = None if getattr(module, "_is_replica", False) else getattr(module, name, None)  # of nn.DataParallel
+    if isinstance(value, Tensor) and value.shape == mask.shape:
+        raise RuntimeError(
+            f"{name} of {type(module).__name__} must be a plain Parameter while it has a mask, got one that a "
+            f"parametrization or another hook computes, which the mask does not reach; del module.{buffer_name(name)} "
+            "to go on without it, or use a SparseRNN, which multiplies computed weights by their masks."
+        )
 
 
 @contextlib.contextmanager
@@ -285,7 +294,10 @@ class _Hook:
         self.mask_changed = True  # since the last step of an optimizer
 
     def belongs_to(self, module: nn.Module, name: str) -> bool:
-        return self.module() is module and self.name == name
+        return self.name == name and self.module() is module
+
+    def link(self, parameter: Any) -> None:
+        """Makes sure that autograd knows the hook of this Parameter."""
 
     def mask(self) -> Tensor | None:
         return live_mask(self.module(), self.name)
@@ -305,12 +317,15 @@ class _GradientHook(_Hook):
         hook = next((h for h in _gradient_hooks(parameter) if isinstance(h, cls) and h.belongs_to(module, name)), None)
         if hook is None:
             hook = cls(module, name)
-            hook.handle = parameter.register_hook(hook)
-        elif hook.tensor != parameter._cdata:
-            # swap_tensors (module.to under torch.__future__'s swap) leaves the dict of hooks on the Python object but
-            # not on the new tensor; assigning the dict links it again.
+            hook.handle, hook.tensor = parameter.register_hook(hook), parameter._cdata
+        hook.link(parameter)
+
+    def link(self, parameter: Any) -> None:
+        """swap_tensors (module.to under torch.__future__'s swap) leaves the dict of hooks on the Python object but not
+        on the new tensor; assigning the dict links it again."""
+        if self.tensor != parameter._cdata:
             parameter._backward_hooks = parameter._backward_hooks
-        hook.tensor = parameter._cdata
+            self.tensor = parameter._cdata
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         mask = self.mask()

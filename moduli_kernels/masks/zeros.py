@@ -16,32 +16,34 @@ def zero_masked_(tensor: Tensor, mask: Tensor) -> bool:
     Returns:
         On the CPU, whether a masked entry differed from 0; elsewhere True.
     """
+    if _has_op(tensor, mask):
+        with torch._C._AutoDispatchBelowAutograd():  # cheaper than no_grad, which counts before each forward pass
+            written = bool(torch.ops.moduli_kernels.zero_masked_(tensor, mask))
+        if written:
+            torch.autograd.graph.increment_version(tensor)
+        return written
     with torch.no_grad():
         if is_sharded(tensor):
             shard = shard_of(tensor)
             tensor, mask = shard.local, shard.rows_of(mask)
-        if not _has_op(tensor, mask):
-            tensor.masked_fill_(~mask, 0)
-            return True
-        written = bool(torch.ops.moduli_kernels.zero_masked_(tensor, mask))
-        if written:
-            torch.autograd.graph.increment_version(tensor)
-        return written
+        tensor.masked_fill_(~mask, 0)
+        return True
 
 
 def is_zero_where_masked(tensor: Tensor, mask: Tensor) -> bool:
     """Whether all masked entries of `tensor` are 0, for which a GPU is waited for. Both are read once."""
+    if _has_op(tensor, mask):
+        with torch._C._AutoDispatchBelowAutograd():
+            return not torch.ops.moduli_kernels.any_masked_nonzero(tensor, mask)
     with torch.no_grad():
         if is_sharded(tensor):
             shard = shard_of(tensor)
             tensor, mask = shard.local, shard.rows_of(mask)
-        if _has_op(tensor, mask):
-            return not torch.ops.moduli_kernels.any_masked_nonzero(tensor, mask)
         return not tensor.masked_fill(mask, 0).any()
 
 
 def _has_op(tensor: Tensor, mask: Tensor) -> bool:
     """Whether the compiled ops take these tensors: plain ones on the CPU, contiguous, of one shape."""
-    return (type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" == mask.device.type
+    return (tensor.is_cpu and mask.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter)
             and tensor.shape == mask.shape and tensor.is_contiguous() and mask.is_contiguous()
             and not torch.compiler.is_compiling())
