@@ -278,7 +278,9 @@ class TabulatedInhibitor(Inhibitor):
         Returns:
             (samples, 4): v, m, c2 and c3 of each node.
         """
-        made = self.__dict__.setdefault("_tables", {})
+        if not hasattr(self, "_tables"):  # torch.compile of torch 2.10 cannot trace __dict__.setdefault
+            object.__setattr__(self, "_tables", {})
+        made = self._tables
         key = (dtype, str(device))
         if key in made:
             return made[key]

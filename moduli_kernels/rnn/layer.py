@@ -88,12 +88,18 @@ def walks_blocks(device_type: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and backends.active(device_type) == "triton"
 
 
+@constant_at_compile_time
+def autocasts(device_type: str) -> bool:
+    """Whether autocast serves this type of device, asked outside the graph: torch 2.10 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(device_type: str, weight: Tensor) -> torch.dtype | None:
     """The dtype in which autocast runs a product with this weight.
 
     None without autocast, and for float64, which autocast leaves alone.
     """
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if weight.dtype == torch.float64 or not autocasts(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
@@ -146,8 +152,7 @@ def _refuse_transforms(tensors: list[Tensor | None]) -> None:
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    available = torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type):  # entering the context costs more than asking
+    if autocasts(device_type) and torch.is_autocast_enabled(device_type):  # entering the context costs more than asking
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
