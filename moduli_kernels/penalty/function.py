@@ -63,15 +63,19 @@ def moduli_penalty(
     """
     if is_sharded(weight):
         return _penalty_of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)
-    what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)
+    compiling = torch.compiler.is_compiling()
+    what, rows, cols = checked(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction,
+                               1.0 if compiling else strength)
     run = runner(what, weight)
-    if torch.compiler.is_compiling():
+    if compiling:
         if weight.layout != torch.strided:
             raise NotImplementedError(
                 "weight must be dense under torch.compile, got torch.sparse_csr; call the penalty outside the "
                 "compiled function."
             )
-        return run.traced(weight, rows, cols, mask)
+        # The strength multiplies alone, since torch 2.10 takes a quotient of it for a constant and compiles again when
+        # it changes.
+        return run.traced(weight, rows, cols, mask) * strength
     tensors = (weight, rows) if cols is None else (weight, rows, cols)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(

@@ -183,7 +183,7 @@ class CoefficientRegularizer(nn.Module):
             NotImplementedError: the weight is a DTensor that is not cut into rows.
         """
         checks.coefficient_arguments(weight, self.coefficients)
-        scale, coefficients, group = scale_of(weight, self.reduction, self.strength), self.coefficients, None
+        scale, coefficients, group = scale_of(weight, self.reduction, 1.0), self.coefficients, None
         if is_sharded(weight):
             shard = shard_of(weight)
             weight, group = shard.local, shard.group
@@ -192,7 +192,7 @@ class CoefficientRegularizer(nn.Module):
             weight = weight.float()
         a = weight.abs() if weight.dim() == 2 else torch.linalg.vector_norm(weight.flatten(2), dim=2)
         cost = coefficients.to(weight.dtype) * (a if self.power == 1 else a.pow(self.power))
-        return sum_over_ranks(cost.sum(), group) * scale
+        return sum_over_ranks(cost.sum(), group) * scale * self.strength  # in this order: see moduli_penalty
 
     def extra_repr(self) -> str:
         return (f"coefficients={tuple(self.coefficients.shape)}, power={self.power}, reduction={self.reduction!r}, "
