@@ -1,7 +1,7 @@
 # The commands of this project. `make help` lists them. scripts/setup.sh, which they share, sets up what they need.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu build wheels docs lint sanitize-cpu coverage env clean
+.PHONY: help demo test bench gpu build wheels environments docs lint sanitize-cpu coverage env clean
 
 SETUP := bash scripts/setup.sh
 JOBS ?= 2
@@ -18,6 +18,9 @@ help:
 	@echo "              PART=tests|sanitize|bench   (uses \$$(PYTHON) without any set-up or network)"
 	@echo "make build    compile the C++ kernels in place"
 	@echo "make wheels   build the wheels into dist/ and check them"
+	@echo "make environments   run the tests on one wheel with each Python and torch that can be had: the list stands in"
+	@echo "              scripts/environments.py   QUICK=1 the tests that versions have broken so far, JOBS as above"
+	@echo "              ARGS='--python 3.12 --torch 2.14' one of them"
 	@echo "make lint     run pre-commit: ruff, types, clang-format       FIX=1 lets them change what they can"
 	@echo "make coverage run the test suite and show which lines of the Python package it reaches"
 	@echo "make sanitize-cpu   test the C++ kernels under AddressSanitizer and UBSan   QUICK=1 a part, as CI runs it"
@@ -53,6 +56,9 @@ build:
 
 wheels:
 	@MODULI_KERNELS_EXTRAS=wheels $(SETUP) -m scripts.wheels
+
+environments:
+	@MODULI_KERNELS_EXTRAS=environments $(SETUP) -m scripts.environments $(if $(QUICK),--quick) --jobs $(JOBS) $(ARGS)
 
 lint:
 	@MODULI_KERNELS_EXTRAS="lint lightning" $(SETUP) -m pre_commit run --all-files --show-diff-on-failure \

@@ -75,7 +75,6 @@ def test_the_suite_runs_as_a_newcomer_runs_it_everywhere():
     assert "make test" in (ROOT / "README.md").read_text() and "make test" in (ROOT / ".ci" / "run").read_text()
     matrix = suite["strategy"]["matrix"]
     assert {system.split("-")[0] for system in matrix["os"]} == {"ubuntu", "macos"}
-    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
     least = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text()).group(1)
     assert least == matrix["python"][0]
 
