@@ -115,11 +115,11 @@ def variables() -> dict[str, str]:
 
 
 def words_of(message: str) -> str:
-    """Returns what uv says on an error as one line: its last error and the causes of it, without hints and warnings."""
+    """Returns the last error of uv in a log as one line of up to 200 letters, without its hints."""
     lines = message.split("\nhint:")[0].splitlines()
     first = max((i for i, line in enumerate(lines) if line.startswith("error:")), default=0)
     text = " ".join(line.strip().removeprefix("error:").removeprefix("cause:").strip() for line in lines[first:])
-    return text.strip()[:400] or "uv said nothing"
+    return text.strip()[:200] or "uv said nothing"
 
 
 # ---- The wheel and the tests --------------------------------------------------------------------------
@@ -170,30 +170,37 @@ def make(uv: str, python: str, torch: str, wheel: Path, place: Path) -> str | No
     free = shutil.disk_usage(place.parent).free / 2**30
     if free < NEEDED_GB:
         return f"about {NEEDED_GB} GB of free disk are needed, but {place.parent} has {free:.0f} GB; see --discard"
-    steps = [[uv, "pip", "install", "--python", place / "bin" / "python", "--reinstall-package", "moduli-kernels",
-              f"{wheel}[{','.join(EXTRAS)}]", f"torch=={torch}", f"triton=={TORCHES[torch]}; sys_platform == 'linux'"]]
-    if not (place / "complete").exists():
-        steps.insert(0, [uv, "venv", "--clear", "--python", python, place])
-    for step in steps:
-        done = subprocess.run(list(map(str, step)), env=variables(), text=True, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            return words_of(done.stdout)
+    log = log_of(place)
+    log.unlink(missing_ok=True)
+    venv = [uv, "venv", "--clear", "--python", python, place]
+    if not (place / "complete").exists() and run(venv, place.parent, log):
+        return f"Python {python} is not on this machine, and uv cannot fetch it ({words_of(log.read_text())})"
+    # torch comes first and alone, since UV_TORCH_BACKEND would have uv look for Triton beside torch's builds.
+    install = [uv, "pip", "install", "--python", place / "bin" / "python"]
+    status = run([*install, f"torch=={torch}"], place.parent, log) or run(
+        [*install, "--reinstall-package", "moduli-kernels", f"{wheel}[{','.join(EXTRAS)}]", f"torch=={torch}",
+         f"triton=={TORCHES[torch]}; sys_platform == 'linux'"], place.parent, log, without="UV_TORCH_BACKEND")
+    if status:
+        return words_of(log.read_text())
     (place / "complete").touch()
     return None
 
 
-def run(command: list[str | Path], folder: Path, log: Path) -> int:
-    """Runs a command in a folder, adds what it prints to a log, and returns its exit status."""
+def log_of(place: Path) -> Path:
+    return place.with_name(f"{place.name}.log")
+
+
+def run(command: list[str | Path], folder: Path, log: Path, without: str = "") -> int:
+    """Runs a command in a folder and without a variable, adds what it prints to a log, and returns its exit status."""
+    settings = {name: value for name, value in variables().items() if name != without}
     with log.open("a") as opened:
-        return subprocess.run(list(map(str, command)), cwd=folder, env=variables(), stdin=subprocess.DEVNULL,
+        return subprocess.run(list(map(str, command)), cwd=folder, env=settings, stdin=subprocess.DEVNULL,
                               stdout=opened, stderr=subprocess.STDOUT).returncode
 
 
 def run_tests(place: Path, tree: Path, arguments: list[str], result: Result) -> None:
     """Checks that the wheel's kernels run in the environment, runs the tests there, and writes down what came out."""
-    python, log, report = place / "bin" / "python", place.parent / f"{place.name}.log", place / "report.xml"
-    log.unlink(missing_ok=True)
+    python, log, report = place / "bin" / "python", log_of(place), place / "report.xml"
     report.unlink(missing_ok=True)
     copy_tree(tree)
     [package] = place.glob("lib/python*/site-packages/moduli_kernels")
