@@ -289,6 +289,32 @@ def test_strength_changed_between_steps():
             assert relative_error(compiled(weight), reg(weight).double()) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.* has no compiled kernel")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["mean", "sum", "callable", "coefficients"])
+def test_strengths_after_the_second_do_not_compile_again(of, backend):
+    """The compiler takes the first for a constant and those that follow for a variable, on torch 2.10 as well."""
+    weight, points = draw_weight(12, 12).requires_grad_(), draw_points("torus", 12)
+    control = mk.CoefficientRegularizer(torch.rand(12, 12, generator=generator()))
+    settings = {"reduction": "sum"} if of == "sum" else {"inhibitor": bump} if of == "callable" else {}
+
+    def penalty(weight: Tensor, strength: float) -> Tensor:
+        if of != "coefficients":
+            return mk.moduli_penalty(weight, points, manifold="torus", strength=strength, **settings)
+        control.strength = strength
+        return control(weight)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(penalty, fullgraph=True, backend=counter)
+    with mk.backend(backend):
+        for k in range(1, 11):
+            value, wanted = compiled(weight, 0.1 * k), penalty(weight, 0.1 * k)
+            assert relative_error(value, wanted.double()) <= 1e-6
+            got, want = (torch.autograd.grad(each, weight)[0] for each in (value, wanted))
+            assert relative_error(got, want.double()) <= 1e-5
+    assert counter.frame_count <= 2
+
+
 @needs_kernels
 def test_the_compiled_graph_holds_the_op():
     """Not a formula that was traced through: one op, and in backward one more."""
