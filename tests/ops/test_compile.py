@@ -2,6 +2,9 @@
 eager."""
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -254,6 +257,21 @@ def test_tables_outlive_the_mode_they_were_made_in(backend, first):
             assert relative_error(value, want.value) <= 1e-6
             for gradient, wanted in zip(torch.autograd.grad(value, (weight, rows)), want[1:]):
                 assert relative_error(gradient, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f)), copy.copy],
+                         ids=["deepcopy", "pickle", "copy"])
+def test_the_table_of_a_copy_is_made_in_a_graph(backend, made):
+    original = mk.TabulatedInhibitor(bump, 25.0, 64)
+    f, weight, points = made(original), draw_weight(9, 9).requires_grad_(), draw_points("torus", 9)
+    compiled = torch.compile(lambda w: mk.moduli_penalty(w, points, manifold="torus", inhibitor=f), fullgraph=True,
+                             backend="aot_eager")
+    with mk.backend(backend):
+        value = compiled(weight)
+    want = expected(weight, points, manifold="torus", inhibitor=original)
+    assert relative_error(value, want.value) <= 1e-6
+    assert relative_error(torch.autograd.grad(value, weight)[0], want[1]) <= 1e-5
 
 
 @needs_kernels
