@@ -43,6 +43,7 @@ TORCHES = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3
 NOT_RELEASED = {("3.10", "2.15.0")}  # torch has no build for these pairs
 
 EXTRAS = ("test", "examples", "lightning")  # the wheel's own, which bring what the tests import
+BUILD_TOOLS = ("pip", "setuptools>=77")  # some tests build this project
 # The tests run in a copy of these. Their files find each other by their places in the tree.
 COPIED = (".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md",
           "LICENSE", "MANIFEST.in", "Makefile", "README.md", "benchmarks", "build_support", "csrc", "docs", "examples",
@@ -178,8 +179,8 @@ def make(uv: str, python: str, torch: str, wheel: Path, place: Path) -> str | No
     # torch comes first and alone, since UV_TORCH_BACKEND would have uv look for Triton beside torch's builds.
     install = [uv, "pip", "install", "--python", place / "bin" / "python"]
     status = run([*install, f"torch=={torch}"], place.parent, log) or run(
-        [*install, "--reinstall-package", "moduli-kernels", f"{wheel}[{','.join(EXTRAS)}]", f"torch=={torch}",
-         f"triton=={TORCHES[torch]}; sys_platform == 'linux'"], place.parent, log, without="UV_TORCH_BACKEND")
+        [*install, "--reinstall-package", "moduli-kernels", f"{wheel}[{','.join(EXTRAS)}]", *BUILD_TOOLS,
+         f"torch=={torch}", f"triton=={TORCHES[torch]}; sys_platform == 'linux'"], place.parent, log, without="UV_TORCH_BACKEND")
     if status:
         return words_of(log.read_text())
     (place / "complete").touch()

@@ -50,6 +50,7 @@ def test_pyprojects_bounds_are_the_oldest_of_the_list():
     assert f'"triton>={oldest_triton}; platform_system' in PROJECT
     classifiers = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
     assert tuple(classifiers) == environments.PYTHONS
+    assert f'requires = ["{environments.BUILD_TOOLS[1]}"]' in PROJECT
     extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", PROJECT, re.DOTALL).group(1)
     assert {*environments.EXTRAS, "environments"} <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
 
