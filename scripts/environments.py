@@ -178,10 +178,10 @@ def make(uv: str, python: str, torch: str, wheel: Path, place: Path) -> str | No
         return f"Python {python} is not on this machine, and uv cannot fetch it ({words_of(log.read_text())})"
     # torch comes first and alone, since UV_TORCH_BACKEND would have uv look for Triton beside torch's builds.
     install = [uv, "pip", "install", "--python", place / "bin" / "python"]
-    status = run([*install, f"torch=={torch}"], place.parent, log) or run(
-        [*install, "--reinstall-package", "moduli-kernels", f"{wheel}[{','.join(EXTRAS)}]", *BUILD_TOOLS,
-         f"torch=={torch}", f"triton=={TORCHES[torch]}; sys_platform == 'linux'"], place.parent, log, without="UV_TORCH_BACKEND")
-    if status:
+    others = ["--reinstall-package", "moduli-kernels", f"{wheel}[{','.join(EXTRAS)}]", *BUILD_TOOLS,
+              f"triton=={TORCHES[torch]}; sys_platform == 'linux'"]
+    if (run([*install, f"torch=={torch}"], place.parent, log)
+            or run([*install, f"torch=={torch}", *others], place.parent, log, without="UV_TORCH_BACKEND")):
         return words_of(log.read_text())
     (place / "complete").touch()
     return None

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import pydoc
+import sys
 import typing
 
 import pytest
@@ -103,6 +104,8 @@ def test_pickles_name_the_package_alone(name):
 def test_public_names(name):
     assert PUBLIC[name].__module__ == "moduli_kernels" and PUBLIC[name].__qualname__ == name
     assert name in pydoc.render_doc(PUBLIC[name]).splitlines()[0]
+    if name == "TabulatedInhibitor" and sys.version_info < (3, 11):
+        return  # Python 3.10 has no hints for a class with dataclasses.InitVar
     typing.get_type_hints(PUBLIC[name])  # annotations still find the names that they use
     if isinstance(PUBLIC[name], type):
         typing.get_type_hints(PUBLIC[name].__init__)

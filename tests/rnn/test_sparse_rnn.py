@@ -138,11 +138,15 @@ def test_hx_of_another_dtype(path):
     ((3, 3), {"size": 2})])
 def test_bad_arguments_in_the_words_of_nn_rnn(arguments):
     positional, named = arguments
-    with pytest.raises((ValueError, TypeError)) as its:
+    try:
         nn.RNN(*positional, **named)
-    with pytest.raises(type(its.value)) as mine:
+    except (ValueError, TypeError) as its:
+        with pytest.raises(type(its)) as mine:
+            mk.SparseRNN(*positional, **named)
+        assert str(mine.value) == str(its)
+    else:  # torch 2.10 takes a size of 0 for the input, and other values than bool
+        assert positional == (0, 3) or named.keys() in ({"bias"}, {"batch_first"})
         mk.SparseRNN(*positional, **named)
-    assert str(mine.value) == str(its.value)
 
 
 def test_dropout_of_one_layer_warns_as_nn_rnn_does():
