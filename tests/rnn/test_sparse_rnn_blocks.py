@@ -135,7 +135,7 @@ def test_only_h_n_and_only_some_gradients(laid_out):
     assert torch.allclose(net.weight_hh_l0.grad, its.weight_hh_l0.grad * net.weight_hh_l0_mask)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at the first dual number
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first dual number
 def test_refusals_are_those_of_the_masked_form(laid_out):
     net, x = net_of(4, 40), draw(5, 3, 4).requires_grad_()
     grad, = torch.autograd.grad(net(x)[0].square().sum(), x, create_graph=True)
