@@ -250,7 +250,8 @@ class MagnitudePruner:
         """The fraction of all weights that is masked and 0 (0 where there are no weights).
 
         Masked weights that something has written since are not 0, and do not count; there is one warning then. The next
-        forward pass of their module sets them to 0, and so does `apply()`. Of sharded weights the masks alone count.
+        forward pass of their module sets them to 0, and so does `apply()`. Those of a SparseRNN count as 0 whatever
+        they hold, as in its forward pass. Of sharded weights the masks alone count.
         """
         self._check_alive()
         return (_masked(self.weights) - sum(self._written().values())) / max(_size(self.weights), 1)
@@ -269,7 +270,8 @@ class MagnitudePruner:
         """How many masked weights of each target are not 0. Warns where there are any."""
         counts = {weight.key: 0 for weight in self.weights}
         for weight in self.weights:
-            if not weight.sharded and not is_zero_where_masked(weight.parameter.detach(), weight.mask):
+            applied = all(getattr(module, "applies_masks", False) for module, _ in weight.owners)
+            if not (applied or weight.sharded) and not is_zero_where_masked(weight.parameter.detach(), weight.mask):
                 counts[weight.key] = int(torch.count_nonzero(weight.parameter.detach().masked_fill(weight.mask, 0)))
         if any(counts.values()):
             first = next(key for key, count in counts.items() if count)

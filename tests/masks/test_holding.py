@@ -226,6 +226,14 @@ def test_the_sparsity_is_what_the_weights_are_with_one_warning_where_they_differ
     assert pruner.sparsity == sum(masked.values()) / total
 
 
+def test_the_masked_weights_of_a_sparse_rnn_count_as_zero_whatever_they_hold():
+    net = mk.SparseRNN(3, 8)
+    pruner = mk.MagnitudePruner(net)
+    pruner.step_to(0.75)
+    net.weight_hh_l0.data.fill_(1)
+    assert pruner.sparsity == 0.75 and pruner.densities() == {"weight_hh_l0": 0.25}
+
+
 # --- copies ------------------------------------------------------------------------------------------------------
 
 def test_a_copy_is_held_as_the_net_is_and_apart_from_it():
