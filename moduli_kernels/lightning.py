@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
+from .masks import buffer_name, copy_masks, get_mask, is_left_out, is_mask, leave_out, live_mask, set_mask
 from .penalty.attach import Regularization, Target, regularize
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import fraction
@@ -43,17 +45,16 @@ class ModuliCallback(Callback):
     """Adds the penalty to the training, prunes by a schedule, and logs both.
 
     Args:
-        regularization: what `mk.regularize` returned. With None the callback makes it by
-            `mk.regularize(module, targets, **settings)`. Trained points must be in an optimizer: make the
-            regularization in the LightningModule, as an attribute, pass its parameters to the optimizer (weight_decay
-            0), and give it here.
+        regularization: what `mk.regularize` returned for the LightningModule. With None the callback makes it by
+            `mk.regularize(module, targets, **settings)`, and makes another for each module that it is given. Trained
+            points must be in an optimizer: make the regularization in the LightningModule, as an attribute, pass its
+            parameters to the optimizer (weight_decay 0), and give it here.
         schedule: the sparsity at the start of each epoch, as `mk.linear_schedule` returns it; later epochs keep the
-            last value. With None nothing is pruned.
+            last value. With None nothing is pruned; masks that a checkpoint holds are kept.
         targets: the weights to penalize, as `mk.regularize` takes them, or their names in the LightningModule, such as
             "rnn.weight_hh_l0". None means every recurrent weight.
         pruned: the weights to prune, (module, name) pairs or names. None means those that are penalized.
-        block: as `mk.MagnitudePruner` takes it.
-        order: as `mk.MagnitudePruner` takes it.
+        block, order, scope: as `mk.MagnitudePruner` takes them.
         prefix: the first part of the names under which values are logged. Callbacks with different prefixes keep
             separate states in a checkpoint.
         **settings: keyword arguments of `mk.ModuliRegularizer`: manifold, strength, inhibitor, ...
@@ -68,12 +69,22 @@ class ModuliCallback(Callback):
     With ddp all processes take the points of the first, and stay equal.
 
     It logs <prefix>/penalty at each step, and <prefix>/sparsity and <prefix>/density/<weight> (the kept fraction) at
-    the start of each epoch. `.regularization` and `.pruner` exist from `setup` on. Masks are saved in the module's
-    state_dict and the points in the callback's state: give the Trainer the callback again to load or to resume.
+    the start of each epoch. `.regularization` and `.pruner` exist from `on_fit_start` on (or the start of validation,
+    test or prediction), when the layers that the module makes in `setup` or `configure_model` are there.
+
+    The callback's state in a checkpoint holds the points and the masks: give the Trainer the callback again to resume.
+    The module's state_dict holds pruned weights as zeros and no masks of torch's own modules, so that
+    `load_from_checkpoint` loads it into a plain module; masks of a SparseRNN or SparseRNNCell, which loads them, stay
+    in it. A checkpoint of a dense run goes on with masks that keep every weight, or where masks are there already, with
+    those that keep at least every weight that the checkpoint holds.
+
+    Averages that other callbacks hold as torch.optim.swa_utils.AveragedModel (WeightAveraging, EMAWeightAveraging) have
+    the current masks, and weights that StochasticWeightAveraging has averaged are masked when training ends.
 
     Raises:
         ValueError, TypeError: `mk.regularize` or `mk.MagnitudePruner` refuses its arguments, settings come beside a
-            regularization, the module has no weight of a given name, or trained points would be made here.
+            regularization, targets or a regularization belong to another module, the module has no weight of a given
+            name, or trained points would be made here.
         NotImplementedError: an optimizer reads the loss's value (LBFGS), or a strategy shards weights (FSDP,
             DeepSpeed): put `reg()` into training_step instead.
     """
@@ -81,8 +92,8 @@ class ModuliCallback(Callback):
     def __init__(self, regularization: Regularization | None = None, *, schedule: Sequence[float] | None = None,
                  targets: Iterable[Target | tuple[nn.Module, str] | str] | None = None,
                  pruned: Iterable[tuple[nn.Module, str] | str] | None = None, block: tuple[int, int] | None = None,
-                 order: Mapping[tuple[nn.Module, str], tuple[Tensor, Tensor]] | None = None, prefix: str = "moduli",
-                 **settings: Any):
+                 order: Mapping[Any, tuple[Tensor, Tensor]] | None = None, scope: str = "global",
+                 prefix: str = "moduli", **settings: Any):
         super().__init__()
         if regularization is not None and (settings or targets is not None):
             given = ", ".join([*settings, *([] if targets is None else ["targets"])])
@@ -97,11 +108,15 @@ class ModuliCallback(Callback):
             if not schedule:
                 raise ValueError("schedule must hold a sparsity for each epoch, got none; pass mk.linear_schedule(0.9, "
                                  "epochs), or None to prune nothing.")
-        self.regularization = regularization
+        self.regularization = self._given = regularization
         self.pruner: MagnitudePruner | None = None
-        self._schedule, self._targets, self._pruned, self._settings = schedule, targets, pruned, settings
-        self._pairs: list[tuple[nn.Module, str]] = []  # (module, name) of the weights to prune
-        self._block, self._order, self._prefix = block, order, prefix
+        self._schedule, self._settings = schedule, settings
+        # Lists, since targets are read again for each module.
+        self._targets = None if targets is None else list(targets)
+        self._pruned = None if pruned is None else list(pruned)
+        self._block, self._order, self._scope, self._prefix = block, order, scope, prefix
+        self._module: LightningModule | None = None  # that regularization and pruner were made for
+        self._loading: _MasksWhileLoading | None = None
         self._loaded: dict[str, Any] | None = None
         self._gradient_came = False
 
@@ -110,65 +125,131 @@ class ModuliCallback(Callback):
         """The key under which a checkpoint holds the callback's state."""
         return f"{type(self).__qualname__}[{self._prefix}]"
 
-    # -- before a checkpoint is loaded and the optimizers are made --
+    # -- before training --
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the regularization, and the masks, so that a checkpoint finds buffers to load them into."""
+        """Sees to it that a checkpoint can be loaded. The module's layers need not be there yet."""
         strategy = type(trainer.strategy).__name__
         if strategy in _WITHOUT_WHOLE_WEIGHTS:
             raise NotImplementedError(
                 f"ModuliCallback needs whole weights in each process, got {strategy}; add reg() to the loss in "
                 "training_step, or use a single device or ddp.")
-        if self.regularization is None:
-            targets = None if self._targets is None else [_target_of(pl_module, t) for t in self._targets]
-            self.regularization = regularize(pl_module, targets, **self._settings)
-            if any(True for _ in self.regularization.parameters()):
-                self.regularization = None
-                raise ValueError(
-                    "trainable points must be in an optimizer, got trainable=True in the callback; make reg = "
-                    "mk.regularize(...) in the LightningModule, give its parameters to the optimizer, and pass "
-                    "ModuliCallback(module.reg).")
-        if self._schedule is not None and self.pruner is None:
-            penalized = {(t.module, t.name): None for t in self.regularization.targets.values()}
-            self._pairs = [*penalized] if self._pruned is None else [_target_of(pl_module, t) for t in self._pruned]
-            self.pruner = self._make_pruner()
+        self._forget_another_module(pl_module)
         # DDP would wait for the gradients of points in the module; they come later, and are equal on all processes.
-        points = {id(p) for p in self.regularization.parameters()}
+        points = set() if self._given is None else {id(p) for p in self._given.parameters()}
         names = [name for name, parameter in pl_module.named_parameters() if id(parameter) in points]
         if names:
             names += getattr(pl_module, "_ddp_params_and_buffers_to_ignore", [])
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)
-        self._take_state()
+        self._stop_loading()
+        own = [] if self.pruner is None else [owner for weight in self.pruner.weights for owner in weight.owners]
+        self._loading = _MasksWhileLoading(own, [pl_module, *_averages(trainer)])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives all processes the points of the first, moves them to the module's device, and hooks the optimizers."""
-        reg = self._regularization()
-        reg.load_state_dict(trainer.strategy.broadcast(reg.state_dict()))  # each process has drawn its own
-        reg.to(pl_module.device)
+        """Makes regularization and pruner, and gives all processes the points of the first."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise NotImplementedError("LBFGS reads the loss's value, to which a callback cannot add, got it with "
                                           "ModuliCallback; add reg() to the loss in training_step.")
-            if self.pruner is not None:  # the new one takes the masks over
-                self.pruner = self._make_pruner(optimizer)
+        self._prepare(trainer, pl_module)
+        reg = self._regularization()
+        reg.load_state_dict(trainer.strategy.broadcast(reg.state_dict()))  # each process has drawn its own
+        reg.to(pl_module.device)
 
-    def _make_pruner(self, optimizer: torch.optim.Optimizer | None = None) -> MagnitudePruner:
-        return MagnitudePruner(self._pairs, optimizer=optimizer, block=self._block, order=self._order)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes regularization and pruner where no training has made them."""
+        self._prepare(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes regularization and pruner where no training has made them."""
+        self._prepare(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes regularization and pruner where no training has made them."""
+        self._prepare(trainer, pl_module)
+
+    @torch.inference_mode(False)  # which evaluation runs in, and points made in it could not be used in training
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes what is not there yet, for the layers that the module has now, and takes a checkpoint's state."""
+        if self._loading is None:
+            return
+        self._stop_loading()
+        self._forget_another_module(pl_module)
+        self._module = pl_module
+        if self.regularization is None:
+            targets = None if self._targets is None else [_target_of(pl_module, t) for t in self._targets]
+            reg = regularize(pl_module, targets, **self._settings)
+            if any(True for _ in reg.parameters()):
+                raise ValueError(
+                    "trainable points must be in an optimizer, got trainable=True in the callback; make reg = "
+                    "mk.regularize(...) in the LightningModule, give its parameters to the optimizer, and pass "
+                    "ModuliCallback(module.reg).")
+            self.regularization = reg
+        penalized = [(t.module, t.name) for t in self.regularization.targets.values()]
+        given = "regularization" if self._targets is None else "targets"
+        self._check_in_training(given, penalized, trainer, pl_module)
+        saved = (self._loaded or {}).get("masks")
+        if self.pruner is None and (self._schedule is not None or saved):
+            pruned = dict.fromkeys(penalized) if self._pruned is None else self._pruned
+            if self._schedule is None:
+                pruned = saved
+            pairs = [_target_of(pl_module, target) for target in pruned]
+            self._check_in_training("pruned", pairs, trainer, pl_module)
+            masked = [pair for pair in pairs if get_mask(*pair) is not None]
+            self.pruner = MagnitudePruner(pl_module, pairs, block=self._block, order=self._order, scope=self._scope)
+            for module, name in (owner for weight in self.pruner.weights for owner in weight.owners):
+                if (module, name) not in masked and not getattr(module, "applies_masks", False):
+                    leave_out(module, name)
+        self._take_state()
+        self._mask_averages(trainer, pl_module)
+
+    def _forget_another_module(self, pl_module: LightningModule) -> None:
+        """Forgets what was made for another module, such as that of the last fold of a cross-validation, and for layers
+        that the module has replaced since."""
+        modules = set(pl_module.modules())
+        targets = [] if self.regularization is None else list(self.regularization.targets.values())
+        owners = [] if self.pruner is None else [owner for weight in self.pruner.weights for owner in weight.owners]
+        if self._module is None or self._module is pl_module and all(t.module in modules for t in targets) and all(
+                module in modules and get_mask(module, name) is not None for module, name in owners):
+            return
+        self.regularization, self.pruner, self._module = self._given, None, None
+
+    def _check_in_training(self, argument: str, pairs: list[tuple[nn.Module, str]], trainer: Trainer,
+                           pl_module: LightningModule) -> None:
+        """Refuses weights that are neither in the module nor in an optimizer of its own."""
+        modules = set(pl_module.modules())
+        trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups
+                   for p in group["params"]}
+        for module, name in pairs:
+            if module not in modules and not any(id(p) in trained for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"{argument} must be of the LightningModule that the Trainer is given, got {name} of a "
+                    f"{type(module).__name__} that is not in it; make mk.regularize(...) of this very module and pass a "
+                    "new ModuliCallback, or pass names and settings, which fit every module.")
+
+    def _mask_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the averages of other callbacks the module's masks, before they are compared or validated."""
+        for average in _averages(trainer) if self.pruner is not None else ():
+            copy_masks(average, pl_module)
+
+    def _stop_loading(self) -> None:
+        if self._loading is not None:
+            self._loading.stop()
+            self._loading = None
 
     # -- training --
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prunes to the schedule's sparsity of this epoch."""
-        if self.pruner is None or self._schedule is None:
+        if self.pruner is None:
             return
-        self.pruner.step_to(self._schedule[min(trainer.current_epoch, len(self._schedule) - 1)])
+        if self._schedule is not None:
+            self.pruner.step_to(self._schedule[min(trainer.current_epoch, len(self._schedule) - 1)])
+            self._mask_averages(trainer, pl_module)
+        self.pruner.apply()
         pl_module.log(f"{self._prefix}/sparsity", self.pruner.sparsity)
-        paths = {module: path for path, module in pl_module.named_modules()}
-        densities = self.pruner.densities()
-        for weight in self.pruner.weights:
-            module, name = weight.owners[0]
-            path = f"{paths.get(module, type(module).__name__)}.{name}".lstrip(".")
-            pl_module.log(f"{self._prefix}/density/{path}", densities[weight.key])
+        for name, density in self.pruner.densities().items():
+            pl_module.log(f"{self._prefix}/density/{name}", density)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that there is a gradient: where training_step returned None, no step is made for the penalty alone."""
@@ -194,27 +275,102 @@ class ModuliCallback(Callback):
             (penalty if scaler is None else scaler.scale(penalty)).backward(inputs=parameters)
         pl_module.log(f"{self._prefix}/penalty", penalty.detach())
 
+    # -- after training --
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Masks the weights, which another callback may have written (averages, when training ends)."""
+        if self.pruner is not None:
+            self.pruner.apply()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves nothing behind that would change how the module loads a state_dict."""
+        self._stop_loading()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves nothing behind, as `teardown`."""
+        self._stop_loading()
+
     # -- checkpoints --
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the points and the settings they were used with; the masks are in the module's state_dict."""
-        return {} if self.regularization is None else {"regularization": self.regularization.state_dict()}
+        """Returns the points, the settings they were used with, and the masks."""
+        state: dict[str, Any] = {}
+        if self.regularization is not None:
+            state["regularization"] = self.regularization.state_dict()
+        if self.pruner is not None:
+            state["masks"] = self.pruner.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the points, now or once `setup` has made the regularization."""
+        """Loads points and masks, now or once regularization and pruner are made."""
         self._loaded = state_dict
-        self._take_state()
+        if self._loading is None and self._module is not None:
+            self._take_state()
 
     def _take_state(self) -> None:
-        if self._loaded and self.regularization is not None:
-            self.regularization.load_state_dict(self._loaded["regularization"])
-            self._loaded = None
+        loaded, self._loaded = self._loaded or {}, None
+        if "regularization" in loaded:
+            self._regularization().load_state_dict(loaded["regularization"])
+        if loaded.get("masks") and self.pruner is not None:
+            self.pruner.load_state_dict(loaded["masks"])
 
     def _regularization(self) -> Regularization:
         if self.regularization is None:
-            raise RuntimeError("ModuliCallback makes its regularization in setup, which has not run; call it through a "
-                               "Trainer.")
+            raise RuntimeError("ModuliCallback makes its regularization in on_fit_start, which has not run; call it "
+                               "through a Trainer.")
         return self.regularization
+
+
+class _MasksWhileLoading:
+    """Makes the masks fit a state_dict that the Trainer loads; the callback's own state may then bring others.
+
+    Masks that the callback has made are not in the module's state_dict (save those of a SparseRNN). They must not zero
+    weights that a checkpoint of an earlier epoch, or of a dense run, still holds. Where a state_dict does hold masks,
+    as of a pruned model that was saved without the callback, they are taken.
+
+    Args:
+        own: (module, name) of the weights that the callback prunes.
+        models: the LightningModule, and averages of it.
+    """
+
+    def __init__(self, own: list[tuple[nn.Module, str]], models: list[nn.Module]):
+        self._own, self._active = own, True
+        self._handles = [model.register_load_state_dict_pre_hook(self) for model in models]
+
+    def stop(self) -> None:
+        """Ends it, also for copies of the models, which hold this very object."""
+        self._active, self._own = False, []
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: Any) -> _MasksWhileLoading:
+        return self
+
+    def __call__(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for path, module in model.named_modules() if self._active else ():
+            start = f"{prefix}{path}." if path else prefix
+            for name, weight in module._parameters.items():
+                key, mask = start + buffer_name(name), live_mask(module, name)
+                saved, loaded = state_dict.get(key), state_dict.get(start + name)
+                if mask is None:
+                    if weight is not None and is_mask(saved, weight) and not getattr(module, "applies_masks", False):
+                        set_mask(module, name, state_dict.pop(key).to(weight.device, copy=True))
+                        leave_out(module, name)
+                elif is_left_out(module, name) or any(module is m and name == n for m, n in self._own):
+                    if is_mask(saved, mask):
+                        mask.copy_(saved)
+                    elif isinstance(loaded, Tensor) and loaded.shape == mask.shape:
+                        mask.logical_or_(loaded.to(mask.device) != 0)
+                    if is_left_out(module, name):
+                        state_dict.pop(key, None)
+                    else:
+                        state_dict[key] = mask.clone()
+
+
+def _averages(trainer: Trainer) -> list[AveragedModel]:
+    """The averages of the module that other callbacks hold."""
+    return [value for callback in trainer.callbacks for value in vars(callback).values()
+            if isinstance(value, AveragedModel)]
 
 
 def _target_of(module: nn.Module, target: Any) -> Any:

@@ -6,11 +6,14 @@
     averaging   torch's AveragedModel takes masks as they are
     effective   the weight that a module's forward pass uses, whatever it is computed from
 """
+from .averaging import copy_masks
 from .buffers import (
     buffer_name,
     described,
     get_mask,
+    is_left_out,
     is_mask,
+    leave_out,
     live_mask,
     masked_names,
     names_pruned_by_torch,
@@ -23,7 +26,8 @@ from .holding import hold, is_held, mask_changed, remove_mask, set_mask, stop_ho
 from .zeros import is_zero_where_masked, zero_masked_
 
 __all__ = [
-    "buffer_name", "described", "effective_weight", "get_mask", "hold", "is_held", "is_mask", "is_zero_where_masked",
-    "live_mask", "mask_changed", "masked_names", "names_pruned_by_torch", "origin", "original_name",
-    "parameters_behind", "plain_name", "remove_mask", "replace_mask", "set_mask", "stop_holding", "zero_masked_",
+    "buffer_name", "copy_masks", "described", "effective_weight", "get_mask", "hold", "is_held", "is_left_out",
+    "is_mask", "is_zero_where_masked", "leave_out", "live_mask", "mask_changed", "masked_names",
+    "names_pruned_by_torch", "origin", "original_name", "parameters_behind", "plain_name", "remove_mask",
+    "replace_mask", "set_mask", "stop_holding", "zero_masked_",
 ]

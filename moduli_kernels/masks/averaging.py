@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .buffers import buffer_name, get_mask, masked_names
+from .buffers import buffer_name, get_mask, is_left_out, leave_out, masked_names
 from .zeros import zero_masked_
 
 
@@ -39,13 +39,28 @@ def keep_masks_when_averaging(set_mask: Callable[..., None], remove_mask: Callab
             for (average, module), mine, its in zip(masked, ours, theirs, strict=True):
                 module._buffers.update(mine)
                 average._buffers.update(its)
-        for average, module in masked:
-            for name in set(masked_names(average)).difference(masked_names(module)):
-                remove_mask(average, name)
-            for name in masked_names(module):
-                _copy_mask(average, module, name, set_mask)
+        _copy_masks(masked, set_mask, remove_mask)
 
     AveragedModel.update_parameters = update_parameters
+
+
+def copy_masks(average: nn.Module, model: nn.Module) -> None:
+    """Gives a copy of a model, such as an average, the masks that the model has now, and masks its weights.
+
+    Modules are found by their paths. A mask that the model leaves out of its state_dict is left out of the copy's too.
+    """
+    from .holding import remove_mask, set_mask  # which imports this file
+
+    _copy_masks(_counterparts(average, model), set_mask, remove_mask)
+
+
+def _copy_masks(masked: list[tuple[nn.Module, nn.Module]], set_mask: Callable[..., None],
+                remove_mask: Callable[..., None]) -> None:
+    for average, module in masked:
+        for name in set(masked_names(average)).difference(masked_names(module)):
+            remove_mask(average, name)
+        for name in masked_names(module):
+            _copy_mask(average, module, name, set_mask)
 
 
 def _take_masks(module: nn.Module) -> dict[str, Tensor | None]:
@@ -59,6 +74,8 @@ def _copy_mask(average: nn.Module, module: nn.Module, name: str, set_mask: Calla
     parameter, mask = cast(Tensor, average._parameters[name]), cast(Tensor, get_mask(module, name))
     if get_mask(average, name) is None:
         set_mask(average, name, mask.to(parameter.device, copy=True))
+        if is_left_out(module, name):
+            leave_out(average, name)
     its = cast(Tensor, get_mask(average, name))
     its.copy_(mask)
     zero_masked_(parameter, its)

@@ -33,6 +33,16 @@ def replace_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     module._buffers[buffer_name(name)] = mask
 
 
+def leave_out(module: nn.Module, name: str) -> None:
+    """Leaves the mask of the parameter `name` out of the module's state_dict, and out of what it loads."""
+    module._non_persistent_buffers_set.add(buffer_name(name))
+
+
+def is_left_out(module: nn.Module, name: str) -> bool:
+    """Whether the module has a mask of the parameter `name` that is not in its state_dict."""
+    return buffer_name(name) in module._non_persistent_buffers_set
+
+
 def live_mask(module: nn.Module | None, name: str) -> Tensor | None:
     """The bool mask of a parameter that the module owns under this very name, else None.
 
