@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import pydoc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -26,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..distributed import is_sharded
 from .averaging import keep_masks_when_averaging
-from .buffers import buffer_name, get_mask, live_mask, masked_names, parameter_of_mask
+from .buffers import buffer_name, get_mask, is_left_out, live_mask, masked_names, parameter_of_mask
 from .zeros import is_zero_where_masked, zero_masked_
 
 _RELEASED = "masks_not_held"  # attribute of a module: the parameters whose masks stop_holding has let go
@@ -168,9 +169,18 @@ def _zero_before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None
 
 
 def _zero_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
-    """A load_state_dict post-hook: a dense checkpoint does not undo pruning."""
+    """A load_state_dict post-hook: a dense checkpoint does not undo pruning.
+
+    Weights that were saved under another mask would be lost without a word where masks are not part of the state_dict.
+    """
     for name in _held_names(module):
-        zero_masked_(cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name)))
+        parameter, mask = cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name))
+        if is_left_out(module, name) and not is_zero_where_masked(parameter, mask):
+            count = int(torch.count_nonzero(parameter.detach().masked_fill(mask, 0)))
+            warnings.warn(f"{name} of {type(module).__name__}: {count} weights of the state_dict that was loaded are "
+                          "masked here and are set to 0; to have them, give the pruner the masks that they were saved "
+                          "with, before loading.", UserWarning, stacklevel=2)
+        zero_masked_(parameter, mask)
         _register_gradient_hook(module, name)  # load_state_dict(assign=True) puts another Parameter there
         mask_changed(module, name)
 
