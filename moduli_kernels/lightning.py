@@ -224,8 +224,8 @@ class ModuliCallback(Callback):
             if module not in modules and not any(id(p) in trained for p in module.parameters(recurse=False)):
                 raise ValueError(
                     f"{argument} must be of the LightningModule that the Trainer is given, got {name} of a "
-                    f"{type(module).__name__} that is not in it; make mk.regularize(...) of this very module and pass a "
-                    "new ModuliCallback, or pass names and settings, which fit every module.")
+                    f"{type(module).__name__} that is not in it; make mk.regularize(...) of this very module and pass "
+                    "it to a new ModuliCallback, or pass names and settings, which fit every module.")
 
     def _mask_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the averages of other callbacks the module's masks, before they are compared or validated."""

@@ -21,7 +21,7 @@ settings.load_profile("moduli")
 # them.
 WITHOUT_A_DEVICE = ("examples/*.py", "triton/*.py", "test_setup.py", "test_packaging.py", "test_functors.py",
                     "test_plots.py", "test_gpu_scripts.py", "test_block_layout.py", "test_mask_table.py",
-                    "test_rnn_cpp.py", "test_docs.py", "test_lightning.py", "test_distributed.py", "test_wheels.py",
+                    "test_rnn_cpp.py", "test_docs.py", "lightning/*.py", "test_distributed.py", "test_wheels.py",
                     "test_sanitizers.py", "test_tooling.py", "test_bitwise.py", "test_layers.py", "test_masks.py",
                     "test_three_places.py", "test_toy.py")
 

@@ -13,43 +13,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import moduli_kernels as mk
-from tests.support.penalty_cases import generator
 
 pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from moduli_kernels.lightning import ModuliCallback
+from tests.support.lightning_runs import (
+    EPOCHS,
+    QUIET,
+    SETTINGS,
+    Model,
+    assert_same,
+    batches,
+    by_hand,
+    fit,
+    points_of,
+    tensors,
+)
 
-pytestmark = [pytest.mark.filterwarnings("ignore:The '.*' does not have many workers"),
-              pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")]
-
-SETTINGS = {"manifold": "torus", "strength": 0.3}
-EPOCHS, BATCHES = 3, 4
-
-
-class Model(LightningModule):
-    """An RNN and a decoder: (batch, steps, 3) -> (batch, 2)."""
-
-    def __init__(self, rnn: type[nn.RNN] = nn.RNN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
-        super().__init__()
-        torch.manual_seed(0)
-        self.rnn, self.decoder = rnn(3, 8, batch_first=True), nn.Linear(8, 2)
-        self.make, self.reg = optimizer, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.rnn(x)[0][:, -1])
-
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return self.make([*self.parameters()])
+pytestmark = QUIET
 
 
 class Manual(Model):
@@ -74,59 +61,6 @@ class Skipping(Model):
 
     def training_step(self, batch, index):
         return None if index % 2 else super().training_step(batch, index)
-
-
-def batches() -> list[list[Tensor]]:
-    g = generator(1, "cpu")
-    return [[torch.randn(5, 6, 3, generator=g), torch.randn(5, 2, generator=g)] for _ in range(BATCHES)]
-
-
-def fit(model: Model, callback: ModuliCallback | None, epochs: int = EPOCHS, resume: str | None = None,
-        **settings) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu",
-             "enable_checkpointing": False, "devices": 1}
-    trainer = Trainer(max_epochs=epochs, callbacks=[] if callback is None else [callback], **quiet | settings)
-    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
-    trainer.fit(model, loader, ckpt_path=resume)
-    return trainer
-
-
-def by_hand(model: Model, reg: mk.Regularization, schedule: list[float] | None = None, accumulate: int = 1,
-            clip: float | None = None, skip=lambda k: False) -> None:
-    """Trains as `fit` does, in a plain loop with the penalty in the loss."""
-    optimizer = model.make([*model.parameters()])
-    pruner = mk.MagnitudePruner([(model.rnn, "weight_hh_l0")], optimizer=optimizer) if schedule else None
-    for epoch in range(EPOCHS):
-        if pruner is not None:
-            pruner.step_to(schedule[epoch])
-        optimizer.zero_grad()
-        for k, batch in enumerate(batches()):
-            if skip(k):
-                continue
-            (Model.training_step(model, batch, k) / accumulate).backward()
-            if (k + 1) % accumulate == 0:
-                reg().backward()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad()
-
-
-def points_of(seed: int = 5) -> torch.Generator:
-    return generator(seed, "cpu")
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, with masks that the state_dict leaves out."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def assert_same(model: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
-    mine, its = tensors(model), tensors(other)
-    for name in its:
-        assert torch.allclose(mine[name], its[name], rtol=1e-5, atol=atol), name
-    start = Model().state_dict()
-    assert not torch.allclose(mine["rnn.weight_hh_l0"], start["rnn.weight_hh_l0"], atol=1e-3)  # it has learned
 
 
 CASES = {
@@ -310,7 +244,7 @@ from torch import nn
 from lightning.pytorch import Trainer
 import moduli_kernels as mk
 from moduli_kernels.lightning import ModuliCallback
-from tests.test_lightning import Model, batches, tensors
+from tests.support.lightning_runs import Model, batches, tensors
 
 model = Model()
 torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # each process draws other points, and sees other data
@@ -334,7 +268,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_processes_of_ddp_stay_equal(tmp_path):
     (script := tmp_path / "two.py").write_text(TWO_PROCESSES)
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     paths = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
