@@ -74,13 +74,19 @@ def stop_holding(module: nn.Module, name: str) -> None:
 
 
 def mask_changed(module: nn.Module, name: str) -> None:
-    """Notes that more weights are masked: at its next step, an optimizer forgets what it has gathered of them.
+    """Notes that more weights are masked: an optimizer forgets what it has gathered of them, now if it is known to have
+    stepped the parameter, and at its next step.
 
-    On the CPU this is seen by itself, where an optimizer has moved masked weights.
+    On the CPU the latter is seen by itself, where an optimizer has moved masked weights. Some have more to forget at
+    once: schedule-free ones compute the weights from their own copy of them when they go over to evaluation.
     """
-    for hook in _gradient_hooks(module._parameters.get(name)):
+    parameter = module._parameters.get(name)
+    for hook in _gradient_hooks(parameter):
         if hook.belongs_to(module, name):
             hook.mask_changed = True
+            optimizer, mask = hook.optimizer(), hook.mask()
+            if optimizer is not None and mask is not None:
+                _forget_masked(optimizer.state.get(parameter), cast(Tensor, parameter), mask)
 
 
 def _released(module: nn.Module) -> set[str]:
@@ -293,6 +299,10 @@ def _gradient_hooks(parameter: Tensor | None) -> list[_Hook]:
     return found
 
 
+def _none() -> None:
+    """Stands for a weak reference to nothing."""
+
+
 class _Hook:
     """Holds a module, weakly so that no hook keeps a model alive, and a parameter's name."""
 
@@ -302,6 +312,7 @@ class _Hook:
         self.module, self.name = weakref.ref(module), name
         self.handle: Any = None  # removes the hook from where it is registered
         self.mask_changed = True  # since the last step of an optimizer
+        self.optimizer: Callable[[], Any] = _none  # a weak reference to the optimizer that made that step
 
     def belongs_to(self, module: nn.Module, name: str) -> bool:
         return self.name == name and self.module() is module
@@ -372,6 +383,7 @@ def _zero_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
     Where it has moved masked ones, it still has momentum or other state of them, which is set to 0 as well.
     """
+    reference = weakref.ref(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for hook in _gradient_hooks(parameter):
@@ -380,7 +392,7 @@ def _zero_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     continue
                 moved = zero_masked_(parameter, mask) and parameter.device.type == "cpu"
                 if moved or hook.mask_changed:
-                    hook.mask_changed = False
+                    hook.mask_changed, hook.optimizer = False, reference
                     _forget_masked(optimizer.state.get(parameter), parameter, mask)
 
 
