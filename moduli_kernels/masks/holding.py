@@ -30,6 +30,7 @@ from .averaging import keep_masks_when_averaging
 from .buffers import buffer_name, get_mask, is_left_out, live_mask, masked_names, parameter_of_mask
 from .zeros import is_zero_where_masked, zero_masked_
 
+LOADED_UNDER_A_MASK = "weights of the state_dict that was loaded are masked here and are set to 0"
 _RELEASED = "masks_not_held"  # attribute of a module: the parameters whose masks stop_holding has let go
 
 
@@ -183,9 +184,8 @@ def _zero_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
         parameter, mask = cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name))
         if is_left_out(module, name) and not is_zero_where_masked(parameter, mask):
             count = int(torch.count_nonzero(parameter.detach().masked_fill(mask, 0)))
-            warnings.warn(f"{name} of {type(module).__name__}: {count} weights of the state_dict that was loaded are "
-                          "masked here and are set to 0; to have them, give the pruner the masks that they were saved "
-                          "with, before loading.", UserWarning, stacklevel=2)
+            warnings.warn(f"{name} of {type(module).__name__}: {count} {LOADED_UNDER_A_MASK}; to have them, give the "
+                          "pruner the masks that they were saved with, before loading.", UserWarning, stacklevel=2)
         zero_masked_(parameter, mask)
         _register_gradient_hook(module, name)  # load_state_dict(assign=True) puts another Parameter there
         mask_changed(module, name)

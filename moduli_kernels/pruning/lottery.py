@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import is_sharded, shard_of
-from ..masks import buffer_name
+from ..masks import LOADED_UNDER_A_MASK, buffer_name
 from .pruner import MagnitudePruner
 
 
@@ -85,7 +86,8 @@ def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, 
     now = model.state_dict()
     merged = {key: value for key, value in state_dict.items() if key not in masks}
     merged.update((key, now[key]) for key in masks if key in now)
-    with _restored_on_error(model):
+    with _restored_on_error(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{LOADED_UNDER_A_MASK}")  # which is what rewinding means
         try:
             model.load_state_dict(merged)
         except RuntimeError as error:

@@ -322,12 +322,13 @@ def test_a_net_in_training_keeps_what_is_cut_at_zero():
     pruner = MagnitudePruner(net.targets(), optimizer=optimizer, **recurrent_blocks(net))
     remembered = 0
     for step in range(30):
+        masked = [(getattr(module, name), mask) for (module, name), mask in zip(net.targets(), pruner.masks.values())]
         if step % 10 == 9:  # momentum has built up when a weight is masked
+            gathered = [optimizer.state[weight]["exp_avg"].clone() for weight, _ in masked]
             pruner.step_to(0.25 * (step // 10 + 1))
+            remembered += sum(int(momentum[~mask].ne(0).any()) for momentum, (_, mask) in zip(gathered, masked))
         optimizer.zero_grad()
         loss_of(net, seed=step).backward()
-        masked = [(getattr(module, name), mask) for (module, name), mask in zip(net.targets(), pruner.masks.values())]
-        remembered += sum(int(optimizer.state[w]["exp_avg"][~m].ne(0).any()) for w, m in masked if step)
         optimizer.step()
         for weight, mask in masked:
             assert weight[~mask].eq(0).all() and weight.grad[~mask].eq(0).all() and weight[mask].ne(0).all()

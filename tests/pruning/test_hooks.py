@@ -50,13 +50,15 @@ def test_a_pruned_weight_never_comes_back(make):
     remembered = 0
     for step in range(60):
         if step % 12 == 11:  # momentum has built up when a weight is masked
+            gathered = [[v.clone() for v in state_of(optimizer, getattr(*target))] for target in net.targets()]
             pruner.step_to(0.15 * (step // 12 + 1))
+            remembered += sum(int(v[~mask].ne(0).any())
+                              for state, mask in zip(gathered, pruner.masks.values()) for v in state)
         optimizer.zero_grad()
         loss_of(net, seed=step).backward()
         for module, name in net.targets():
             weight, mask = getattr(module, name), getattr(module, f"{name}_mask")
             assert weight.grad[~mask].eq(0).all()
-            remembered += sum(int(v[~mask].ne(0).any()) for v in state_of(optimizer, weight))
         optimizer.step()
         for (module, name), key in zip(net.targets(), pruner.masks):
             weight, mask = getattr(module, name), getattr(module, f"{name}_mask")
