@@ -26,8 +26,8 @@ from .holding import LOADED_UNDER_A_MASK, hold, is_held, mask_changed, remove_ma
 from .zeros import is_zero_where_masked, zero_masked_
 
 __all__ = [
-    "LOADED_UNDER_A_MASK", "buffer_name", "copy_masks", "described", "effective_weight", "get_mask", "hold", "is_held", "is_left_out",
-    "is_mask", "is_zero_where_masked", "leave_out", "live_mask", "mask_changed", "masked_names",
+    "LOADED_UNDER_A_MASK", "buffer_name", "copy_masks", "described", "effective_weight", "get_mask", "hold", "is_held",
+    "is_left_out", "is_mask", "is_zero_where_masked", "leave_out", "live_mask", "mask_changed", "masked_names",
     "names_pruned_by_torch", "origin", "original_name", "parameters_behind", "plain_name", "remove_mask",
     "replace_mask", "set_mask", "stop_holding", "zero_masked_",
 ]

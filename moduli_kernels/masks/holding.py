@@ -132,6 +132,14 @@ class _ModuleHook:
     def __call__(self, *arguments: Any) -> None:
         self.function(*arguments)
 
+    @property
+    def __name__(self) -> str:
+        """There is none: torch.jit.script asks for it first, to compile the hook, which cannot be compiled."""
+        raise AttributeError(
+            "torch.jit.script must be given a module without masks, got one whose masks are held by hooks, which it "
+            "cannot compile; script a copy.deepcopy(model) after MagnitudePruner(copy, ...).make_permanent() (zeros "
+            "stay), or use torch.jit.trace or torch.export.")
+
     def __deepcopy__(self, memo: Any) -> _ModuleHook:
         return self
 

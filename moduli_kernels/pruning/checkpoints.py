@@ -1,7 +1,8 @@
 """Loads a checkpoint of a pruned model into a model that has no masks yet."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from ..masks import (
     buffer_name,
     described,
-    get_mask,
     live_mask,
     names_pruned_by_torch,
     original_name,
@@ -29,18 +29,19 @@ def load_pruned_(model: nn.Module, state_dict: Mapping[str, Any], *, strict: boo
 
     Args:
         model: a model as the one that was saved.
-        state_dict: what its `state_dict()` gave.
-        strict: as of `load_state_dict`.
+        state_dict: what its `state_dict()` gave. Keys must be those of the model: where DistributedDataParallel has put
+            `module.` before them, torch.nn.modules.utils.consume_prefix_in_state_dict_if_present takes it away.
+        strict: as of `load_state_dict`. With False, a mask whose weight is missing masks the weight that is there.
 
     Returns:
         What `model.load_state_dict` returns: missing_keys and unexpected_keys.
 
     Raises:
         ValueError: a mask does not fit its weight, or holds anything but 0 and 1; nothing is changed then.
-        RuntimeError: as by `load_state_dict`; no mask is made then.
+        RuntimeError: as by `load_state_dict`; nothing is changed then either.
     """
     state, masked = dict(state_dict), []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in list(module._parameters.items()):
             prefix = f"{path}." if path else ""
             mask = state.get(prefix + buffer_name(name))
@@ -52,14 +53,27 @@ def load_pruned_(model: nn.Module, state_dict: Mapping[str, Any], *, strict: boo
                 state[prefix + name] = torch.where(kept, original, 0)
             if live_mask(module, name) is None:
                 masked.append((module, name, parameter))
-    for module, name, parameter in masked:
-        set_mask(module, name, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
-    try:
-        return model.load_state_dict(state, strict=strict)
-    except BaseException:
-        for module, name, _ in masked:
-            if get_mask(module, name) is not None:
+    with restored_on_error(model):
+        for module, name, parameter in masked:
+            set_mask(module, name, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+        try:
+            return model.load_state_dict(state, strict=strict)
+        except BaseException:
+            for module, name, _ in masked:
                 remove_mask(module, name)
+            raise
+
+
+@contextlib.contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Gives parameters and buffers their earlier values back where the body of the `with` statement raises."""
+    before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, old in before:
+                tensor.copy_(old)
         raise
 
 

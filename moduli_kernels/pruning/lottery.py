@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_sharded, shard_of
 from ..masks import LOADED_UNDER_A_MASK, buffer_name
+from .checkpoints import restored_on_error
 from .pruner import MagnitudePruner
 
 
@@ -36,7 +37,7 @@ def reinitialize_(model: nn.Module, pruner: MagnitudePruner,
         TypeError: generator is no torch.Generator.
     """
     _mask_keys(model, pruner)
-    with _restored_on_error(model), _drawing_from(generator, model):
+    with restored_on_error(model), _drawing_from(generator, model):
         if init_fn is None:
             _reset(model)
         else:
@@ -86,7 +87,7 @@ def rewind_(model: nn.Module, pruner: MagnitudePruner, state_dict: Mapping[str, 
     now = model.state_dict()
     merged = {key: value for key, value in state_dict.items() if key not in masks}
     merged.update((key, now[key]) for key in masks if key in now)
-    with _restored_on_error(model), warnings.catch_warnings():
+    with restored_on_error(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", f".*{LOADED_UNDER_A_MASK}")  # which is what rewinding means
         try:
             model.load_state_dict(merged)
@@ -117,18 +118,6 @@ def _mask_keys(model: nn.Module, pruner: MagnitudePruner) -> set[str]:
                 )
             keys.update(f"{path}.{buffer_name(name)}".removeprefix(".") for path in found)
     return keys
-
-
-@contextlib.contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Gives parameters and buffers their earlier values back where the body of the `with` statement raises."""
-    before = [(tensor, tensor.clone()) for tensor in (*model.parameters(), *model.buffers())]
-    try:
-        yield
-    except BaseException:
-        for tensor, old in before:
-            tensor.copy_(old)
-        raise
 
 
 @contextlib.contextmanager
