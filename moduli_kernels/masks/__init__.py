@@ -4,9 +4,9 @@
     zeros       sets masked entries of a tensor to 0, and finds out whether they are
     holding     hooks that keep masked weights at 0, whoever writes them
     averaging   torch's AveragedModel takes masks as they are
+    copies      gives a copy of a model its masks
     effective   the weight that a module's forward pass uses, whatever it is computed from
 """
-from .averaging import copy_masks
 from .buffers import (
     buffer_name,
     described,
@@ -21,6 +21,7 @@ from .buffers import (
     plain_name,
     replace_mask,
 )
+from .copies import copy_masks
 from .effective import effective_weight, origin, parameters_behind
 from .holding import LOADED_UNDER_A_MASK, hold, is_held, mask_changed, remove_mask, set_mask, stop_holding
 from .zeros import is_zero_where_masked, zero_masked_

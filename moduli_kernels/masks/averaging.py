@@ -30,7 +30,7 @@ def keep_masks_when_averaging(set_mask: Callable[..., None], remove_mask: Callab
 
     @functools.wraps(update)
     def update_parameters(self: AveragedModel, model: nn.Module) -> None:
-        masked = _counterparts(self.module, model)
+        masked = counterparts(self.module, model)
         ours = [_take_masks(module) for _, module in masked]
         theirs = [_take_masks(average) for average, _ in masked]
         try:
@@ -39,23 +39,14 @@ def keep_masks_when_averaging(set_mask: Callable[..., None], remove_mask: Callab
             for (average, module), mine, its in zip(masked, ours, theirs, strict=True):
                 module._buffers.update(mine)
                 average._buffers.update(its)
-        _copy_masks(masked, set_mask, remove_mask)
+        give_masks(masked, set_mask, remove_mask)
 
     AveragedModel.update_parameters = update_parameters
 
 
-def copy_masks(average: nn.Module, model: nn.Module) -> None:
-    """Gives a copy of a model, such as an average, the masks that the model has now, and masks its weights.
-
-    Modules are found by their paths. A mask that the model leaves out of its state_dict is left out of the copy's too.
-    """
-    from .holding import remove_mask, set_mask  # which imports this file
-
-    _copy_masks(_counterparts(average, model), set_mask, remove_mask)
-
-
-def _copy_masks(masked: list[tuple[nn.Module, nn.Module]], set_mask: Callable[..., None],
-                remove_mask: Callable[..., None]) -> None:
+def give_masks(masked: list[tuple[nn.Module, nn.Module]], set_mask: Callable[..., None],
+               remove_mask: Callable[..., None]) -> None:
+    """Gives the first module of each pair the masks of the second, and sets masked weights to 0."""
     for average, module in masked:
         for name in set(masked_names(average)).difference(masked_names(module)):
             remove_mask(average, name)
@@ -81,7 +72,7 @@ def _copy_mask(average: nn.Module, module: nn.Module, name: str, set_mask: Calla
     zero_masked_(parameter, its)
 
 
-def _counterparts(averaged: nn.Module, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def counterparts(averaged: nn.Module, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(module of the average, module of the model) for each module of which one of the two has masks."""
     theirs = {_plain(path): module for path, module in averaged.named_modules()}
     pairs = [(theirs.get(_plain(path)), module) for path, module in model.named_modules()]

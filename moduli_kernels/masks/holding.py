@@ -320,7 +320,7 @@ class _Hook:
         self.module, self.name = weakref.ref(module), name
         self.handle: Any = None  # removes the hook from where it is registered
         self.mask_changed = True  # since the last step of an optimizer
-        self.optimizer: Callable[[], Any] = _none  # a weak reference to the optimizer that made that step
+        self.optimizer: Callable[[], Any] = _none  # a weak reference to the optimizer of that step
 
     def belongs_to(self, module: nn.Module, name: str) -> bool:
         return self.name == name and self.module() is module
@@ -398,9 +398,10 @@ def _zero_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 mask = hook.mask()
                 if mask is None:
                     continue
+                hook.optimizer = reference
                 moved = zero_masked_(parameter, mask) and parameter.device.type == "cpu"
                 if moved or hook.mask_changed:
-                    hook.mask_changed, hook.optimizer = False, reference
+                    hook.mask_changed = False
                     _forget_masked(optimizer.state.get(parameter), parameter, mask)
 
 
