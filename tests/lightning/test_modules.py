@@ -212,3 +212,90 @@ def test_training_works_after_another_stage(stage):
     fit(model, callback)
     by_hand(other, mk.regularize(other, generator=points_of(), **SETTINGS), SCHEDULE)
     assert_same(model, other)
+
+
+# --- names, and several optimizers ----------------------------------------------------------------------------------
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        gru, lstm = nn.GRU(3, 6, batch_first=True, bidirectional=True), nn.LSTM(12, 8, batch_first=True)
+        self.layers = nn.ModuleList([gru, lstm])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x, None
+
+
+class Deep(Model):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.rnn = Encoder()
+
+
+def test_names_are_those_of_named_parameters():
+    model, callback = Deep(), ModuliCallback(schedule=[0.5], scope="each", **SETTINGS)
+    trainer = fit(model, callback, epochs=1)
+    names = ["rnn.layers.0.weight_hh_l0", "rnn.layers.0.weight_hh_l0_reverse", "rnn.layers.1.weight_hh_l0"]
+    assert [*callback.pruner.masks] == [*callback.regularization.losses()] == names
+    assert set(names) < dict(model.named_parameters()).keys()
+    densities = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("moduli/density/")}
+    assert densities == {f"moduli/density/{name}": 0.5 for name in names}
+
+
+def test_an_order_by_name_and_blocks():
+    order = torch.arange(8).flip(0)
+    callback = ModuliCallback(schedule=[0.5], block=(2, 2), order={"rnn.weight_hh_l0": (order, order)}, **SETTINGS)
+    fit(Model(), callback, epochs=1)
+    blocks = callback.pruner.masks["rnn.weight_hh_l0"][order][:, order].unflatten(0, (4, 2)).unflatten(2, (4, 2))
+    assert torch.equal(blocks.all(3).all(1), blocks.any(3).any(1)) and callback.pruner.sparsity == 0.5
+
+
+class Two(Deep):
+    """Trains with two optimizers by hand, as a GAN does, one of which is stepped every second time."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        self.manual_backward(loss, retain_graph=True)
+        first.step()
+        first.zero_grad()
+        self.untoggle_optimizer(first)
+        if index % 2:
+            second.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            second.step()
+
+    def configure_optimizers(self):
+        return [self.make([*self.rnn.layers[0].parameters()]),
+                torch.optim.AdamW([*self.rnn.layers[1].parameters(), *self.decoder.parameters()], weight_decay=0.1)]
+
+
+def test_masks_hold_with_several_optimizers_optimized_by_hand():
+    model, callback = Two(), ModuliCallback(schedule=SCHEDULE, scope="each", **SETTINGS)
+    trainer = fit(model, callback)
+    assert trainer.callback_metrics["moduli/sparsity"] == pytest.approx(0.6, abs=0.01)
+    for name, mask in callback.pruner.masks.items():
+        weight = model.get_parameter(name)
+        assert weight[~mask].eq(0).all() and weight[mask].ne(0).all() and not mask.all()
+
+
+def test_frozen_weights_can_be_pruned():
+    """No optimizer has them."""
+    model = Model(optimizer=lambda p: torch.optim.SGD([q for q in p if q.requires_grad], lr=0.1))
+    model.rnn.requires_grad_(False)
+    before = model.rnn.weight_hh_l0.clone()
+    fit(model, ModuliCallback(schedule=[0.5], **SETTINGS), epochs=1)
+    assert torch.equal(model.rnn.weight_hh_l0, before * model.rnn.weight_hh_l0_mask)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+def test_a_compiled_module_is_penalized_and_pruned():
+    model, callback = Model(), ModuliCallback(schedule=SCHEDULE, **SETTINGS)
+    model.decoder = torch.compile(model.decoder, backend="eager")
+    fit(model, callback)
+    assert_pruned(model)
