@@ -397,3 +397,65 @@ def test_the_nets_of_these_tests_are_pruned():
     assert all(0.4 < (~mask).float().mean() < 0.95 for mask in masks_of(pruned_net()[0]).values()) or Net()
     for make in MODELS.values():
         assert_zero(make())
+
+
+# --- other modules, and other ways to step ------------------------------------------------------------------------
+
+OTHERS = {
+    "conv2d": (lambda: nn.Conv2d(3, 4, 3), lambda: (torch.randn(1, 3, 6, 6),), "weight"),
+    "conv_transpose": (lambda: nn.ConvTranspose1d(3, 4, 3), lambda: (torch.randn(1, 3, 6),), "weight"),
+    "bilinear": (lambda: nn.Bilinear(3, 3, 2), lambda: (torch.randn(2, 3), torch.randn(2, 3)), "weight"),
+    "embedding": (lambda: nn.Embedding(10, 4, max_norm=1.0), lambda: (torch.arange(10),), "weight"),
+    "embedding_bag": (lambda: nn.EmbeddingBag(10, 4), lambda: (torch.arange(10)[None],), "weight"),
+    "lstm_cell": (lambda: nn.LSTMCell(3, 8), lambda: (torch.randn(2, 3),), "weight_hh"),
+    "layer_norm": (lambda: nn.LayerNorm(8), lambda: (torch.randn(2, 8),), "weight"),
+    "bias": (lambda: nn.GRUCell(3, 8), lambda: (torch.randn(2, 3),), "bias_hh"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_modules_of_other_kinds(kind):
+    make, inputs, name = OTHERS[kind]
+    module, inputs = make(), inputs()
+    nn.init.normal_(getattr(module, name))
+    pruned(module, name)
+    getattr(module, name).data.normal_()
+    plain = copy.deepcopy(module)
+    mk.MagnitudePruner(plain, [name]).make_permanent()
+    outputs, expected = module(*inputs), plain(*inputs)
+    torch.testing.assert_close(outputs, expected)
+    assert_zero(module)
+
+
+def test_an_optimizer_for_each_parameter_that_steps_during_the_backward_pass():
+    net, pruner = pruned_net()
+    optimizers = {p: torch.optim.AdamW([p], lr=0.05, weight_decay=0.1) for p in net.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    for sparsity in (0.5, 0.5, 0.7):
+        pruner.step_to(sparsity)
+        loss_of(net).backward()
+        assert_zero(net)
+    assert pruner.sparsity == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_linear_layer_fused_with_its_normalization():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
+    pruned(net, "0.weight")
+    fused, x = nn.utils.fusion.fuse_linear_bn_eval(net[0], net[1]), torch.randn(3, 4)
+    torch.testing.assert_close(fused(x), net(x))
+    assert_zero(fused)
+
+
+def test_weights_in_shared_memory():
+    net, pruner = pruned_net()
+    net.share_memory()
+    pruner.step_to(0.6)
+    assert net.rnn.weight_hh_l0.is_shared() and net.rnn.weight_hh_l0_mask.is_shared()
+    net.rnn.weight_hh_l0.data.normal_()
+    assert_sees_masked(net)
