@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from .masks import buffer_name, copy_masks, get_mask, is_left_out, is_mask, leave_out, live_mask, set_mask
+from .masks import MasksWhileLoading, copy_masks, get_mask, leave_out
 from .penalty.attach import Regularization, Target, regularize
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import fraction
@@ -116,7 +116,8 @@ class ModuliCallback(Callback):
         self._pruned = None if pruned is None else list(pruned)
         self._block, self._order, self._scope, self._prefix = block, order, scope, prefix
         self._module: LightningModule | None = None  # that regularization and pruner were made for
-        self._loading: _MasksWhileLoading | None = None
+        self._within: list[nn.Module] = []  # those of its layers that are penalized or pruned
+        self._loading: MasksWhileLoading | None = None
         self._loaded: dict[str, Any] | None = None
         self._gradient_came = False
 
@@ -142,8 +143,7 @@ class ModuliCallback(Callback):
             names += getattr(pl_module, "_ddp_params_and_buffers_to_ignore", [])
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)
         self._stop_loading()
-        own = [] if self.pruner is None else [owner for weight in self.pruner.weights for owner in weight.owners]
-        self._loading = _MasksWhileLoading(own, [pl_module, *_averages(trainer)])
+        self._loading = MasksWhileLoading([pl_module, *_averages(trainer)], self._owners())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes regularization and pruner, and gives all processes the points of the first."""
@@ -197,20 +197,24 @@ class ModuliCallback(Callback):
             self._check_in_training("pruned", pairs, trainer, pl_module)
             masked = [pair for pair in pairs if get_mask(*pair) is not None]
             self.pruner = MagnitudePruner(pl_module, pairs, block=self._block, order=self._order, scope=self._scope)
-            for module, name in (owner for weight in self.pruner.weights for owner in weight.owners):
+            for module, name in self._owners():
                 if (module, name) not in masked and not getattr(module, "applies_masks", False):
                     leave_out(module, name)
+        within = set(pl_module.modules())
+        self._within = [module for module, _ in (*penalized, *self._owners()) if module in within]
         self._take_state()
         self._mask_averages(trainer, pl_module)
+
+    def _owners(self) -> list[tuple[nn.Module, str]]:
+        """(module, name) of the weights that are pruned."""
+        return [] if self.pruner is None else [owner for weight in self.pruner.weights for owner in weight.owners]
 
     def _forget_another_module(self, pl_module: LightningModule) -> None:
         """Forgets what was made for another module, such as that of the last fold of a cross-validation, and for layers
         that the module has replaced since."""
         modules = set(pl_module.modules())
-        targets = [] if self.regularization is None else list(self.regularization.targets.values())
-        owners = [] if self.pruner is None else [owner for weight in self.pruner.weights for owner in weight.owners]
-        if self._module is None or self._module is pl_module and all(t.module in modules for t in targets) and all(
-                module in modules and get_mask(module, name) is not None for module, name in owners):
+        if self._module is pl_module and all(module in modules for module in self._within) and all(
+                get_mask(*owner) is not None for owner in self._owners()):
             return
         self.regularization, self.pruner, self._module = self._given, None, None
 
@@ -319,52 +323,6 @@ class ModuliCallback(Callback):
             raise RuntimeError("ModuliCallback makes its regularization in on_fit_start, which has not run; call it "
                                "through a Trainer.")
         return self.regularization
-
-
-class _MasksWhileLoading:
-    """Makes the masks fit a state_dict that the Trainer loads; the callback's own state may then bring others.
-
-    Masks that the callback has made are not in the module's state_dict (save those of a SparseRNN). They must not zero
-    weights that a checkpoint of an earlier epoch, or of a dense run, still holds. Where a state_dict does hold masks,
-    as of a pruned model that was saved without the callback, they are taken.
-
-    Args:
-        own: (module, name) of the weights that the callback prunes.
-        models: the LightningModule, and averages of it.
-    """
-
-    def __init__(self, own: list[tuple[nn.Module, str]], models: list[nn.Module]):
-        self._own, self._active = own, True
-        self._handles = [model.register_load_state_dict_pre_hook(self) for model in models]
-
-    def stop(self) -> None:
-        """Ends it, also for copies of the models, which hold this very object."""
-        self._active, self._own = False, []
-        for handle in self._handles:
-            handle.remove()
-
-    def __deepcopy__(self, memo: Any) -> _MasksWhileLoading:
-        return self
-
-    def __call__(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        for path, module in model.named_modules() if self._active else ():
-            start = f"{prefix}{path}." if path else prefix
-            for name, weight in module._parameters.items():
-                key, mask = start + buffer_name(name), live_mask(module, name)
-                saved, loaded = state_dict.get(key), state_dict.get(start + name)
-                if mask is None:
-                    if weight is not None and is_mask(saved, weight) and not getattr(module, "applies_masks", False):
-                        set_mask(module, name, state_dict.pop(key).to(weight.device, copy=True))
-                        leave_out(module, name)
-                elif is_left_out(module, name) or any(module is m and name == n for m, n in self._own):
-                    if is_mask(saved, mask):
-                        mask.copy_(saved)
-                    elif isinstance(loaded, Tensor) and loaded.shape == mask.shape:
-                        mask.logical_or_(loaded.to(mask.device) != 0)
-                    if is_left_out(module, name):
-                        state_dict.pop(key, None)
-                    else:
-                        state_dict[key] = mask.clone()
 
 
 def _averages(trainer: Trainer) -> list[AveragedModel]:

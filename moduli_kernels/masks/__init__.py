@@ -5,6 +5,7 @@
     holding     hooks that keep masked weights at 0, whoever writes them
     averaging   torch's AveragedModel takes masks as they are
     copies      gives a copy of a model its masks
+    loading     makes masks fit a checkpoint that is loaded, where they are left out of the state_dict
     effective   the weight that a module's forward pass uses, whatever it is computed from
 """
 from .buffers import (
@@ -24,11 +25,12 @@ from .buffers import (
 from .copies import copy_masks
 from .effective import effective_weight, origin, parameters_behind
 from .holding import LOADED_UNDER_A_MASK, hold, is_held, mask_changed, remove_mask, set_mask, stop_holding
+from .loading import MasksWhileLoading
 from .zeros import is_zero_where_masked, zero_masked_
 
 __all__ = [
-    "LOADED_UNDER_A_MASK", "buffer_name", "copy_masks", "described", "effective_weight", "get_mask", "hold", "is_held",
-    "is_left_out", "is_mask", "is_zero_where_masked", "leave_out", "live_mask", "mask_changed", "masked_names",
-    "names_pruned_by_torch", "origin", "original_name", "parameters_behind", "plain_name", "remove_mask",
-    "replace_mask", "set_mask", "stop_holding", "zero_masked_",
+    "LOADED_UNDER_A_MASK", "MasksWhileLoading", "buffer_name", "copy_masks", "described", "effective_weight",
+    "get_mask", "hold", "is_held", "is_left_out", "is_mask", "is_zero_where_masked", "leave_out", "live_mask",
+    "mask_changed", "masked_names", "names_pruned_by_torch", "origin", "original_name", "parameters_behind",
+    "plain_name", "remove_mask", "replace_mask", "set_mask", "stop_holding", "zero_masked_",
 ]

@@ -116,6 +116,11 @@ def test_weights_outside_the_module_that_its_optimizer_has_are_penalized():
     before = reg().item()
     fit(model, ModuliCallback(reg), epochs=1)
     assert reg() < before
+    callback = ModuliCallback(targets=[(model.hidden[0], "weight_hh_l0")], **SETTINGS)
+    fit(model, callback, epochs=1)
+    made = callback.regularization
+    fit(model, callback, epochs=1)
+    assert callback.regularization is made
 
 
 # --- layers that are made late ------------------------------------------------------------------------------------

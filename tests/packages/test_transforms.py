@@ -15,7 +15,7 @@ from tests.support.held import INPUT, assert_sees_masked, assert_zero, loss_of, 
 from tests.support.pruning_cases import Net
 
 # torch's own, for a plain nn.LSTM as well
-pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
+pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated"),
               pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning"),
               pytest.mark.filterwarnings(r"ignore:The tensor attributes self.rnn._flat_weights\[0\].* were assigned")]
 
