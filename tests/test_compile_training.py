@@ -247,7 +247,8 @@ def test_a_compiled_optimizer(name):
 
     assert_as_eager(training, step, make=OPTIMIZERS[name])
     assert loss_counter.frame_count == 1 and len(steps) == 1
-    assert 0 < seen[0] and seen[2:] == [seen[1]] * (STEPS - 2)
+    assert (seen[0] > 0) == (name != "adamw_fused")  # torch compiles nothing of a fused step
+    assert seen[2:] == [seen[1]] * (STEPS - 2)
 
 
 def test_the_only_break_of_a_whole_step_is_in_torchs_optimizer(autograd_traced):

@@ -431,6 +431,8 @@ def _hold_in_the_process() -> None:
     global _held_in_the_process
     if not _held_in_the_process:
         _held_in_the_process = True
-        register_optimizer_step_post_hook(_zero_after_step)
+        # In a compiled step, dynamo would trace the hook, and sees no hooks of Parameters. Making an optimizer has
+        # imported dynamo already, so that this decorator, which imports it at the first call, costs nothing.
+        register_optimizer_step_post_hook(torch._compile._disable_dynamo(_zero_after_step))
         register_module_buffer_registration_hook(_keep_our_mask)
         keep_masks_when_averaging(set_mask, remove_mask)
