@@ -11,7 +11,7 @@ lengths have one dtype: float32 or float64 on the CPU.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +149,56 @@ def fake_rnn_gradients(a: Any, step: Step, needs: Needs) -> tuple[Tensor, ...]:
 
 # --- the autograd formula ------------------------------------------------------------------------------------------
 
+class ChangeableOutput:
+    """Lets the user change the output in place (`output += x`) before the backward pass, which reads it.
+
+    PyTorch refuses a backward pass where a saved tensor has another version than it had when it was saved. Therefore
+    `output.data` is saved, which shares the output's memory and has a version of its own, and `as_it_was` runs the op
+    again where the output was changed; it gives the same bits again. This object shares the version of the output, and
+    keeps neither its memory nor its graph alive.
+    """
+
+    def __init__(self, output: Tensor, run: Callable[..., Any], b_ih: Tensor | None, b_hh: Tensor | None):
+        """run: the op masked_rnn, or what has its schema. b_ih, b_hh: what it takes, which nothing else needs again."""
+        self._run, self._biases = run, (b_ih, b_hh)
+        with torch._C._DisableTorchDispatch():  # no tracer need see this
+            self._output = output.detach()
+            self._output.data = output.new_empty(0)
+        self._versions = self._output._version, *map(_version, self._biases)
+
+    def as_it_was(self, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, mask_ih: Tensor | None,
+                  mask_hh: Tensor | None, lengths: Tensor | None, output: Tensor, activations: Tensor,
+                  step: Step) -> tuple[Tensor, Tensor]:
+        """The output that the op has given, from what was saved, and its activations."""
+        version, *versions = self._versions
+        if self._output._version == version:
+            return output, activations
+        if [*map(_version, self._biases)] != versions:
+            raise RuntimeError(
+                "the masked RNN's output and a bias have both been modified by an inplace operation before backward; "
+                "change the output out of place (output = output + x).")
+        output, _, activations = self._run(x, h, w_ih, w_hh, *self._biases, mask_ih, mask_hh, *[None] * 4, lengths,
+                                           *step, True)
+        return output, activations
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def saved_output(output: Tensor, run: Callable[..., Any], b_ih: Tensor | None,
+                 b_hh: Tensor | None) -> tuple[Tensor, ChangeableOutput | None]:
+    """What a backward pass saves of the output, and what tells it whether the output was changed since.
+
+    Where a compiler records the call, it is a copy, and nothing else: the compiler can tell whether it needs one.
+    """
+    if torch.jit.is_tracing():
+        return output, None
+    if type(output) is not Tensor or torch.compiler.is_compiling():
+        return output.clone(), None
+    return output.data, ChangeableOutput(output, run, b_ih, b_hh)
+
+
 def _save(ctx: Any, results: tuple[Tensor, ...], a: MaskedRNNArguments, step: Step, keep: bool) -> None:
     if any(part is not None for part in (a.crow_ih, a.col_ih, a.crow_hh, a.col_hh)):
         raise NotImplementedError("compressed weights must not require gradients: train the SparseRNN they came from")
@@ -158,12 +208,15 @@ def _save(ctx: Any, results: tuple[Tensor, ...], a: MaskedRNNArguments, step: St
     ctx.mark_non_differentiable(activations)
     ctx.set_materialize_grads(False)
     ctx.step = step
+    output, ctx.changeable = saved_output(output, torch.ops.moduli_kernels.masked_rnn, a.b_ih, a.b_hh)
     ctx.save_for_backward(a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths, output, activations)
 
 
 def _formula(ctx: Any, needs: dict[str, bool], grad_output: Tensor | None, grad_h_n: Tensor | None,
              grad_activations: None) -> dict[str, Any]:
-    x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = ctx.saved_tensors
+    x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = saved = ctx.saved_tensors
+    if ctx.changeable is not None:
+        output, activations = ctx.changeable.as_it_was(*saved, ctx.step)
     leaves = [needs[name] for name in LEAVES]
     a = MaskedRNNGradArguments(
         None if grad_output is None else grad_output.contiguous(),
