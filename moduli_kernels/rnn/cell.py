@@ -1,8 +1,11 @@
 """One step of the masked RNN for hand-written loops: a function, and a module in the place of torch.nn.RNNCell."""
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import RNNCell  # torch's own class, also where torch.nn.RNNCell is replaced by SparseRNNCell later
 
 from ..checks import one_of
 from ..reference import compute_dtype
@@ -10,6 +13,7 @@ from ..reference.rnn import Step, kept
 from . import checks
 from .layer import Weights, autocast_dtype, masked_rnn
 from .masked_module import MaskedModule, mask_of
+from .tracing import is_recorded_or_transformed, is_taken_over, recorded
 
 
 def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
@@ -52,7 +56,7 @@ def masked_rnn_step(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tens
     return (after if x.dim() == 2 else after[0]).to(autocast or x.dtype)
 
 
-class SparseRNNCell(MaskedModule, nn.RNNCell):
+class SparseRNNCell(MaskedModule, RNNCell):
     """Works as torch.nn.RNNCell, with masks and a leak:
 
         h' = (1 - leak) h + leak s((mask_ih * W_ih) x + b_ih + (mask_hh * W_hh) h + b_hh)
@@ -111,12 +115,31 @@ class SparseRNNCell(MaskedModule, nn.RNNCell):
         Raises:
             ValueError, RuntimeError: input or hx does not fit, or an unknown nonlinearity, as torch.nn.RNNCell.
         """
-        masks = {name: mask_of(self, name, getattr(self, name)) for name in self._weight_names()}
-        if self.leak == 1 and all(mask is None for mask in masks.values()):
-            return super().forward(input, hx)
+        if not torch.compiler.is_compiling() and (node := recorded(self, input, hx)) is not None:
+            return node  # pyright: ignore[reportReturnType]
+        weights = {name: getattr(self, name) for name in self._weight_names()}
+        masks = {name: mask_of(self, name, weight) for name, weight in weights.items()}
+        if self._leak == 1:
+            if all(mask is None for mask in masks.values()):
+                return RNNCell.forward(self, input, hx)
+            if is_recorded_or_transformed() or (
+                    not torch.compiler.is_compiling() and is_taken_over((input, hx, *weights.values()))):
+                weights = {name: kept(weight, masks[name]) for name, weight in weights.items()}
+                return RNNCell.forward(self._as_rnn_cell(weights), input, hx)
         checks.cell_input(input, hx, self.hidden_size, self.input_size, self.nonlinearity)
         if hx is None:
             hx = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
-        biases = [kept(getattr(self, name), masks[name]) for name in self._weight_names()[2:]]
-        return masked_rnn_step(input, hx, self.weight_ih, self.weight_hh, *biases, mask_ih=masks["weight_ih"],
-                               mask_hh=masks["weight_hh"], nonlinearity=self.nonlinearity, leak=self.leak)
+        biases = [kept(weights[name], masks[name]) for name in self._weight_names()[2:]]
+        return masked_rnn_step(input, hx, weights["weight_ih"], weights["weight_hh"], *biases,
+                               mask_ih=masks["weight_ih"], mask_hh=masks["weight_hh"], nonlinearity=self.nonlinearity,
+                               leak=self.leak)
+
+    def _as_rnn_cell(self, weights: dict[str, Tensor]) -> RNNCell:
+        """Returns a torch.nn.RNNCell with these tensors as its weights, for one call."""
+        plain = RNNCell.__new__(RNNCell)
+        plain.__dict__.update(self.__dict__, _parameters={"bias_ih": None, "bias_hh": None} | weights)
+        return plain
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script calls it first."""
+        checks.no_script(self, "a torch.nn.RNNCell with its weights (0 where they are masked; leak must be 1)")

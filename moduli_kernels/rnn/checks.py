@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import RNN  # torch's own class, also where torch.nn.RNN is replaced later
 
 from ..checks import FLOATING, one_of, shown
 from ..masks import buffer_name, described, is_mask, names_pruned_by_torch
 
-NONLINEARITIES = ("tanh", "relu")
+NONLINEARITY_OF = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by torch's name of the mode
+NONLINEARITIES = tuple(NONLINEARITY_OF.values())
 PATHS = ("auto", "dense", "sparse")
 
 
@@ -29,6 +31,21 @@ def leak(value: Any) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"leak must be a number in (0, 1], got {value!r}; {how}")
     return float(value)
+
+
+def mode(value: Any) -> str:
+    """Checks torch's name of a nonlinearity, in the words of torch.nn.RNNBase."""
+    if value not in tuple(NONLINEARITY_OF):
+        raise ValueError(f"Unrecognized RNN mode: {value}")
+    return value
+
+
+def mode_of(nonlinearity: Any) -> str:
+    """Checks a nonlinearity, in the words of torch.nn.RNN, and returns torch's name of it."""
+    for name, its in NONLINEARITY_OF.items():
+        if its == nonlinearity:
+            return name
+    raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
 
 
 def path(value: Any, its_leak: float) -> str:
@@ -84,6 +101,11 @@ def found_mask(module: nn.Module, name: str, mask: Tensor, weight: Tensor) -> No
         raise ValueError(
             f"{buffer_name(name)} of {type(module).__name__} must have the shape {tuple(weight.shape)} of {name}, got "
             f"{tuple(mask.shape)}; set it with set_mask({name!r}, mask)."
+        )
+    if mask.device != weight.device:
+        raise RuntimeError(
+            f"{buffer_name(name)} of {type(module).__name__} must be on the device of {name}, {weight.device}, got "
+            f"{mask.device}; move this net with .to() as well (another net has its Parameters, and was moved)."
         )
 
 
@@ -154,6 +176,15 @@ def sequence_tensors(data: Tensor, hx: Tensor, weight: Tensor, steps: int, autoc
             )
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def tensors_with_a_leak(data: Any, hx: Any) -> None:
+    """Checks that input and hx are tensors, where other objects with __torch_function__ would be right without leak."""
+    for name, value in (("input", data), ("hx", hx)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor where leak is not 1 (torch.nn.RNN, which takes any object with "
+                f"__torch_function__, knows no leak), got {shown(value)}; pass a tensor or a subclass of it.")
 
 
 # --- input of a step -------------------------------------------------------------------------------------------
@@ -252,7 +283,7 @@ def functorch() -> None:
 # --- to and from other nets ------------------------------------------------------------------------------------
 
 def rnn_module(rnn: Any) -> None:
-    if not isinstance(rnn, nn.RNN):
+    if not isinstance(rnn, RNN):
         raise TypeError(f"rnn must be a torch.nn.RNN, got {shown(rnn)}; LSTM and GRU have no sparse form.")
 
 
@@ -289,3 +320,12 @@ def compressed_file(path: Any, what: str) -> NoReturn:
 def no_safetensors() -> None:
     raise ImportError(
         "CompressedRNN.save and load need safetensors, which is not installed; run pip install safetensors.")
+
+
+# --- other tools -----------------------------------------------------------------------------------------------
+
+def no_script(module: nn.Module, other: str) -> NoReturn:
+    """other: what torch.jit.script can compile."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile a {type(module).__name__}, whose forward pass is not TorchScript; put "
+        f"{other} in its place before, or use torch.jit.trace.")

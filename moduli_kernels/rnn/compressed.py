@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import RNN, RNNBase  # torch's own classes, also where torch.nn.RNN is replaced later
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, stack
 from .layer import Weights
+from .tracing import recorded
 
 if TYPE_CHECKING:
     from .sparse_rnn import SparseRNN
 
 METADATA = "moduli_kernels.CompressedRNN"  # the key in a safetensors file under which the settings stand as JSON
+SETTINGS = ("input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout",
+            "bidirectional")
 PARTS = ("values", "columns", "rows")  # the buffers of a compressed weight: <weight>_values, ...
 
 
@@ -61,28 +65,25 @@ class CompressedRNN(nn.Module):
     input_size: int
     hidden_size: int
     num_layers: int
-    nonlinearity: str
     bias: bool
     batch_first: bool
     dropout: float
     bidirectional: bool
     _buffers: dict[str, Any]
     proj_size = 0  # nn.RNN's own checks, borrowed here, read it
-    check_forward_args, check_input = nn.RNNBase.check_forward_args, nn.RNNBase.check_input
-    get_expected_hidden_size, check_hidden_size = nn.RNNBase.get_expected_hidden_size, nn.RNNBase.check_hidden_size
+    check_forward_args, check_input = RNNBase.check_forward_args, RNNBase.check_input
+    get_expected_hidden_size, check_hidden_size = RNNBase.get_expected_hidden_size, RNNBase.check_hidden_size
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
                  bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, *,
                  leak: float = 1.0, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers,
-            "nonlinearity": nonlinearity, "bias": bias, "batch_first": batch_first, "dropout": dropout,
-            "bidirectional": bidirectional}
-        plain: Any = nn.RNN(**self.settings, device="meta", dtype=dtype)  # for its checks, names and shapes
-        for name in self.settings:
+        plain: Any = RNN(  # for its checks, names and shapes
+            input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional,
+            device="meta", dtype=dtype)
+        for name in SETTINGS:
             setattr(self, name, getattr(plain, name))
-        self.leak = checks.leak(leak)
+        self.leak = leak
         self._shapes = {name: tuple(weight.shape) for name, weight in plain.named_parameters()}
         self._names = [list(names) for names in plain._all_weights]
         for name, shape in self._shapes.items():
@@ -93,6 +94,37 @@ class CompressedRNN(nn.Module):
                 rows = torch.zeros(shape[0] + 1, dtype=torch.int32, device=device)
                 self._hold(name, zeros, torch.zeros(0, dtype=_index_dtype(shape[1] - 1), device=device), rows)
         self.eval()
+
+    @property
+    def nonlinearity(self) -> str:
+        """s, "tanh" or "relu"; may be set.
+
+        Raises:
+            ValueError: it is set to anything else.
+        """
+        return self._nonlinearity
+
+    @nonlinearity.setter
+    def nonlinearity(self, value: str) -> None:
+        checks.mode_of(value)
+        self._nonlinearity = value
+
+    @property
+    def leak(self) -> float:
+        """Share of the new state, in (0, 1]; may be set.
+
+        Raises:
+            ValueError: it is set outside (0, 1].
+            TypeError: it is set to what is no number.
+        """
+        return self._leak
+
+    @leak.setter
+    def leak(self, value: float) -> None:
+        self._leak = checks.leak(value)
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*SETTINGS, "leak")}
 
     @classmethod
     def from_layers(cls, settings: dict[str, Any], leak: float, layers: list[Weights]) -> CompressedRNN:
@@ -147,6 +179,8 @@ class CompressedRNN(nn.Module):
             NotImplementedError: input or hx requires a gradient.
             ValueError, RuntimeError: input or hx does not fit, in the words of torch.nn.RNN.
         """
+        if not torch.compiler.is_compiling() and (node := recorded(self, input, hx)) is not None:
+            return node  # pyright: ignore[reportReturnType]
         data = input.data if isinstance(input, PackedSequence) else input
         for name, tensor in (("input", data), ("hx", hx)):
             if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
@@ -154,6 +188,10 @@ class CompressedRNN(nn.Module):
         layers = self._layers()
         batch = stack.batch_of(self, input, hx, layers[0].w_hh)
         return stack.results(self, batch, *stack.sparse(self, batch, layers))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script calls it first."""
+        checks.no_script(self, "small.to_sparse_rnn().to_rnn()")
 
     def train(self, mode: bool = True) -> CompressedRNN:
         """Leaves the module in eval mode, whatever the model around it does."""
@@ -177,7 +215,7 @@ class CompressedRNN(nn.Module):
     def to_sparse_rnn(self) -> SparseRNN:
         """Returns a SparseRNN with these weights and their masks, to train or prune further."""
         weights = self._layers()
-        new = self.trainable_form(**self.settings, leak=self.leak, device="meta", dtype=weights[0].w_hh.dtype)
+        new = self.trainable_form(**self._settings(), device="meta", dtype=weights[0].w_hh.dtype)
         new.to_empty(device=weights[0].w_hh.device).eval()
         with torch.no_grad():
             for name, shape in self._shapes.items():
@@ -203,7 +241,7 @@ class CompressedRNN(nn.Module):
         _safetensors()
         from safetensors.torch import save_file
 
-        save_file(self.state_dict(), path, metadata={METADATA: json.dumps(self.settings | {"leak": self.leak})})
+        save_file(self.state_dict(), path, metadata={METADATA: json.dumps(self._settings())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CompressedRNN:

@@ -7,9 +7,6 @@ registered formula. Autocast is off inside: the computation is in float64 for fl
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,32 +20,7 @@ from ..ops.block_layout import BlockLayout
 from ..reference import compute_dtype
 from ..reference.rnn import Step
 from . import checks
-
-
-def untraced(function: Callable) -> Callable:
-    """Has torch.compile run `function` outside its graphs, and not compile what it calls piece by piece.
-
-    It does so where torch.compile could not take the caller into a graph. It does not import the compiler, which takes
-    seconds.
-    """
-    disabled = None
-
-    @functools.wraps(function)
-    def call(*arguments):
-        nonlocal disabled
-        if disabled is None:
-            if "torch._dynamo" not in sys.modules:
-                return function(*arguments)
-            disabled = torch.compiler.disable(function)
-        return disabled(*arguments)
-
-    return call
-
-
-def constant_at_compile_time(function: Callable) -> Callable:
-    """Does what torch.compiler.assume_constant_result does, without importing the compiler."""
-    function._dynamo_marked_constant = True
-    return function
+from .tracing import is_taken_over
 
 
 class Weights(NamedTuple):
@@ -117,6 +89,8 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
     Raises:
         NotImplementedError: on a second and on a forward-mode derivative.
     """
+    if is_taken_over((x, h, *weights[:4])):
+        return torch.overrides.handle_torch_function(masked_rnn, (x, h, *weights[:4]), x, h, weights, lengths, step)
     dtype = compute_dtype(weights.w_hh)
     floating = [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous()
                 for t in (x, h, weights.w_ih, weights.w_hh, weights.b_ih, weights.b_hh)]
@@ -129,12 +103,15 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
     else:
         op, grads_op = blocked_rnn_op.BLOCKED_RNN, blocked_rnn_op.BLOCKED_RNN_GRADS
         given = given_back = [blocked_rnn_op.flat(weights.layout), weights.layout.side]
-    if backends.active(x.device.type) == "reference":
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # as the op, which any backend serves later
+    if backends.active(x.device.type) == "reference" and not recorded:
         op, grads_op = op.by_reference, grads_op.by_reference
     else:
         op, grads_op = (getattr(torch_ops, each.name).default for each in (op, grads_op))
         if torch.compiler.is_compiling():
             return op(*floating, *masks, *given, lengths, *step, needs_grad)[:2]
+        if torch.jit.is_tracing():  # what is traced without gradients may be asked for them later
+            return op(*floating, *masks, *given, lengths, *step, True)[:2]
     if not torch.compiler.is_compiling():
         _refuse_transforms(floating)
     if needs_grad:
@@ -170,18 +147,23 @@ class _MaskedRNN(torch.autograd.Function):
     def forward(ctx, op, grads_op, given, given_back, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
         with _without_autocast(x.device.type), _below_autograd():
             output, h_n, *saved = op(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *given, lengths, *step, True)
-        *_, states, activations = output, *saved  # the states of masked_rnn are its output
+        ctx.changeable = None
+        if len(saved) == 1:  # the states of masked_rnn are its output
+            states, ctx.changeable = masked_rnn_op.saved_output(output, op, b_ih, b_hh)
+            saved = [states, *saved]
         ctx.grads_op, ctx.given_back, ctx.step = grads_op, given_back, step
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations)
+        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, *saved)
         return output, h_n
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n):
-        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations = ctx.saved_tensors
+        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations = saved = ctx.saved_tensors
         need = ctx.needs_input_grad[6:12]  # of x, h, w_ih, w_hh, b_ih, b_hh
         needs = (*need[:4], need[4] or need[5])
         with _below_autograd(), _without_autocast(x.device.type):
+            if ctx.changeable is not None:
+                states, activations = ctx.changeable.as_it_was(*saved, ctx.step)
             grads = ctx.grads_op(
                 None if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,

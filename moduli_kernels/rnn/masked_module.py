@@ -1,24 +1,41 @@
-"""The part of a recurrent module that has to do with masks, and with the order of its neurons.
+"""The part of a recurrent module that has to do with masks.
 
-Masks are bool buffers on the module (moduli_kernels/masks.py), True where a weight is kept. set_mask, MagnitudePruner
-or a state_dict makes them. Masks of floats 0 and 1 by torch.nn.utils.prune are read as well. An order of the neurons,
-the buffer `<weight>_order`, says in which order rows and columns of a mask are laid out in blocks.
+Masks are bool buffers on the module (moduli_kernels/masks), True where a weight is kept. set_mask, MagnitudePruner or a
+state_dict makes them. Masks of floats 0 and 1 by torch.nn.utils.prune are read as well.
 
-What a mask holds is counted once and remembered by tensor and version, since on a GPU every count waits for the device.
+Nothing is remembered of what a mask or a weight holds, where a result depends on it: a write through `.data` changes a
+tensor without a trace.
 """
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..masks import buffer_name, get_mask, live_mask, remove_mask, set_mask, zero_masked_
-from ..ops.block_layout import BlockLayout, lay_out_blocks
-from ..reference import compute_dtype
-from . import checks, crossovers
-from .layer import walks_blocks
+from ..masks import (
+    buffer_name,
+    effective_weight,
+    get_mask,
+    hold,
+    is_mask,
+    is_zero_where_masked,
+    mask_changed,
+    names_pruned_by_torch,
+    origin,
+    remove_mask,
+    set_mask,
+    zero_masked_,
+)
+from ..reference.rnn import kept
+from . import checks
+
+LARGE = 2**17  # from so many entries on, eight bytes of a mask are added at a time
+ADDED = 128  # so many of them: at most 255, so that no byte overflows
+
+# The kept shares that one call has counted, by the names of the weights. None in its place: the call may not look at
+# masks and weights, and takes what is right whatever they hold.
+Counted = dict[str, float | None]
 
 
 def mask_of(module: nn.Module, name: str, weight: Tensor) -> Tensor | None:
@@ -30,104 +47,55 @@ def mask_of(module: nn.Module, name: str, weight: Tensor) -> Tensor | None:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def order_of(module: nn.Module, name: str) -> Tensor | None:
-    """The order of the neurons set for the hidden weight `name`, int64 (hidden_size,), or None."""
-    return module._buffers.get(_order_name(name))
-
-
-def _order_name(name: str) -> str:
-    return f"{name}_order"
-
-
-class Facts:
-    """Remembers what was counted of a module's masks and weights, by name, until the tensors change.
-
-    Tensors of inference mode have no version. Their density may be stale, which costs time and never changes a result.
-    """
-
-    def __init__(self):
-        self._known: dict[tuple[str, str], tuple[tuple, Any]] = {}
-        self._in_graphs: list[BlockLayout] = []  # layouts that CUDA graphs read for as long as they live
-
-    def density(self, name: str, mask: Tensor | None) -> float | None:
-        """The kept share of a mask: 1 for an empty one, None without one. Waits for a GPU once per version."""
-        if mask is None:
-            return None
-        if capturing(mask):  # a CUDA graph is being recorded, which may not wait, so only what is known counts
-            return self._known.get(("density", name), (None, None, 1.0))[2]
-        return self._remembered(
-            ("density", name), (mask,), lambda: int(torch.count_nonzero(mask)) / max(1, mask.numel()))
-
-    def zero_where_masked(self, name: str, weight: Tensor, mask: Tensor) -> bool:
-        """Whether the weight is 0 wherever it is masked. Does not see writes through weight.data."""
-        if weight.is_inference() or mask.is_inference() or capturing(mask):
-            return False
-        return self._remembered(("zero", name), (weight, mask), lambda: not bool(weight.masked_fill(mask, 0).any()))
-
-    def layout(self, name: str, mask: Tensor, order: Tensor | None) -> BlockLayout | None:
-        """The layout of a mask whose rows and columns are brought into `order`. Waits for a GPU once a version of both.
-
-        None where a CUDA graph is recorded and the layout is not known yet, and for a mask of inference mode, whose
-        layout would go stale unseen.
-        """
-        if mask.is_inference():
-            return None
-        key, tensors = ("layout", name), (mask,) if order is None else (mask, order)
-        if capturing(mask):
-            layout = self._known[key][2] if self._knows(key, tensors) else None
-            if layout is not None and not any(layout is each for each in self._in_graphs):
-                self._in_graphs.append(layout)
-            return layout
-        return self._remembered(key, tensors, lambda: _laid_out(mask, order))
-
-    def _remembered(self, key: tuple[str, str], tensors: tuple[Tensor, ...], count: Any) -> Any:
-        if self._knows(key, tensors):
-            return self._known[key][2]
-        with torch.no_grad():
-            value = count()
-        self._known[key] = (tuple(weakref.ref(t) for t in tensors), _state(tensors), value)
-        return value
-
-    def _knows(self, key: tuple[str, str], tensors: tuple[Tensor, ...]) -> bool:
-        references, then, _ = self._known.get(key, ((), None, None))
-        return then == _state(tensors) and all(ref() is t for ref, t in zip(references, tensors))
-
-
-def _state(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-
-def _laid_out(mask: Tensor, order: Tensor | None) -> BlockLayout:
-    layout = lay_out_blocks(mask if mask.dtype == torch.bool else mask != 0, order, order, side=crossovers.SIDE,
-                          threshold=crossovers.THRESHOLD)
-    if mask.is_cuda:  # it may be read on any stream from now on
-        torch.cuda.current_stream(mask.device).synchronize()
-    return layout
-
-
 def capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being recorded on the tensor's device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def used_weight(module: nn.Module, name: str) -> Tensor:
+    """The tensor that a forward pass uses under `name`, masks aside; the attribute itself where nothing is known of its
+    origin."""
+    return effective_weight(module, name) if origin(module, name) not in ("attribute", None) else getattr(module, name)
+
+
+def needs_gradient(weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
+def kept_share(mask: Tensor) -> float:
+    """The kept share of a mask, 1 for an empty one and one on meta. Waits for a GPU."""
+    return _kept_entries(mask) / mask.numel() if mask.numel() and not mask.is_meta else 1.0
+
+
+def _kept_entries(mask: Tensor) -> int:
+    """torch.count_nonzero, for a large mask on the CPU in a fifth of its time: bytes are added eight at a time."""
+    if mask.numel() < LARGE or mask.dtype != torch.bool or mask.device.type != "cpu" or mask.storage_offset() % 8:
+        return int(torch.count_nonzero(mask))
+    flat = mask.reshape(-1)
+    whole = len(flat) // (8 * ADDED) * 8 * ADDED
+    eight_sums = flat[:whole].view(torch.int64).view(-1, ADDED).sum(1)
+    return int(eight_sums.view(torch.uint8).sum()) + int(torch.count_nonzero(flat[whole:]))
+
+
 class MaskedModule(nn.Module):
-    """Base of the recurrent modules with masks: sets and loads masks, and remembers what was counted of them.
+    """Base of the recurrent modules with masks: sets, loads and reads them.
 
     The subclass names its weights and biases, in the order of nn.RNN, in `_weight_names()`.
     """
 
-    applies_masks = True  # so that no hook looks at the weights before each forward pass (masks/holding.py)
+    applies_masks = True  # its forward pass reads no masked weight, whoever wrote it (moduli_kernels/masks)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._facts = Facts()
+        self._shares: dict[str, tuple[weakref.ref[Tensor], int, float]] = {}
 
     def set_mask(self, name: str, mask: Tensor | None) -> None:
         """Sets the mask of the weight `name` ("weight_hh_l0", "weight_ih_l1_reverse", ...), and masked weights to 0.
 
         The mask is the bool buffer `<name>_mask`, as MagnitudePruner keeps it. One that is there already is written in
-        place. An optimizer that has gathered momentum before goes on moving masked weights, without effect on outputs
-        and gradients; MagnitudePruner with `optimizer=` holds them at 0.
+        place. From now on masked weights are 0 in a state_dict and after the step of any optimizer. Of a weight that
+        torch.nn.utils.parametrize or a hook computes, the mask is multiplied in at each call, and what it is computed
+        from stays as it is.
 
         Args:
             name: the name of a weight or a bias.
@@ -145,19 +113,70 @@ class MaskedModule(nn.Module):
             return
         weight = getattr(self, name)
         checks.new_mask(name, mask, weight)
-        own = live_mask(self, name)
-        if own is None:
-            set_mask(self, name, mask.detach().to(weight.device, copy=True))
-        else:
+        own = get_mask(self, name)
+        if own is not None and is_mask(own, weight) and own.device == weight.device:
             own.copy_(mask)
-        zero_masked_(weight, get_mask(self, name))
+            hold(self, name)
+            mask_changed(self, name)
+        else:
+            set_mask(self, name, mask.detach().to(weight.device, copy=True))
+        if self._parameters.get(name) is not None:  # a weight that is computed is masked in the forward pass alone
+            zero_masked_(weight, get_mask(self, name))
+
+    # -- what a call reads --
+
+    def _masked_weight(self, name: str, weight: Tensor, counted: Counted | None) -> Tensor:
+        """The weight with 0 where it is masked: the weight itself where no gradient needs the mask and it is 0 there,
+        which is looked up on the CPU only, else a copy."""
+        mask = mask_of(self, name, weight)
+        if mask is None or (counted is not None and weight.device.type == "cpu" and not needs_gradient(weight)
+                            and is_zero_where_masked(weight, mask)):
+            return weight
+        return kept(weight, mask)
+
+    def _share(self, name: str, counted: Counted) -> float | None:
+        """The kept share of the mask of `name`, None without one.
+
+        On CUDA, where a count waits for the device, it is also remembered as long as the mask stays the same tensor of
+        the same version: it decides about speed only, never about a result. While a CUDA graph is recorded nothing can
+        be counted, and what is not remembered counts as 1.
+        """
+        if name not in counted:
+            mask = get_mask(self, name)
+            counted[name] = None if mask is None else self._share_on_cuda(name, mask) if mask.is_cuda else (
+                kept_share(mask))
+        return counted[name]
+
+    def _share_on_cuda(self, name: str, mask: Tensor) -> float:
+        version = 0 if mask.is_inference() else mask._version
+        its, its_version, share = self._shares.get(name, (lambda: None, 0, 1.0))
+        if its() is mask and its_version == version or capturing(mask):
+            return share
+        share = kept_share(mask)
+        self._shares[name] = weakref.ref(mask), version, share
+        return share
+
+    # -- moving, saving and copying --
+
+    def _apply(self, fn, recurse=True):
+        """Moves masks as torch.nn.Module moves Parameters: they stay the same tensors, since another net may have them
+        too (SparseRNN.from_rnn)."""
+        masks = {buffer_name(name): get_mask(self, name) for name in self._weight_names()}
+        super()._apply(fn, recurse)
+        for key, mask in masks.items():
+            moved = self._buffers.get(key)
+            if mask is not None and moved is not mask and torch._has_compatible_shallow_copy_type(mask, moved):
+                mask.data = moved
+                self._buffers[key] = mask
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         error_msgs = rest[-1]
         for name in self._weight_names():
-            key, weight = prefix + buffer_name(name), self._parameters.get(name)
-            if key not in state_dict or weight is None or get_mask(self, name) is not None:
+            key = prefix + buffer_name(name)
+            if key not in state_dict or name in names_pruned_by_torch(self) or get_mask(self, name) is not None:
                 continue
+            weight = getattr(self, name)
             problem = checks.saved_mask_problem(key, state_dict[key], weight)
             if problem is None:  # a buffer to load into
                 set_mask(self, name, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
@@ -166,89 +185,10 @@ class MaskedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self):
-        # The facts hold weak references, which neither pickle nor belong to a copy.
+        # Shares hold weak references, which neither pickle nor belong to a copy.
         state = dict(super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__)
-        del state["_facts"]
-        return state
+        return state | {"_shares": {}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._facts = Facts()
-
-
-class OrderedModule(MaskedModule):
-    """A masked module that also has orders of its neurons, one a hidden weight, and the layouts of the masks.
-
-    The subclass has an attribute `hidden_size`.
-    """
-
-    def set_order(self, name: str, order: Tensor | None) -> None:
-        """Sets the order of the neurons in which the hidden weight `name` ("weight_hh_l0", ...) is laid out in blocks.
-
-        An order changes speed, never results: on CUDA a large masked weight is multiplied in blocks of neurons that are
-        neighbours in this order, which are few where the mask is local. The order is the buffer `<name>_order`: it
-        moves with the module, and is saved and loaded as a mask is.
-
-        Args:
-            name: the name of a hidden weight.
-            order: int64, (hidden_size,), a permutation such as `mk.manifold_order` gives; it is copied to the weight's
-                device. None takes the order away.
-
-        Raises:
-            ValueError: name is no hidden weight of this module, or order is no permutation of the neurons.
-            TypeError: order is no int64 tensor.
-        """
-        checks.hidden_weight(self, name, self._hidden_names())
-        buffer = _order_name(name)
-        if order is None:
-            self._buffers.pop(buffer, None)
-            return
-        checks.new_order(order, self.hidden_size)
-        if buffer in self._buffers:
-            self._buffers[buffer].copy_(order)
-        else:
-            self.register_buffer(buffer, order.detach().to(getattr(self, name).device, copy=True))
-
-    def _hidden_names(self) -> list[str]:
-        return [name for name in self._weight_names() if name.startswith("weight_hh")]
-
-    def _layout(self, name: str, batch: int) -> BlockLayout | None:
-        """The layout by which the op multiplies the masked weight `name`, or None where it takes the whole matrix.
-
-        None in a compiled graph too, where a mask may change.
-        """
-        mask, weight = get_mask(self, name), getattr(self, name)
-        if mask is None or torch.compiler.is_compiling() or not walks_blocks(weight.device.type, compute_dtype(weight)):
-            return None
-        case = self.hidden_size, batch, self._facts.density(name, mask)
-        if crossovers.hidden_form(*case) == "masked":
-            return None
-        layout = self._facts.layout(name, mask, order_of(self, name))
-        if layout is None or crossovers.hidden_form(*case, len(layout.kept), len(layout.strays)) == "masked":
-            return None
-        return layout
-
-    def _layout_in_words(self, name: str, batch: int) -> str:
-        """Describes for explain() how a masked weight is read on the sparse path."""
-        mask, weight = get_mask(self, name), getattr(self, name)
-        if mask is None or not walks_blocks(weight.device.type, compute_dtype(weight)):
-            return ""
-        layout = self._layout(name, batch)
-        if layout is None:
-            return ", as one matrix with its mask"
-        order = "of the neurons" if order_of(self, name) is None else "set by set_order"
-        return (f", in {len(layout.kept)} blocks of {layout.side} x {layout.side} and {len(layout.strays)} stray "
-                f"weights, in the order {order}")
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        error_msgs = rest[-1]
-        for name in self._hidden_names():
-            key, buffer = f"{prefix}{_order_name(name)}", _order_name(name)
-            if key not in state_dict or buffer in self._buffers:
-                continue
-            problem = checks.saved_order_problem(key, state_dict[key], self.hidden_size)
-            if problem is None:  # a buffer to load into
-                self.register_buffer(buffer, torch.arange(self.hidden_size, device=getattr(self, name).device))
-            else:
-                error_msgs.append(problem)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._shares = {}

@@ -137,15 +137,30 @@ def test_a_net_over_blocks_and_strays_as_nn_rnn(monkeypatch):
     pruner = mk.MagnitudePruner([(net, "weight_hh_l0")])
     for sparsity in (0.98, 0.99):
         pruner.step_to(sparsity)
-        layout = net._layout("weight_hh_l0", 20)
+        layout = net._layout("weight_hh_l0", net.weight_hh_l0, 20, {})
         assert int(layout.kept.sum()) + len(layout.strays) == int(net.weight_hh_l0_mask.sum())
         assert "stray weights, in the order set by set_order" in net.explain(20, 20)
         assert_same(net, run(net, x, hx), run(plain_rnn(net, torch.float64), x, hx), 1e-5)
-    torch.cuda.set_sync_debug_mode("error")  # the layout is known, so nothing waits
-    try:
-        net(x, hx)[0].sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    net.weight_hh_l0_mask.data.logical_not_()  # a write without a trace
+    net.weight_hh_l0.data.div_(40)
+    assert_same(net, run(net, x, hx), run(plain_rnn(net, torch.float64), x, hx), 1e-5)
+
+
+def test_a_graph_reads_the_mask_that_is_there_when_it_is_replayed():
+    """No layout is recorded: the op reads the mask itself, which may change in place between replays."""
+    net, x = net_of(64, 2048, densities=(None, 0.02)), draw(20, 20, 64)
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return net(x)
+
+    graph, results = capture(step)
+    for change in (lambda: None, lambda: net.weight_hh_l0_mask.data.copy_(net.weight_hh_l0_mask.t().clone())):
+        change()
+        graph.replay()
+        with torch.no_grad():
+            want = plain_rnn(net, torch.float64)(x.double())[0]
+        assert (results[0].double() - want).norm() <= 2e-2 * want.norm()
 
 
 def test_thousand_runs_are_alike():

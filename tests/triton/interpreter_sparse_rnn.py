@@ -41,7 +41,7 @@ def test_as_nn_rnn(launched, settings, packed):
     lengths = torch.tensor([2, 3, 1]) if packed else None
     assert_same(net, run(net, x, hx, lengths), run(plain_rnn(net, torch.float64), x, hx, lengths), 1e-5)
     assert launched == [name for name in ("blocked_rnn", "blocked_rnn_grads") for _ in net._all_weights]
-    layout = net._layout("weight_hh_l0", 3)
+    layout = net._layout("weight_hh_l0", net.weight_hh_l0, 3, {})
     assert len(layout.kept) and len(layout.strays)
     assert f"in {len(layout.kept)} blocks of 32 x 32 and {len(layout.strays)} stray weights, in the order set by " \
         "set_order" in net.explain()
