@@ -20,7 +20,7 @@ from ..ops.block_layout import BlockLayout
 from ..reference import compute_dtype
 from ..reference.rnn import Step
 from . import checks
-from .tracing import is_taken_over
+from .tracing import constant_at_compile_time, is_taken_over
 
 
 class Weights(NamedTuple):
