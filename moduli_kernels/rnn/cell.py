@@ -122,13 +122,19 @@ class SparseRNNCell(MaskedModule, RNNCell):
         if self._leak == 1:
             if all(mask is None for mask in masks.values()):
                 return RNNCell.forward(self, input, hx)
-            if is_recorded_or_transformed() or (
-                    not torch.compiler.is_compiling() and is_taken_over((input, hx, *weights.values()))):
+            if not torch.compiler.is_compiling() and (
+                    is_recorded_or_transformed() or is_taken_over((input, hx, *weights.values()))):
                 weights = {name: kept(weight, masks[name]) for name, weight in weights.items()}
                 return RNNCell.forward(self._as_rnn_cell(weights), input, hx)
         checks.cell_input(input, hx, self.hidden_size, self.input_size, self.nonlinearity)
         if hx is None:
             hx = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
+        if self._leak == 1 and torch.compiler.is_exporting():
+            run = torch._VF.rnn_tanh_cell if self.nonlinearity == "tanh" else torch._VF.rnn_relu_cell
+            batched = [t if t.dim() == 2 else t[None] for t in (input, hx)]
+            found = [kept(weight, masks[name]) for name, weight in weights.items()] + [None] * (4 - len(weights))
+            after = run(*batched, *found)
+            return after if input.dim() == 2 else after[0]
         biases = [kept(weights[name], masks[name]) for name in self._weight_names()[2:]]
         return masked_rnn_step(input, hx, weights["weight_ih"], weights["weight_hh"], *biases,
                                mask_ih=masks["weight_ih"], mask_hh=masks["weight_hh"], nonlinearity=self.nonlinearity,

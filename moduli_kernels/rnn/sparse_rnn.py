@@ -89,11 +89,11 @@ class SparseRNN(PathChoice, RNN):
         Raises:
             ValueError: it is set to anything else.
         """
-        return checks.NONLINEARITY_OF[self.__dict__["mode"]]  # where torch.nn.RNN keeps it, in pickles too
+        return checks.NONLINEARITY_OF[self._mode]
 
     @nonlinearity.setter
     def nonlinearity(self, value: str) -> None:
-        self.__dict__["mode"] = checks.mode_of(value)
+        self._mode = checks.mode_of(value)
 
     @property
     def mode(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -102,11 +102,11 @@ class SparseRNN(PathChoice, RNN):
         Raises:
             ValueError: it is set to anything else.
         """
-        return self.__dict__["mode"]
+        return self._mode
 
     @mode.setter
     def mode(self, value: str) -> None:
-        self.__dict__["mode"] = checks.mode(value)
+        self._mode = checks.mode(value)
 
     @property
     def leak(self) -> float:
@@ -136,6 +136,11 @@ class SparseRNN(PathChoice, RNN):
     @path.setter
     def path(self, value: str) -> None:
         self._path = checks.path(value, self._leak)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_mode" not in state:  # a pickle of torch.nn.RNN's own attributes, as the first versions made
+            state = {**state, "_mode": state["mode"]}
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         defaults = {"nonlinearity": "tanh", "leak": 1, "path": "auto"}
@@ -213,7 +218,7 @@ class SparseRNN(PathChoice, RNN):
         """Returns a torch.nn.RNN over the masked weights, for one call."""
         weights: Any = self._flat_weights
         weights, plain = self._masked_weights(weights, None), RNN.__new__(RNN)
-        plain.__dict__.update(self.__dict__, _parameters=dict(zip(self._flat_weights_names, weights)),
+        plain.__dict__.update(self.__dict__, mode=self._mode, _parameters=dict(zip(self._flat_weights_names, weights)),
                               _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
         return plain
 

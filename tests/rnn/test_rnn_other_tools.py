@@ -19,7 +19,8 @@ from tests.support.rnn_cases import draw, draw_mask, net_of, quiet
 pytestmark = [on_device, *quiet, pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning",
     "ignore:The tensor attributes self._flat_weights", "ignore:.*torch.jit.*",
-    "ignore:There is a performance drop because we have not yet implemented the batching rule")]
+    "ignore:There is a performance drop because we have not yet implemented the batching rule",
+    "ignore:The given buffer is not writable")]  # torch.export.load's
 
 ALL_PATHS = ("auto", "sparse", "dense")
 MASKS = {"no mask": (None, None), "a mask": (None, 0.3), "masks": (0.5, 0.3)}
