@@ -84,13 +84,14 @@ def _masked(module: nn.Module, name: str, weight: Tensor) -> Tensor:
     """The weight with 0 where it is masked: the weight itself where it is 0 there already.
 
     That is looked up on the CPU. In a graph, and on a GPU, which would have to be waited for, it is relied on where
-    hooks hold the mask.
+    hooks set masked weights to 0 before each forward pass.
     """
     mask = live_mask(module, name)
     if mask is None:
         return weight
     if torch.compiler.is_compiling() or weight.device.type != "cpu":
-        return weight if is_held(module, name) else torch.where(mask, weight, 0)
+        zeroed = is_held(module, name) and not getattr(module, "applies_masks", False)
+        return weight if zeroed else torch.where(mask, weight, 0)
     return weight if is_zero_where_masked(weight, mask) else torch.where(mask, weight, 0)
 
 
