@@ -82,6 +82,14 @@ NUMBERS = {
     "sigmas": Case(lambda: mk.DifferenceOfGaussians(1.0, 5.0, 0.25), ValueError,
         "sigma1 must be smaller than sigma2 (narrow minus wide Gaussian), got sigma1=5.0 and sigma2=0.25; "
         "swap them or widen sigma2."),
+    "zero_min": Case(lambda: mk.DifferenceOfGaussians(zero_min="sample"), ValueError,
+        "zero_min must be True, False or 'sampled', got 'sample'; 'sampled' takes the offset from the points."),
+    "zero_min_none": Case(lambda: mk.DifferenceOfGaussians(zero_min=None), TypeError,
+        "zero_min must be True, False or 'sampled', got a NoneType; pass True, the default."),
+    "zero_min_without_points": Case(lambda: mk.DifferenceOfGaussians(zero_min="sampled")(torch.ones(3)), ValueError,
+        "zero_min='sampled' must be given points before it has values (its offset is the largest difference of "
+        "Gaussians over their pairs), got none; pass the inhibitor to moduli_penalty, ModuliRegularizer or "
+        "regularize, or call inhibitor.at_points(manifold, rows)."),
     "table": Case(lambda: mk.TabulatedInhibitor(lambda d: 1 / d, 10.0), ValueError,
         "f must be finite on [0, max_distance], got NaN or infinity in its samples; choose a smaller "
         "max_distance or an inhibitor without a pole."),

@@ -256,6 +256,21 @@ class Inhibitor:
         assert cls.kernel_form is not None
         return cls(**dict(zip(cls.kernel_form.parameters, parameters)))
 
+    @property
+    def needs_points(self) -> bool:
+        """Whether f is known only once there are points (`at_points`). So it is for zero_min="sampled" alone."""
+        return False
+
+    def at_points(self, manifold: Manifold, rows: Tensor, cols: Tensor | None = None) -> Inhibitor:
+        """The inhibitor for these points: itself, unless it `needs_points`. That waits for a GPU.
+
+        Args:
+            manifold: where the points are.
+            rows: (R, ambient_dim), the points of the rows.
+            cols: (C, ambient_dim), the points of the columns. None: the rows' points.
+        """
+        return self
+
     def __call__(self, d: Tensor) -> Tensor:
         """f(d), elementwise and differentiable.
 

@@ -5,8 +5,10 @@ read values, and so wait for a GPU: a user hands over the points of an embedding
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numbers
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +71,30 @@ def ordered_sigmas(sigma1: float, sigma2: float) -> None:
             f"sigma1 must be smaller than sigma2 (narrow minus wide Gaussian), got sigma1={sigma1!r} and "
             f"sigma2={sigma2!r}; swap them or widen sigma2."
         )
+
+
+def zero_min(value: Any) -> Any:
+    """The value as a bool or "sampled", which it must be."""
+    if isinstance(value, str):
+        if value != "sampled":
+            raise ValueError(
+                f"zero_min must be True, False or 'sampled', got {value!r}; 'sampled' takes the offset from the points."
+            )
+        return value
+    if isinstance(value, (numbers.Integral, np.bool_)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"zero_min must be True, False or 'sampled', got {shown(value)}; pass True, the default.")
+
+
+def sampled_offset(offset: float | None) -> float:
+    """The offset that was found among points, which must be known."""
+    if offset is None:
+        raise ValueError(
+            "zero_min='sampled' must be given points before it has values (its offset is the largest difference of "
+            "Gaussians over their pairs), got none; pass the inhibitor to moduli_penalty, ModuliRegularizer or "
+            "regularize, or call inhibitor.at_points(manifold, rows)."
+        )
+    return offset
 
 
 def table_values(values: Tensor) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..checks import positive, positive_int
-from .base import Inhibitor, KernelForm
-from .checks import ordered_sigmas, table_values
+from .base import Inhibitor, KernelForm, Manifold
+from .checks import ordered_sigmas, sampled_offset, table_values, zero_min
 from .maths import floating, sqrt_of_square
+from .sampled import largest_over_pairs
 
 __all__ = ["Constant", "DifferenceOfGaussians", "Diffusion", "RickerWavelet", "Sinusoid", "TabulatedInhibitor"]
 
@@ -37,49 +38,98 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 class DifferenceOfGaussians(Inhibitor):
     """A narrow Gaussian less a wide one, the default of the paper's experiments (App. E, eq. 7).
 
-        f(d) = offset - c (exp(-d^2/sigma2) - exp(-d^2/sigma1))
+        g(d) = c (exp(-d^2/sigma2) - exp(-d^2/sigma1)),   f(d) = offset - g(d)
         df/ds = c (exp(-s/sigma2)/sigma2 - exp(-s/sigma1)/sigma1)
 
-    In the paper's equation 7, offset = c. With `zero_min` offset is the maximum of the difference, so that the cheapest
-    distance, d^2 = ln(sigma2/sigma1) / (1/sigma1 - 1/sigma2), costs 0; the authors' code does so.
+    In the paper's equation 7, offset = c. There are two ways to let the cheapest connection cost 0:
+
+    - zero_min=True: offset is the maximum of g over all distances. It is at d^2 = ln(sigma2/sigma1) / (1/sigma1 -
+      1/sigma2), so that this distance costs 0 on every manifold.
+    - zero_min="sampled": offset is the largest g(d(rows_i, cols_j)) over all pairs of points, as in the authors' code,
+      so that the cheapest pair there is costs 0. It is for reproducing their numbers. The offset is smaller the fewer
+      pairs come near the cheapest distance: with 128 neurons on a 6-torus it is about 60 (40 to 80) rather than 81. It is found
+      anew at each call, which measures all distances once more; a mask of the weight makes no difference to it. It follows trained
+      points, and as in the authors' code the gradient flows through it, into the one pair with the largest g.
 
     Args:
         c: the height, positive; in the unit of f.
         sigma1: the width of the narrow Gaussian, positive. As in the paper it divides d^2, so it is a squared length.
         sigma2: the width of the wide Gaussian, in the same unit; sigma1 < sigma2.
-        zero_min: whether the cheapest distance costs 0; otherwise offset = c.
+        zero_min: whether the cheapest distance costs 0 (True), or the cheapest pair of points ("sampled"); otherwise
+            offset = c.
 
     Raises:
-        ValueError: c, sigma1 or sigma2 is not positive or not finite, or sigma1 >= sigma2.
-        TypeError: c, sigma1 or sigma2 is not a number.
+        ValueError: c, sigma1 or sigma2 is not positive or not finite, sigma1 >= sigma2, or zero_min is another text. A
+            "sampled" one also where it is called without points; `at_points` gives the function for some points.
+        TypeError: c, sigma1 or sigma2 is not a number, or zero_min is neither a bool nor a text.
     """
 
     c: float = 100.0
     sigma1: float = 0.25
     sigma2: float = 5.0
-    zero_min: bool = True
+    zero_min: bool | Literal["sampled"] = True
+    sampled_offset: float | None = field(default=None, init=False)
     kernel_form = KernelForm(code=0, parameters=("c", "sigma1", "sigma2", "offset"))
 
     def __post_init__(self):
         for name in ("c", "sigma1", "sigma2"):
-            positive(name, getattr(self, name))
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
         ordered_sigmas(self.sigma1, self.sigma2)
+        object.__setattr__(self, "zero_min", zero_min(self.zero_min))
+
+    def __repr__(self) -> str:
+        at = "" if self.sampled_offset is None else f", offset={self.sampled_offset}"
+        return (f"DifferenceOfGaussians(c={self.c}, sigma1={self.sigma1}, sigma2={self.sigma2}, "
+                f"zero_min={self.zero_min!r}{at})")
 
     @classmethod
     def from_kernel(cls, parameters: list[float], table: Tensor | None) -> Inhibitor:
         c, sigma1, sigma2, offset = parameters
-        return cls(c, sigma1, sigma2, zero_min=offset != c)  # the peak of the difference is smaller than c
+        made = cls(c, sigma1, sigma2, zero_min=offset != c)  # the peak of the difference is smaller than c
+        return made if made.offset == offset else made.with_offset(offset)
+
+    def with_offset(self, offset: float) -> DifferenceOfGaussians:
+        """This function with the offset that some points give it."""
+        made = DifferenceOfGaussians(self.c, self.sigma1, self.sigma2, "sampled")
+        object.__setattr__(made, "sampled_offset", float(offset))
+        return made
+
+    @property
+    def needs_points(self) -> bool:
+        return self.zero_min == "sampled" and self.sampled_offset is None
+
+    def at_points(self, manifold: Manifold, rows: Tensor, cols: Tensor | None = None) -> Inhibitor:
+        if not self.needs_points:
+            return self
+        return self.with_offset(self.largest_over_pairs(manifold, rows.detach(), cols).item())
+
+    def largest_over_pairs(self, manifold: Manifold, rows: Tensor, cols: Tensor | None = None) -> Tensor:
+        """The largest g(d(rows_i, cols_j)), the offset for zero_min="sampled": 0-d, in the dtype of the points.
+
+        It is differentiable in the points of the pair that has it. Arguments are those of `at_points`.
+        """
+        return largest_over_pairs(self._difference, self._cheapest, manifold, rows, cols)
+
+    @property
+    def _cheapest(self) -> float:
+        """The squared distance that costs least."""
+        return math.log(self.sigma2 / self.sigma1) / (1 / self.sigma1 - 1 / self.sigma2)
 
     @property
     def offset(self) -> float:
-        """The constant in f: c or, with `zero_min`, the maximum over d of what is subtracted, so that min f = 0."""
+        """The constant in f: c or, with `zero_min`, the maximum of what is subtracted, so that min f = 0."""
+        if self.zero_min == "sampled":
+            return sampled_offset(self.sampled_offset)
         if not self.zero_min:
             return self.c
-        s = math.log(self.sigma2 / self.sigma1) / (1 / self.sigma1 - 1 / self.sigma2)
+        s = self._cheapest
         return self.c * (math.exp(-s / self.sigma2) - math.exp(-s / self.sigma1))
 
+    def _difference(self, s: Tensor) -> Tensor:
+        return self.c * (torch.exp(-s / self.sigma2) - torch.exp(-s / self.sigma1))
+
     def from_squared(self, s: Tensor) -> Tensor:
-        return self.offset - self.c * (torch.exp(-s / self.sigma2) - torch.exp(-s / self.sigma1))
+        return self.offset - self._difference(s)
 
     def slope(self, s: Tensor) -> Tensor:
         wide, narrow = torch.exp(-s / self.sigma2), torch.exp(-s / self.sigma1)
@@ -110,8 +160,8 @@ class Diffusion(Inhibitor):
     kernel_form = KernelForm(code=1, parameters=("c", "exponent"))
 
     def __post_init__(self):
-        positive("c", self.c)
-        positive("exponent", self.exponent)
+        object.__setattr__(self, "c", positive("c", self.c))
+        object.__setattr__(self, "exponent", positive("exponent", self.exponent))
 
     def from_squared(self, s: Tensor) -> Tensor:
         zero = s == 0  # for exponent < 2 there is no derivative at 0, so autograd must not meet one
@@ -145,8 +195,8 @@ class Sinusoid(Inhibitor):
     kernel_form = KernelForm(code=2, parameters=("c", "mu"))
 
     def __post_init__(self):
-        positive("c", self.c)
-        positive("mu", self.mu)
+        object.__setattr__(self, "c", positive("c", self.c))
+        object.__setattr__(self, "mu", positive("mu", self.mu))
 
     def from_squared(self, s: Tensor) -> Tensor:
         return self.c + self.c * torch.cos(self.mu * sqrt_of_square(s))
@@ -178,8 +228,8 @@ class RickerWavelet(Inhibitor):
     kernel_form = KernelForm(code=3, parameters=("sigma", "c"))
 
     def __post_init__(self):
-        positive("sigma", self.sigma)
-        positive("c", self.c)
+        object.__setattr__(self, "sigma", positive("sigma", self.sigma))
+        object.__setattr__(self, "c", positive("c", self.c))
 
     @property
     def peak(self) -> float:
@@ -212,7 +262,7 @@ class Constant(Inhibitor):
     kernel_form = KernelForm(code=4, parameters=("c",))
 
     def __post_init__(self):
-        positive("c", self.c)
+        object.__setattr__(self, "c", positive("c", self.c))
 
     def from_squared(self, s: Tensor) -> Tensor:
         return torch.where(torch.isnan(s), s, torch.full_like(s, self.c))
@@ -250,8 +300,8 @@ class TabulatedInhibitor(Inhibitor):
     kernel_form = KernelForm(code=5, parameters=("max_distance",))
 
     def __post_init__(self, f: Callable[[Tensor], Tensor]):
-        positive("max_distance", self.max_distance)
-        positive_int("samples", self.samples, minimum=8)
+        object.__setattr__(self, "max_distance", positive("max_distance", self.max_distance))
+        object.__setattr__(self, "samples", int(positive_int("samples", self.samples, minimum=8)))
         d = torch.linspace(0, self.max_distance, self.samples, dtype=torch.float64)
         values = torch.as_tensor(f(d), dtype=torch.float64).detach().expand(self.samples)
         table_values(values)

@@ -1,6 +1,7 @@
 """`moduli_penalty`: the penalty of one weight as a differentiable function, and what its other forms share with it."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
@@ -14,7 +15,7 @@ from ..checks import finite, one_of
 from ..distributed import check_plain_points, is_sharded, shard_of, shared_by_ranks, sum_over_ranks
 from ..geometry import encoding
 from ..geometry.base import Inhibitor, Manifold
-from ..geometry.inhibitors import TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.inhibitors import Constant, DifferenceOfGaussians, TabulatedInhibitor, inhibitor as resolve_inhibitor
 from ..geometry.presets import manifold as resolve_manifold
 from ..ops import torch_ops
 from ..ops.penalty import PenaltyArguments
@@ -61,6 +62,10 @@ def moduli_penalty(
         NotImplementedError: a second or a forward-mode derivative is asked for, the weight is torch.sparse_csr under
             torch.compile, or a DTensor is cut in another way. torch.func transforms are not supported.
     """
+    f = resolve_inhibitor(inhibitor)
+    if f.needs_points:
+        return _penalty_at_points(weight, rows, cols, resolve_manifold(manifold), f, power, blocks, mask, reduction,
+                                  strength)
     if is_sharded(weight):
         return _penalty_of_shard(weight, rows, cols, manifold, inhibitor, power, blocks, mask, reduction, strength)
     compiling = torch.compiler.is_compiling()
@@ -85,6 +90,37 @@ def moduli_penalty(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _PenaltyFunction.apply(weight, rows, cols, mask, run)
     return run.value(weight, rows, cols, mask)
+
+
+def _penalty_at_points(
+    weight: Tensor, rows: Tensor, cols: Tensor | None, manifold: Manifold, f: Inhibitor, power: float, blocks: int,
+    mask: Tensor | None, reduction: str, strength: float,
+) -> Tensor:
+    """`moduli_penalty` with zero_min="sampled", whose offset is the largest difference g over all pairs of points.
+
+    On the CPU the kernels get the offset as a number, and trained points get their gradient through it from a second
+    term, which is 0 in value. Elsewhere and under torch.compile the offset must stay a tensor, so that nothing waits
+    for it: the penalty with the analytic offset is then corrected by that with a constant cost.
+    """
+    assert isinstance(f, DifferenceOfGaussians)
+    checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
+    dtype = reference.compute_dtype(weight)
+    x, y = rows.to(dtype), None if cols is None else cols.to(dtype)
+
+    def penalty(of: Tensor, inhibitor: Inhibitor, rows: Tensor, cols: Tensor | None) -> Tensor:
+        return moduli_penalty(of, rows, cols, manifold=manifold, inhibitor=inhibitor, power=power, blocks=blocks,
+                              mask=mask, reduction=reduction, strength=strength)
+
+    largest = f.largest_over_pairs(manifold, x, y)
+    fixed = x.detach(), None if y is None else y.detach()
+    if torch.compiler.is_compiling() or largest.device.type != "cpu":
+        analytic = dataclasses.replace(f, zero_min=True)
+        return (penalty(weight, analytic, rows, cols)
+                + (largest - analytic.offset) * penalty(weight, Constant(1.0), *fixed))
+    value = penalty(weight, f.with_offset(largest.item()), rows, cols)
+    if not largest.requires_grad:
+        return value
+    return value + (largest - largest.detach()) * penalty(weight.detach(), Constant(1.0), *fixed)
 
 
 def _penalty_of_shard(
@@ -126,9 +162,10 @@ def checked(weight: Tensor, rows: Tensor, cols: Tensor | None, manifold: Manifol
     manifold, inhibitor = resolve_manifold(manifold), resolve_inhibitor(inhibitor)
     checks.penalty_arguments(weight, rows, cols, manifold, blocks, mask)
     scale = scale_of(weight, one_of("reduction", reduction, checks.REDUCTIONS), finite("strength", strength))
-    what = reference.Penalty(manifold, inhibitor, checks.power(power), blocks, scale)
     dtype = reference.compute_dtype(weight)
-    return what, rows.to(dtype), None if cols is None else cols.to(dtype)
+    rows, cols = rows.to(dtype), None if cols is None else cols.to(dtype)
+    what = reference.Penalty(manifold, inhibitor.at_points(manifold, rows, cols), checks.power(power), blocks, scale)
+    return what, rows, cols
 
 
 def scale_of(weight: Tensor, reduction: str, strength: float) -> float:

@@ -51,6 +51,8 @@ def share_launches(regularizers: list[Any], weights: list[Tensor]) -> bool:
     if any(formula != formulas[0] for formula in formulas):
         return False
     manifold, inhibitor, _ = formulas[0]
+    if inhibitor.needs_points:  # it is another function for each weight
+        return False
     return encoding.encode_manifold(manifold) is not None and encoding.encode_inhibitor(inhibitor) is not None
 
 

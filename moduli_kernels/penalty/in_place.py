@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..checks import finite
 from ..geometry.base import Inhibitor, Manifold
+from ..geometry.inhibitors import Constant, DifferenceOfGaussians, inhibitor as resolve_inhibitor
+from ..reference import Penalty, compute_dtype
 from .function import checked, runner, stored
 
 
@@ -53,6 +55,9 @@ def accumulate_penalty_grad_(
     _add_grad(rows, drows)
     if cols is not None:
         _add_grad(cols, dcols)
+    f = resolve_inhibitor(inhibitor)
+    if need_points and f.needs_points:
+        _add_grad_through_offset(f, what, weight, rows, cols, mask)
     return value
 
 
@@ -97,6 +102,22 @@ def can_take_in_place(gradient: Tensor, weight: Tensor) -> bool:
     return (gradient.values().dtype == weight.values().dtype and gradient.values().is_contiguous()
             and gradient.crow_indices().data_ptr() == weight.crow_indices().data_ptr()
             and gradient.col_indices().data_ptr() == weight.col_indices().data_ptr())
+
+
+def _add_grad_through_offset(f: Inhibitor, what: Penalty, weight: Tensor, rows: Tensor, cols: Tensor | None,
+                             mask: Tensor | None) -> None:
+    """Adds the points' gradients through the offset of zero_min="sampled" into their `.grad`, as `moduli_penalty` has
+    them: the largest difference times scale * sum of |w|^l."""
+    assert isinstance(f, DifferenceOfGaussians)
+    dtype = compute_dtype(weight)
+    x, y = rows.detach().to(dtype), None if cols is None else cols.detach().to(dtype)
+    plain = what._replace(inhibitor=Constant(1.0))
+    cost = runner(plain, weight).value(weight, x, y, mask)
+    with torch.enable_grad():
+        largest = f.largest_over_pairs(what.manifold, rows.to(dtype), None if cols is None else cols.to(dtype))
+        points = [t for t in (rows, cols) if t is not None and t.requires_grad]
+        for leaf, gradient in zip(points, torch.autograd.grad(largest, points, cost)):
+            _add_grad(leaf, gradient)
 
 
 def _add_grad(leaf: Tensor, gradient: Tensor | None) -> None:

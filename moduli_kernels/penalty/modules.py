@@ -92,7 +92,9 @@ class ModuliRegularizer(nn.Module):
     def coefficients(self) -> Tensor:
         """The coefficients f(d(rows_i, cols_j)) of one block: (R, C), dense, in the dtype of the points, without a
         graph."""
-        return self.inhibitor.from_squared(self.manifold.squared_distance(self.rows.points, self.cols.points))
+        rows, cols = self.rows.points, self.cols.points
+        f = self.inhibitor.at_points(self.manifold, rows, cols)
+        return f.from_squared(self.manifold.squared_distance(rows, cols))
 
     def _with(self, coefficients: Tensor) -> CoefficientRegularizer:
         """The control that has these coefficients, and all else of this regularizer."""
