@@ -47,9 +47,10 @@ class DifferenceOfGaussians(Inhibitor):
       1/sigma2), so that this distance costs 0 on every manifold.
     - zero_min="sampled": offset is the largest g(d(rows_i, cols_j)) over all pairs of points, as in the authors' code,
       so that the cheapest pair there is costs 0. It is for reproducing their numbers. The offset is smaller the fewer
-      pairs come near the cheapest distance: with 128 neurons on a 6-torus it is about 60 (40 to 80) rather than 81. It is found
-      anew at each call, which measures all distances once more; a mask of the weight makes no difference to it. It follows trained
-      points, and as in the authors' code the gradient flows through it, into the one pair with the largest g.
+      pairs come near the cheapest distance: with 128 neurons on a 6-torus it is about 60 (40 to 80) rather than 81. It
+      is found anew at each call, which measures all distances once more; a mask of the weight makes no difference to
+      it. It follows trained points and, as in the authors' code, the gradient flows through it, into the one pair with
+      the largest g.
 
     Args:
         c: the height, positive; in the unit of f.
