@@ -45,9 +45,28 @@ def embedding_points(points: Tensor, n: int, manifold: Manifold) -> None:
         )
     if points.dtype not in FLOATING:
         raise TypeError(f"points must be floating point, got {points.dtype}; convert them with .float().")
+    if points.is_meta:  # there are no values to look at
+        return
     if not bool(torch.isfinite(points).all()):
         raise ValueError("points must be finite, got NaN or infinity among them; clean the rows first.")
     manifold.check_points(points)
+
+
+def points_to_restore(given: Tensor | None) -> Tensor:
+    """The points that an embedding was given, which must be known."""
+    if given is None:
+        raise ValueError(
+            "points must be drawn or given with values to be reset, got them on the meta device; load a state dict "
+            "instead, or make the embedding without points=."
+        )
+    return given
+
+
+def points_with_values(points: Tensor) -> None:
+    """Raises an error for points on the meta device."""
+    if points.is_meta:
+        raise ValueError(
+            "points must have values, got a tensor on the meta device; call reset_parameters() after to_empty().")
 
 
 def zero_vectors(points: Tensor, manifold: Manifold) -> None:
@@ -62,6 +81,24 @@ def zero_vectors(points: Tensor, manifold: Manifold) -> None:
             f"points must not hold a zero vector on {manifold} (it cannot be normalized), got one at row "
             f"{int(zero[0])}; give every row a direction."
         )
+
+
+def torus_periods(periods: Any, more: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The periods of a torus, which must come as one non-empty sequence."""
+    if more:
+        meant = ", ".join(map(str, (periods, *more)))
+        raise TypeError(
+            f"periods must be one tuple of positive numbers, got {1 + len(more)} arguments; pass "
+            f"FlatTorus(periods=({meant}))."
+        )
+    try:
+        periods = tuple(periods)
+    except TypeError:
+        raise TypeError(
+            f"periods must be a tuple of positive numbers, got {periods!r}; pass for example (10.0, 10.0).") from None
+    if not periods:
+        raise ValueError("periods must hold at least one positive number, got (); pass for example (10.0, 10.0).")
+    return periods
 
 
 def ordered_sigmas(sigma1: float, sigma2: float) -> None:

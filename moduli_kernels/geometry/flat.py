@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import positive, positive_int
 from .base import KernelForm, Manifold
 from .chart_kinds import Chart, PlaneChart, RectangleChart, RingChart
-from .checks import distance_arguments
+from .checks import distance_arguments, torus_periods
 from .maths import draw, lattice, reduced, remainder, total, wrap
 
 __all__ = ["Circle", "Euclidean", "FlatTorus"]
@@ -101,7 +101,7 @@ class Circle(_Flat):
     kernel_form = _FLAT
 
     def __post_init__(self):
-        positive("radius", self.radius)
+        object.__setattr__(self, "radius", positive("radius", self.radius))
 
     @property
     def column_periods(self) -> tuple[float, ...]:
@@ -111,7 +111,7 @@ class Circle(_Flat):
         return RingChart(f"circle of radius {self.radius:g}", self.radius)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class FlatTorus(_Flat):
     """R^k modulo a rectangular lattice; any real coordinate is valid.
 
@@ -130,17 +130,9 @@ class FlatTorus(_Flat):
     periods: tuple[float, ...] = (10.0, 10.0)
     kernel_form = _FLAT
 
-    def __post_init__(self):
-        try:
-            periods = tuple(self.periods)
-        except TypeError:
-            raise TypeError(f"periods must be a tuple of positive numbers, got {self.periods!r}; pass for "
-                            "example (10.0, 10.0).") from None
-        if not periods:
-            raise ValueError("periods must hold at least one positive number, got (); pass for example (10.0, 10.0).")
-        for c, period in enumerate(periods):
-            positive(f"periods[{c}]", period)
-        object.__setattr__(self, "periods", tuple(float(p) for p in periods))
+    def __init__(self, periods: Iterable[float] = (10.0, 10.0), *more: float):
+        given = torus_periods(periods, more)
+        object.__setattr__(self, "periods", tuple(positive(f"periods[{c}]", p) for c, p in enumerate(given)))
 
     @property
     def column_periods(self) -> tuple[float, ...]:
@@ -172,8 +164,8 @@ class Euclidean(_Flat):
     kernel_form = _FLAT
 
     def __post_init__(self):
-        positive_int("dim", self.dim)
-        positive("side", self.side)
+        object.__setattr__(self, "dim", int(positive_int("dim", self.dim)))
+        object.__setattr__(self, "side", positive("side", self.side))
 
     @property
     def column_periods(self) -> tuple[float, ...]:

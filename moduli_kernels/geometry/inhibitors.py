@@ -303,8 +303,9 @@ class TabulatedInhibitor(Inhibitor):
     def __post_init__(self, f: Callable[[Tensor], Tensor]):
         object.__setattr__(self, "max_distance", positive("max_distance", self.max_distance))
         object.__setattr__(self, "samples", int(positive_int("samples", self.samples, minimum=8)))
-        d = torch.linspace(0, self.max_distance, self.samples, dtype=torch.float64)
-        values = torch.as_tensor(f(d), dtype=torch.float64).detach().expand(self.samples)
+        with torch.device("cpu"):  # also what f itself makes
+            d = torch.linspace(0, self.max_distance, self.samples, dtype=torch.float64)
+            values = torch.as_tensor(f(d), dtype=torch.float64).detach().expand(self.samples)
         table_values(values)
         object.__setattr__(self, "values", tuple(values.tolist()))
         steps = values.diff()
@@ -313,7 +314,7 @@ class TabulatedInhibitor(Inhibitor):
     @classmethod
     def from_values(cls, values: list[float], max_distance: float) -> TabulatedInhibitor:
         """The inhibitor whose samples at equidistant distances in [0, max_distance] are `values`, at least 8."""
-        return cls(lambda d: torch.tensor(values, dtype=torch.float64), max_distance, len(values))
+        return cls(lambda d: torch.tensor(values, dtype=d.dtype, device=d.device), max_distance, len(values))
 
     @classmethod
     def from_kernel(cls, parameters: list[float], table: Tensor | None) -> Inhibitor:
@@ -337,10 +338,10 @@ class TabulatedInhibitor(Inhibitor):
             return made[key]
         # A table that is first asked for in inference mode must still be of use to a later backward pass.
         with torch.inference_mode(False):
-            v = torch.tensor(self.values, dtype=torch.float64)
+            v = torch.tensor(self.values, dtype=torch.float64, device="cpu")
             m, rise = _node_slopes(v), v.diff()
             cubics = torch.stack([v[:-1], m[:-1], 3 * rise - 2 * m[:-1] - m[1:], m[:-1] + m[1:] - 2 * rise], 1)
-            end = torch.tensor([[self.values[-1], 0, 0, 0]], dtype=torch.float64)
+            end = v.new_tensor([[self.values[-1], 0, 0, 0]])
             made[key] = torch.cat([cubics, end]).to(device, dtype)
         return made[key]
 
@@ -372,14 +373,13 @@ def _node_slopes(v: Tensor) -> Tensor:
     Differences are central inside and one-sided at the three nodes of either end.
     """
     n = len(v)
-    offsets = torch.arange(7, dtype=torch.float64)
+    offsets = torch.arange(7, dtype=v.dtype, device=v.device)
     slopes = torch.empty_like(v)
     slopes[3:n - 3] = (45 * (v[4:n - 2] - v[2:n - 4]) - 9 * (v[5:n - 1] - v[1:n - 5]) + (v[6:] - v[:n - 6])) / 60
     for edge in range(3):
         # The weights w solve sum_k w_k k^p = p edge^(p-1) for p = 0..6: exact for polynomials of degree 6 on 7 nodes.
-        powers = torch.arange(7, dtype=torch.float64)
-        moments = offsets[None, :] ** powers[:, None]
-        target = torch.tensor([p * float(edge) ** (p - 1) if p else 0.0 for p in range(7)], dtype=torch.float64)
+        moments = offsets[None, :] ** offsets[:, None]
+        target = v.new_tensor([p * float(edge) ** (p - 1) if p else 0.0 for p in range(7)])
         weights = torch.linalg.solve(moments, target)
         slopes[edge] = weights @ v[:7]
         slopes[n - 1 - edge] = -(weights @ v.flip(0)[:7])

@@ -43,8 +43,8 @@ class KleinBottle(Manifold):
     kernel_form = KernelForm(code=2, parameters=("width", "height"))
 
     def __post_init__(self):
-        positive("width", self.width)
-        positive("height", self.height)
+        for name in ("width", "height"):
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
                device: torch.device | str | None = None) -> Tensor:

@@ -50,19 +50,21 @@ def draw(n: int, columns: int, kind: str, generator: torch.Generator | None, dty
          device: torch.device | str | None) -> Tensor:
     """Random numbers (n, columns): uniform in [0, 1) if kind is "uniform", else standard normal.
 
-    They are drawn on the generator's device and then moved.
+    They are drawn on the generator's device and then moved. Without device and generator they are on torch's default
+    device.
     """
     positive_int("n", n, minimum=0)
     source = generator.device if generator is not None else device
     drawn = torch.rand if kind == "uniform" else torch.randn
-    return drawn(n, columns, generator=generator, dtype=dtype, device=source).to(device or source or "cpu")
+    points = drawn(int(n), columns, generator=generator, dtype=dtype, device=source)
+    return points if device is None else points.to(device)
 
 
 def lattice(n: int, sides: tuple[float, ...]) -> Tensor:
-    """n evenly picked nodes of a lattice with nearly cubic cells in the box with these sides: (n, len(sides))."""
+    """n evenly picked nodes of a lattice with nearly cubic cells in the box with these sides: (n, len(sides)), on the CPU."""
     cell = (math.prod(sides) / max(n, 1)) ** (1 / len(sides))
     counts = [max(1, math.ceil(side / cell - 1e-9)) for side in sides]
-    index = torch.arange(n) * math.prod(counts) // max(n, 1)
+    index = torch.arange(n, device="cpu") * math.prod(counts) // max(n, 1)
     columns: list[Tensor] = []
     for side, count in zip(reversed(sides), reversed(counts)):
         columns.append((index % count).double() * (side / count))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Manifold
-from .checks import embedding_points
+from .checks import embedding_points, points_with_values
 from .presets import manifold as manifold_of
 
 __all__ = ["manifold_order"]
@@ -53,8 +53,9 @@ def manifold_order(points: Tensor, manifold: Manifold | str) -> Tensor:
     m = manifold_of(manifold)
     is_points = isinstance(points, Tensor) and points.dim() > 0
     embedding_points(points, points.shape[0] if is_points else 0, m)
+    points_with_values(points)
     x = m.fundamental(points.detach().to("cpu", torch.float64))
-    stretch, reach = (torch.tensor(lengths, dtype=torch.float64) for lengths in (m.stretch, m.reach))
+    stretch, reach = (torch.tensor(lengths, dtype=torch.float64, device="cpu") for lengths in (m.stretch, m.reach))
     return _bisect(x * stretch, reach).to(points.device)
 
 
@@ -68,19 +69,19 @@ def _bisect(x: Tensor, reach: Tensor) -> Tensor:
     is walked along column c in the direction sign[p, c].
     """
     n, k = x.shape
-    order = torch.arange(n)
-    starts = torch.zeros(min(n, 1), dtype=torch.int64)
-    sign = torch.ones(len(starts), k, dtype=x.dtype)
+    order = torch.arange(n, device=x.device)
+    starts = order.new_zeros(min(n, 1))
+    sign = x.new_ones(len(starts), k)
     while len(starts) < n:
-        sizes = torch.diff(starts, append=torch.tensor([n]))
-        piece = torch.arange(len(starts))
+        sizes = torch.diff(starts, append=starts.new_full((1,), n))
+        piece = torch.arange(len(starts), device=x.device)
         owner = piece.repeat_interleave(sizes)  # (n,): the piece that each place of the order belongs to
         index = owner[:, None].expand(n, k)
         here = x[order]
-        high = torch.full((len(starts), k), -math.inf, dtype=x.dtype).scatter_reduce(0, index, here, "amax")
-        low = torch.full((len(starts), k), math.inf, dtype=x.dtype).scatter_reduce(0, index, here, "amin")
+        high = x.new_full((len(starts), k), -math.inf).scatter_reduce(0, index, here, "amax")
+        low = x.new_full((len(starts), k), math.inf).scatter_reduce(0, index, here, "amin")
         axis = torch.minimum(high - low, reach).argmax(1)
-        key = here[torch.arange(n), axis[owner]] * sign[piece, axis][owner]
+        key = here.gather(1, axis[owner][:, None]).squeeze(1) * sign[piece, axis][owner]
         by_key = torch.argsort(key, stable=True)
         order = order[by_key[torch.argsort(owner[by_key], stable=True)]]
 

@@ -46,8 +46,8 @@ class Sphere(Manifold):
     kernel_form = KernelForm(code=1, parameters=("radius",))
 
     def __post_init__(self):
-        positive_int("dim", self.dim)
-        positive("radius", self.radius)
+        object.__setattr__(self, "dim", int(positive_int("dim", self.dim)))
+        object.__setattr__(self, "radius", positive("radius", self.radius))
 
     @classmethod
     def from_kernel(cls, columns: int, parameters: Iterator[float]) -> tuple[Manifold, ...]:
@@ -101,7 +101,7 @@ class Sphere(Manifold):
         if self.dim != 2:
             return super().grid(n)
         # The Fibonacci lattice: equal steps in height, and turns by the golden angle.
-        index = torch.arange(n, dtype=torch.float64)
+        index = torch.arange(n, dtype=torch.float64, device="cpu")
         z = 1 - (2 * index + 1) / max(n, 1)
         angle = index * (math.pi * (3 - math.sqrt(5)))
         ring = torch.sqrt(1 - z * z)
