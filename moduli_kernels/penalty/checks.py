@@ -23,6 +23,17 @@ def power(value: float) -> float:
     return value
 
 
+def strength(value: float) -> float:
+    """The factor lambda as a float, which must be finite and at least 0."""
+    value = finite("strength", value)
+    if value < 0:
+        raise ValueError(
+            f"strength must be at least 0 (a negative one would reward long connections), got {value!r}; pass a float "
+            "such as 0.1, and 0 for no penalty."
+        )
+    return value
+
+
 # --- weights ---------------------------------------------------------------------------------------------------
 
 def _points_argument(name: str, points: torch.Tensor, manifold: Any, weight: torch.Tensor) -> None:
@@ -33,9 +44,11 @@ def _points_argument(name: str, points: torch.Tensor, manifold: Any, weight: tor
             f"{manifold.ambient_dim})."
         )
     if points.dim() != 2 or points.shape[1] != manifold.ambient_dim:
+        swapped = weight.dim() == 2 and weight.shape[1] == manifold.ambient_dim
         raise ValueError(
             f"{name} must have shape (n, {manifold.ambient_dim}) for {manifold}, got {tuple(points.shape)}; "
-            "give one row a neuron."
+            + (f"weight and points seem to be swapped, since weight has shape {tuple(weight.shape)}: pass the weight "
+               "first, then the points of its rows." if swapped else "give one row a neuron.")
         )
     if points.dtype not in FLOATING:
         raise TypeError(f"{name} must be floating point, got {points.dtype}; convert it with .float().")
@@ -168,12 +181,20 @@ def warn_untrainable(inhibitor: Any) -> None:
         )
 
 
-def saved_setting(name: str, saved: Any, mine: Any) -> None:
-    """A setting in a state dict must equal that of the regularizer which loads it."""
-    if saved != mine:
-        raise ValueError(
-            f"{name} of the saved regularizer must equal this one's {mine!r}, got {saved!r}; build the regularizer "
-            "with the saved setting."
+def saved_setting(name: str, saved: Any, mine: Any) -> NoReturn:
+    """Raises for a state dict with another setting than the regularizer which loads it."""
+    raise ValueError(
+        f"{name} of the saved regularizer must equal this one's {mine!r}, got {saved!r}; build the regularizer "
+        "with the saved setting."
+    )
+
+
+def saved_columns(key: str, rows: Any, cols: torch.Tensor, errors: list[str]) -> None:
+    """Points of columns in a state dict must be those of the rows, where rows and columns are the same neurons."""
+    if isinstance(rows, torch.Tensor) and not (rows.is_meta or cols.is_meta) and not torch.equal(rows, cols):
+        errors.append(
+            f"{key} must equal the points of the rows, since this regularizer has one embedding for rows and columns, "
+            "got others; build it with cols= too."
         )
 
 

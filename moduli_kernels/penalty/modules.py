@@ -1,24 +1,100 @@
 """The modules for training loops: ModuliRegularizer, and CoefficientRegularizer for any coefficients of one's own."""
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import finite, one_of, positive_int
+from ..checks import one_of, positive_int
 from ..distributed import is_sharded, shard_of, sum_over_ranks
 from ..geometry.base import Inhibitor, Manifold
 from ..geometry.embedding import ManifoldEmbedding
-from ..geometry.inhibitors import TabulatedInhibitor, inhibitor as resolve_inhibitor
+from ..geometry.inhibitors import inhibitor as resolve_inhibitor
 from ..geometry.presets import manifold as resolve_manifold
-from . import checks
+from . import checks, state
 from .function import moduli_penalty, scale_of
 
+DEFAULT_STRENGTH = 0.1  # of what is made for a training loop; the functions' own is the neutral 1
 
-class ModuliRegularizer(nn.Module):
+
+class Regularizer(nn.Module):
+    """What the regularizers have in common: a strength that may change at any time, and settings in the state dict.
+
+    A subclass names a tensor of its own in `_numbers` and sets `strength` in its constructor, once that is there.
+    """
+
+    _strength: float
+    _in_graph: Tensor  # the strength as a 0-d tensor, which torch.compile reads anew at each call
+
+    @property
+    def strength(self) -> float:
+        """lambda, at least 0 and finite. It may be set at any time; a compiled step is not compiled again for it. It is
+        part of the state dict."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = checks.strength(value)
+        self._refresh()
+
+    @property
+    def _numbers(self) -> Tensor:
+        """The tensor whose device is the regularizer's."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        """Makes the tensor of the strength, on the regularizer's device. It is a new one each time, since a graph whose
+        backward pass is still to come may hold the last."""
+        if torch.compiler.is_compiling():
+            self._in_graph = torch.full((), self._strength, dtype=torch.float64, device=self._numbers.device)
+            return
+        with torch.inference_mode(False):
+            self._in_graph = torch.tensor(self._strength, dtype=torch.float64, device=self._numbers.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes what releases pickled in which the strength was a plain attribute, too."""
+        super().__setstate__(state)
+        if "strength" in self.__dict__:
+            self.strength = self.__dict__.pop("strength")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **settings: Any) -> Regularizer:
+        super()._apply(fn, *arguments, **settings)
+        self._refresh()
+        return self
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that a state dict holds, other than the strength: a state dict must have the same ones."""
+        return {}
+
+    def get_extra_state(self) -> Tensor:
+        """The settings and the strength as JSON in uint8: a tensor, so that safetensors can hold it."""
+        return state.packed({**self._settings(), "strength": self.strength})
+
+    def set_extra_state(self, state_tensor: Tensor) -> None:
+        """Takes the strength of a saved state, after comparing its settings with this regularizer's.
+
+        Raises:
+            ValueError: one of the settings differs.
+        """
+        saved = state.unpacked(state_tensor)
+        for name, value in self._settings().items():
+            if not state.same_setting(saved.get(name), value):
+                checks.saved_setting(name, saved.get(name), value)
+        if "strength" in saved:  # before 1.0 it was no part of the state
+            self.strength = saved["strength"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
+        key = f"{prefix}_extra_state"
+        if key in missing_keys:  # a release that did not save it yet
+            missing_keys.remove(key)
+
+
+class ModuliRegularizer(Regularizer):
     """The penalty of one weight, with the points of its neurons (paper, eq. 6):
 
         strength * mean or sum over entries of f(d(rows_i, cols_j)) |w_ij|^power
@@ -31,18 +107,19 @@ class ModuliRegularizer(nn.Module):
         power: l, at least 1.
         blocks: gate blocks that are stacked in rows and share the points (LSTM 4, GRU 3).
         reduction: "mean" over entries, or "sum" (eq. 6).
-        strength: lambda, finite. The attribute may be changed between steps.
+        strength: lambda, at least 0 and finite. The attribute may be set at any time, in a compiled step too.
         trainable: whether the points that are made here are trained. Given embeddings stay as they are.
         generator: makes the points reproducible. Like dtype and device, it is for points that are made here.
         dtype: the dtype of the points. None: torch's default.
-        device: the device of the points. None: the generator's, else the CPU.
+        device: the device of the points. None: the generator's, else torch's default.
 
-    The state dict holds the points, and the manifold, inhibitor and power that they were used with. Loading it into a
-    regularizer that differs in these raises ValueError.
+    The state dict holds the points, the strength, and the manifold, inhibitor and power that they were used with.
+    Loading it takes the strength over; loading it into a regularizer that differs in the other settings raises
+    ValueError. Points that rows and columns share are saved once, so that safetensors' save_file takes the state dict.
 
     Raises:
-        ValueError: an unknown preset or reduction, power < 1, blocks < 1, rows or cols < 0, a strength that is not
-            finite, or an embedding in another manifold.
+        ValueError: an unknown preset or reduction, power < 1, blocks < 1, rows or cols < 0, a strength that is negative
+            or not finite, or an embedding in another manifold.
         TypeError: an argument of another type.
 
     Warns:
@@ -58,9 +135,8 @@ class ModuliRegularizer(nn.Module):
         self.manifold = resolve_manifold(manifold)
         self.inhibitor = resolve_inhibitor(inhibitor)
         self.power = checks.power(power)
-        self.blocks = positive_int("blocks", blocks)
+        self.blocks = int(positive_int("blocks", blocks))
         self.reduction = one_of("reduction", reduction, checks.REDUCTIONS)
-        self.strength = finite("strength", strength)
 
         def embed(name: str, n: int | ManifoldEmbedding) -> ManifoldEmbedding:
             if isinstance(n, ManifoldEmbedding):
@@ -71,9 +147,33 @@ class ModuliRegularizer(nn.Module):
                                      device=device)
 
         self.rows = embed("rows", rows)
-        self.cols = self.rows if cols is None else embed("cols", cols)
+        if cols is not None and cols is not rows:  # shared points are one submodule, and are saved once
+            self.cols = embed("cols", cols)  # pyright: ignore[reportAttributeAccessIssue]
+        self.strength = strength
         if self.rows.trainable or self.cols.trainable:
             checks.warn_untrainable(self.inhibitor)
+
+    @property
+    def cols(self) -> ManifoldEmbedding:
+        """The embedding of the columns; `rows` itself where rows and columns are the same neurons."""
+        return self._modules.get("cols", self.rows)  # pyright: ignore[reportReturnType]
+
+    @property
+    def _numbers(self) -> Tensor:
+        return self.rows.points
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws the points again, in place, as the constructor did: those of the rows, then those of the columns.
+
+        So a regularizer that was made on the meta device is initialized after `to_empty`; before, its points and
+        penalties are NaN. See `ManifoldEmbedding.reset_parameters`.
+
+        Args:
+            generator: makes the points reproducible. None: torch's own. The constructor's generator is not kept.
+        """
+        self.rows.reset_parameters(generator)
+        if self.cols is not self.rows:
+            self.cols.reset_parameters(generator)
 
     def forward(self, weight: Tensor, mask: Tensor | None = None) -> Tensor:
         """The penalty of the weight, 0-d. Shapes, dtypes and errors are those of `moduli_penalty`.
@@ -82,10 +182,17 @@ class ModuliRegularizer(nn.Module):
             weight: (blocks*R, C), or (blocks*R, C, *kernel).
             mask: bool, in the weight's shape: entries where it is False cost nothing.
         """
+        if torch.compiler.is_compiling():  # a number would be a constant of the graph, compiled again for each value
+            value = self.penalty(weight, mask, 1.0)
+            return value * self._in_graph.to(value.dtype)
+        return self.penalty(weight, mask, self._strength)
+
+    def penalty(self, weight: Tensor, mask: Tensor | None, strength: float) -> Tensor:
+        """`forward` with another strength."""
         return moduli_penalty(
             weight, self.rows.points, None if self.cols is self.rows else self.cols.points, manifold=self.manifold,
             inhibitor=self.inhibitor, power=self.power, blocks=self.blocks, mask=mask, reduction=self.reduction,
-            strength=self.strength,
+            strength=strength,
         )
 
     @torch.no_grad()
@@ -117,21 +224,16 @@ class ModuliRegularizer(nn.Module):
         """The fair control without geometry: a regularizer with one coefficient everywhere, the mean of this one's."""
         return self._with(self.coefficients().double().mean().to(self.rows.points.dtype))
 
-    def get_extra_state(self) -> Tensor:
-        """Manifold, inhibitor and power as JSON in uint8: a tensor, so that safetensors can hold it."""
-        used = {"manifold": repr(self.manifold), "inhibitor": _describe(self.inhibitor), "power": self.power}
-        return torch.tensor(list(json.dumps(used).encode()), dtype=torch.uint8)
+    def _settings(self) -> dict[str, Any]:
+        return {"manifold": state.described(self.manifold), "inhibitor": state.described(self.inhibitor),
+                "power": self.power}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Compares a saved state's manifold, inhibitor and power with this regularizer's.
-
-        Raises:
-            ValueError: one of them differs.
-        """
-        saved = json.loads(bytes(state.tolist()).decode())
-        mine = json.loads(bytes(self.get_extra_state().tolist()).decode())
-        for name, value in mine.items():
-            checks.saved_setting(name, saved.get(name), value)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Accepts what releases before 1.0 saved, where shared points stand under rows and under cols."""
+        own, again = f"{prefix}rows.points", f"{prefix}cols.points"
+        if self.cols is self.rows and again in state_dict:
+            checks.saved_columns(again, state_dict.get(own), state_dict.pop(again), arguments[-1])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         shared = ", cols=rows" if self.cols is self.rows else ""
@@ -139,15 +241,7 @@ class ModuliRegularizer(nn.Module):
                 f"reduction={self.reduction!r}, strength={self.strength}{shared}")
 
 
-def _describe(inhibitor: Inhibitor) -> str:
-    """A name that two inhibitors have in common only where they are the same function."""
-    if isinstance(inhibitor, TabulatedInhibitor):
-        digest = hashlib.sha256(json.dumps(inhibitor.values).encode()).hexdigest()[:16]
-        return f"{inhibitor!r} of values {digest}"
-    return repr(inhibitor)
-
-
-class CoefficientRegularizer(nn.Module):
+class CoefficientRegularizer(Regularizer):
     """strength * sum or mean over entries of coefficients_ij |w_ij|^power, with any coefficients (paper, eq. 5).
 
     |w| is the L2 norm over the weight's kernel dimensions. It is computed in plain PyTorch, with gradients by autograd.
@@ -157,10 +251,13 @@ class CoefficientRegularizer(nn.Module):
         coefficients: (R, C), or 0-d for one coefficient everywhere; floating point, copied into a buffer.
         power: l, at least 1.
         reduction: "mean" over entries, or "sum" (eq. 5).
-        strength: lambda, finite. The attribute may be changed between steps.
+        strength: lambda, at least 0 and finite. The attribute may be set at any time, and is part of the state dict.
+
+    Coefficients that are made on the meta device are NaN after `to_empty`, until a state dict is loaded.
 
     Raises:
-        ValueError: coefficients of another shape, power < 1, an unknown reduction, or a strength that is not finite.
+        ValueError: coefficients of another shape, power < 1, an unknown reduction, or a strength that is negative or
+            not finite.
         TypeError: coefficients are no floating-point tensor; power or strength is no number.
     """
 
@@ -171,8 +268,19 @@ class CoefficientRegularizer(nn.Module):
         checks.coefficient_tensor(coefficients)
         self.power = checks.power(power)
         self.reduction = one_of("reduction", reduction, checks.REDUCTIONS)
-        self.strength = finite("strength", strength)
-        self.register_buffer("coefficients", coefficients.detach().clone())
+        self.register_buffer("coefficients", coefficients.detach().clone(memory_format=torch.contiguous_format))
+        self.strength = strength
+
+    @property
+    def _numbers(self) -> Tensor:
+        return self.coefficients
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **settings: Any) -> CoefficientRegularizer:
+        was_meta = self.coefficients.is_meta
+        super()._apply(fn, *arguments, **settings)
+        if was_meta and not self.coefficients.is_meta:  # to_empty: what is there now is no coefficient
+            self.coefficients.fill_(torch.nan)
+        return self
 
     def forward(self, weight: Tensor) -> Tensor:
         """The penalty of the weight, 0-d: float64 for float64 weights, else float32.
@@ -184,8 +292,15 @@ class CoefficientRegularizer(nn.Module):
             ValueError, TypeError: the weight does not fit; the message says how.
             NotImplementedError: the weight is a DTensor that is not cut into rows.
         """
+        if torch.compiler.is_compiling():  # as in ModuliRegularizer
+            value = self.penalty(weight, 1.0)
+            return value * self._in_graph.to(value.dtype)
+        return self.penalty(weight, self._strength)
+
+    def penalty(self, weight: Tensor, strength: float) -> Tensor:
+        """`forward` with another strength."""
         checks.coefficient_arguments(weight, self.coefficients)
-        scale, coefficients, group = scale_of(weight, self.reduction, 1.0), self.coefficients, None
+        scale, coefficients, group = scale_of(weight, self.reduction, strength), self.coefficients, None
         if is_sharded(weight):
             shard = shard_of(weight)
             weight, group = shard.local, shard.group
@@ -194,7 +309,7 @@ class CoefficientRegularizer(nn.Module):
             weight = weight.float()
         a = weight.abs() if weight.dim() == 2 else torch.linalg.vector_norm(weight.flatten(2), dim=2)
         cost = coefficients.to(weight.dtype) * (a if self.power == 1 else a.pow(self.power))
-        return sum_over_ranks(cost.sum(), group) * scale * self.strength  # in this order: see moduli_penalty
+        return sum_over_ranks(cost.sum(), group) * scale
 
     def extra_repr(self) -> str:
         return (f"coefficients={tuple(self.coefficients.shape)}, power={self.power}, reduction={self.reduction!r}, "
