@@ -16,10 +16,11 @@ from .env_report import env_report
 from .geometry import *  # noqa: F403
 from .geometry.inhibitors import CallableInhibitor
 from .masks.holding import zero_after_loading, zero_before_forward, zero_before_saving  # noqa: F401
-from .penalty.attach import Regularization, Target, regularize
+from .penalty.attach import Regularization, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
 from .penalty.modules import CoefficientRegularizer, ModuliRegularizer
+from .penalty.places import Target
 from .pruning.checkpoints import load_pruned_
 from .pruning.lottery import reinitialize_, rewind_
 from .pruning.pruner import MagnitudePruner

@@ -12,8 +12,9 @@ from .geometry.base import Manifold
 from .geometry.checks import embedding_points
 from .geometry.presets import manifold as manifold_of
 from .masks import get_mask
-from .penalty.attach import Regularization, Target, parameter_of
+from .penalty.attach import Regularization
 from .penalty.modules import ModuliRegularizer
+from .penalty.places import Target, weight_of
 from .pruning.pruner import MagnitudePruner
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def add_histograms(writer: SummaryWriter, reg: Regularization, step: int, *, pru
 def _kept(target: Target) -> Tensor:
     """The mask of a weight or, if it has none, the weight itself, cut to the columns of the target."""
     mask = get_mask(target.module, target.name)
-    mask = parameter_of(target) if mask is None else mask
+    if mask is None:
+        return weight_of(target)
     return mask if target.columns is None else mask[:, target.columns]
 
 

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .masks import MasksWhileLoading, copy_masks, get_mask, leave_out
-from .penalty.attach import Regularization, Target, regularize
+from .penalty.attach import Regularization, regularize
+from .penalty.places import Target
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import fraction
 

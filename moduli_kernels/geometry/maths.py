@@ -61,7 +61,8 @@ def draw(n: int, columns: int, kind: str, generator: torch.Generator | None, dty
 
 
 def lattice(n: int, sides: tuple[float, ...]) -> Tensor:
-    """n evenly picked nodes of a lattice with nearly cubic cells in the box with these sides: (n, len(sides)), on the CPU."""
+    """n evenly picked nodes of a lattice with nearly cubic cells in the box with these sides: (n, len(sides)), on the
+    CPU."""
     cell = (math.prod(sides) / max(n, 1)) ** (1 / len(sides))
     counts = [max(1, math.ceil(side / cell - 1e-9)) for side in sides]
     index = torch.arange(n, device="cpu") * math.prod(counts) // max(n, 1)

@@ -2,95 +2,161 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import is_sharded
-from ..masks import get_mask, original_name, plain_name
+from ..geometry.base import Inhibitor, Manifold
+from ..masks import origin, parameters_behind
 from ..reference import compute_dtype
 from . import checks, grouped
-from .modules import CoefficientRegularizer, ModuliRegularizer
+from .modules import DEFAULT_STRENGTH, CoefficientRegularizer, ModuliRegularizer, Regularizer
+from .places import Place, Target, check_weight
 
 # The gate blocks that the hidden weight of each of torch's recurrent modules stacks in rows.
 _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
 
 
-@dataclass(frozen=True)
-class Target:
-    """One weight to regularize. `regularize` checks what is given here.
-
-    Args:
-        module: the module that owns the weight.
-        name: the weight is getattr(module, name), which is read at each call.
-        columns: the columns to regularize, a slice with step 1, such as slice(input_size, None) for a cell on input and
-            state side by side. None: all columns.
-        blocks: gate blocks that are stacked in rows (LSTM 4, GRU 3).
-        recurrent: whether rows and columns are the same neurons, which share one embedding. None: they are for a square
-            block whose name begins with weight_hh, or whose `columns` are given.
-    """
-
-    module: nn.Module
-    name: str
-    columns: slice | None = None
-    blocks: int = 1
-    recurrent: bool | None = None
-
-
 class Regularization(nn.Module):
     """What `regularize` returns: a module whose call gives the sum of the penalties of its targets.
 
-    Its parameters are the embeddings only: it refers to the model's modules without holding them as submodules.
+    reg() -> 0-d tensor; reg.losses() -> {name: 0-d tensor}; reg.items() -> (name, regularizer) pairs; reg.strength sets
+    and gives the strength of all; reg.suggest(loss) -> a strength; reg.reset_parameters() draws all points again;
+    reg.shuffled() and reg.matched() -> the controls of all its regularizers.
 
-    reg() -> 0-d tensor; reg.losses() -> {name: 0-d tensor}; reg.items() -> (name, regularizer) pairs; reg.shuffled()
-    and reg.matched() -> the controls of all its regularizers.
+    Its parameters are the embeddings only. It refers to the model without holding it:
+
+    - A module of the model that is replaced is noticed at the next call. A new one that has the very same Parameters
+      (SparseRNN.from_rnn) is followed, as is a module that has another place in the model; any other is an error.
+    - copy.deepcopy((model, reg)) and a pickle of (model, reg) are about the copied model. A copy of the regularization
+      alone is about no model: calling it is an error that says so. `regularize` makes one for another model.
 
     Args:
-        regularizers: {name: (target, its regularizer)}, which `regularize` makes.
+        regularizers: {name: (place of the weight, its regularizer)}, which `regularize` makes.
     """
 
-    def __init__(self, regularizers: dict[str, tuple[Target, nn.Module]]):
+    def __init__(self, regularizers: dict[str, tuple[Place, nn.Module]]):
         super().__init__()
-        self._targets = {name: target for name, (target, _) in regularizers.items()}
+        self._places = {name: place for name, (place, _) in regularizers.items()}
+        for name, place in self._places.items():
+            place.title = name
         self._key = {name: name.replace(".", "_") for name in regularizers}  # module names may not hold dots
         self.regularizers = nn.ModuleDict({self._key[name]: module for name, (_, module) in regularizers.items()})
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name of the weight, its regularizer), for each weight."""
+        """(name of the weight, its regularizer), for each weight. A name is the path in the model and the weight's own
+        name, such as rnn.weight_hh_l0."""
         return ((name, self.regularizers[key]) for name, key in self._key.items())
 
     @property
     def targets(self) -> dict[str, Target]:
-        """The regularized weights by name."""
-        return dict(self._targets)
+        """The regularized weights by name.
+
+        Raises:
+            ValueError: a module was replaced, or the model is gone.
+        """
+        return {name: place.target() for name, place in self._places.items()}
+
+    @property
+    def strength(self) -> float:
+        """The strength lambda of all weights, at least 0; setting it sets each regularizer's.
+
+        It may be set at any time: a compiled step is not compiled again for it. A weight's own strength is that of its
+        regularizer in `items()`. It is part of the state dict.
+
+        Raises:
+            ValueError: on reading it, where weights have different strengths; on setting it, a value that is negative
+                or not finite.
+        """
+        found = {name: cast(Regularizer, r).strength for name, r in self.items()}
+        if len(set(found.values())) > 1:
+            checks.several_strengths(found)
+        return next(iter(found.values()))
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        value = checks.strength(value)
+        for _, regularizer in self.items():
+            cast(Regularizer, regularizer).strength = value
+
+    def suggest(self, loss: Tensor, share: float = 0.1) -> float:
+        """A strength at which the penalty's gradient is a given share of the loss's, by their norms.
+
+            share * |d loss / d W| / |d penalty / d W|,   the penalty at strength 1,
+
+        with |.| the L2 norm over all regularized weights W together (the Parameters behind them). The result is for
+        `reg.strength`, all weights having the same; it is a start, to be tried at half and twice the value. Where in
+        training the loss stands matters: its gradient is largest at the start.
+
+        Args:
+            loss: 0-d, with a graph to the weights, and without the penalty. Its graph stays, so that loss.backward()
+                works afterwards; no `.grad` is touched.
+            share: positive. At 0.1 the loss leads and the penalty shapes what the loss leaves open.
+
+        Raises:
+            TypeError: loss is no tensor, or share is no number.
+            ValueError: loss is not 0-d, has no graph or does not depend on a regularized weight; share is not positive;
+                or the penalty has no gradient, as where all weights are 0.
+        """
+        share = checks.share_and_loss(share, loss)
+        parameters = list({id(p): p for place in self._places.values() for p in parameters_behind(
+            place.target().module, place.name) if p.requires_grad}.values())
+        pulls = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if parameters else ()
+        with torch.enable_grad():
+            unit = self._sum([cast(Any, r).penalty(self._places[name].read(), 1.0) for name, r in self.items()])
+        own = torch.autograd.grad(unit, parameters, allow_unused=True) if unit.requires_grad and parameters else ()
+        return share * checks.norms(_norm(pulls), _norm(own))
 
     def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """The sum of the penalties, where one launch gives it, else None; and the penalty of each weight."""
-        weights = [_read(self._targets[name]) for name in self._key]
+        weights = [place.read() for place in self._places.values()]
         regularizers = cast("list[Any]", list(self.regularizers.values()))
         if not any(map(is_sharded, weights)) and grouped.share_launches(regularizers, weights):
             return grouped.penalties(list(map(grouped.layer_of, regularizers, weights)))  # pyright: ignore[reportReturnType]
         return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
 
     def losses(self) -> dict[str, Tensor]:
-        """{name of the weight: its penalty}, 0-d and differentiable."""
+        """{name of the weight: its penalty}, 0-d and differentiable. Errors are those of a call."""
         return dict(zip(self._key, self._penalties()[1]))
 
-    def forward(self) -> Tensor:
-        """The sum of all penalties, 0-d, on the first weight's device."""
+    def forward(self, *unexpected: Any) -> Tensor:
+        """The sum of all penalties, 0-d, on the first weight's device.
+
+        Raises:
+            TypeError: an argument is given; the weights are those of the model.
+            ValueError: a module was replaced, or the model is gone.
+        """
+        if unexpected:
+            checks.no_argument(unexpected[0])
         total, each = self._penalties()
-        if total is not None:
-            return total
-        first, *others = each
+        return self._sum(each) if total is None else total
+
+    @staticmethod
+    def _sum(losses: Sequence[Tensor]) -> Tensor:
+        first, *others = losses
         for loss in others:
             first = first + loss.to(first.device)
         return first
 
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws the points of all weights again, in place, one weight after the other. See `ModuliRegularizer`.
+
+        Args:
+            generator: makes the points reproducible. None: torch's own.
+
+        Raises:
+            TypeError: this is a control, whose coefficients are no points.
+        """
+        for name, regularizer in self.items():
+            if not isinstance(regularizer, ModuliRegularizer):
+                checks.no_points(name, regularizer)
+            regularizer.reset_parameters(generator)
+
     def _map(self, make: Callable[[ModuliRegularizer], CoefficientRegularizer]) -> Regularization:
         return Regularization(
-            {name: (self._targets[name], make(cast(ModuliRegularizer, r))) for name, r in self.items()})
+            {name: (self._places[name], make(cast(ModuliRegularizer, r))) for name, r in self.items()})
 
     def shuffled(self, generator: torch.Generator | None = None) -> Regularization:
         """The paper's control: the same regularization with each weight's coefficients permuted at random.
@@ -104,56 +170,120 @@ class Regularization(nn.Module):
         """The control without geometry: each weight's coefficients are replaced by their mean."""
         return self._map(lambda r: r.matched())
 
+    def extra_repr(self) -> str:
+        gone = [name for name, place in self._places.items() if not place.is_there()]
+        return f"weights: {', '.join(self._key)}" + (f"; not found any more: {', '.join(gone)}" if gone else "")
 
-def regularize(model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str]] | None = None,
-               **settings: Any) -> Regularization:
+
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    """The L2 norm over all gradients together."""
+    squares = [g.detach().double().square().sum().item() for g in gradients if g is not None]
+    return sum(squares) ** 0.5
+
+
+def regularize(
+    model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str]] | None = None, *,
+    manifold: Manifold | str = "torus", inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None,
+    power: float = 1.0, reduction: str = "mean", strength: float = DEFAULT_STRENGTH, trainable: bool = False,
+    generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Regularization:
     """Puts the penalty on a model's recurrent weights, and returns a module whose call gives their sum (paper, eq. 6).
 
     Args:
         model: is searched for torch's RNN, GRU and LSTM (weight_hh_l*, each layer and direction with its own embedding)
-            and their cells (weight_hh), subclasses included.
+            and their cells (weight_hh), subclasses included. It is not kept alive.
         targets: Targets or (module, name) pairs, in place of the search. The weight of a Linear or a convolution gets
             points for its rows and points for its columns.
-        **settings: keyword arguments of ModuliRegularizer, which hold for all weights.
+        manifold: a Manifold or a preset's name.
+        inhibitor: f. None: DifferenceOfGaussians(). A bare callable d -> f(d) works as well.
+        power: l, at least 1.
+        reduction: "mean" over entries, or "sum" (eq. 6), which is as many times stronger as a weight has entries.
+        strength: lambda, at least 0 and finite. The default is the paper's for navigation and the language model; 0.001
+            to 0.1 is usual with "mean". `reg.strength` changes it, and `reg.suggest(loss)` computes one.
+        trainable: whether the points are trained; give reg.parameters() to the optimizer then, without weight decay.
+        generator: makes the points reproducible.
+        dtype: the dtype of the points. None: float64 for float64 weights, else float32.
+        device: the device of the points. None: each weight's own.
 
-    Weights are read at each call, those that torch.nn.utils.prune has pruned as original times mask. Tied weights count
-    once. Points are made on the weight's device, in float64 for float64 weights, else in float32.
+    Weights are read at each call as the module's forward pass uses them: behind torch.nn.utils.parametrize and the
+    older spectral_norm and weight_norm, pruned by torch.nn.utils.prune, masked. Weights that are one tensor count once.
 
     Returns:
         Regularization: reg() is 0-d and differentiable.
 
     Raises:
-        ValueError: there is no matching weight, a name is none of the module's, blocks do not divide the rows, the
-            search finds an LSTM with proj_size, or ModuliRegularizer refuses a setting.
+        ValueError: there is no matching weight, a name is none of the module's, something unknown writes the weight,
+            blocks do not divide the rows, the search finds an LSTM with proj_size, or ModuliRegularizer refuses a
+            setting.
         TypeError: model is no nn.Module, targets are neither pairs nor Targets, columns are no slice with step 1, a
             weight is neither dense nor torch.sparse_csr or not floating point, or a setting is unknown.
 
     Examples:
-        >>> reg = mk.regularize(model.rnn, manifold="torus", strength=0.1)
+        >>> reg = mk.regularize(model, manifold="torus", strength=0.1)
         >>> loss = criterion(model(x), y) + reg()
     """
     checks.model_to_search(model)
     found = _search(model) if targets is None else _as_targets(targets)
     if not found:
         checks.no_target(model)
+    settings = {"manifold": manifold, "inhibitor": inhibitor, "power": power, "reduction": reduction,
+                "strength": strength, "trainable": trainable, "generator": generator}
     names = {id(module): name for name, module in model.named_modules()}
-    made: dict[str, tuple[Target, nn.Module]] = {}
-    seen: set[tuple[object, ...]] = set()
-    alive: list[Tensor] = []
+    made: dict[str, tuple[Place, nn.Module]] = {}
+    seen: list[_Seen] = []
     for target in found:
-        weight = checks.target_weight(target.module, target.name)
+        weight = check_weight(target)
         checks.target_columns(target.name, target.columns)
-        # A parametrized weight is a new tensor each time it is read, so module and name tell it as well.
-        parameter = parameter_of(target)
-        alive.append(parameter)  # so that no other tensor gets its id
-        same = {(id(parameter), repr(target.columns)), (id(target.module), target.name, repr(target.columns))}
-        if same & seen:
+        here = _Seen(target, weight)
+        if any(here.is_tied_to(other) for other in seen):
             continue
-        seen |= same
-        path = names.get(id(target.module), type(target.module).__name__)
-        name = f"{path}.{target.name}" if path else target.name
-        made[_unused(name, made)] = (target, _regularizer(target, weight, settings))
+        seen.append(here)
+        path = names.get(id(target.module))
+        title = type(target.module).__name__ if path is None else path
+        name = f"{title}.{target.name}" if title else target.name
+        points = {"dtype": dtype or compute_dtype(weight), "device": weight.device if device is None else device}
+        made[_unused(name, made)] = (Place(target, model, path), _regularizer(target, weight, {**settings, **points}))
     return Regularization(made)
+
+
+class _Seen:
+    """A weight that `regularize` has come across, which another may be tied to.
+
+    The weight is held, so that no other tensor gets its memory while more are looked at.
+    """
+
+    def __init__(self, target: Target, weight: Tensor):
+        module, name = target.module, target.name
+        self.weight, self.module, self.name = weight, module, name
+        self.columns = range(weight.shape[1])[target.columns or slice(None)]
+        self.behind = [id(p) for p in parameters_behind(module, name)]
+        self.origin = origin(module, name)
+
+    def is_tied_to(self, other: _Seen) -> bool:
+        """Whether both are the same columns of one weight: of one module, Parameter or tensor in memory, or computed in
+        the same way from the same Parameters."""
+        if self.columns != other.columns or self.weight.shape != other.weight.shape:
+            return False
+        if self.module is other.module and self.name == other.name or _same_memory(self.weight, other.weight):
+            return True
+        if not self.behind or self.behind != other.behind:
+            return False
+        stored = ("parameter", "pruned by torch")
+        if self.origin in stored and other.origin in stored:
+            return True
+        return self.origin == other.origin and (self.weight.is_meta or torch.equal(self.weight, other.weight))
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or have all their entries at the same places of the memory."""
+    if a is b:
+        return True
+    if a.layout != torch.strided or b.layout != torch.strided or a.is_meta or b.is_meta or not a.numel():
+        return False
+    if is_sharded(a) or is_sharded(b):
+        return False
+    return (a.device, a.data_ptr(), a.stride(), a.dtype) == (b.device, b.data_ptr(), b.stride(), b.dtype)
 
 
 def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Target]:
@@ -171,14 +301,14 @@ def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Targe
 
 
 def _search(model: nn.Module) -> list[Target]:
-    """The hidden weights of a model's recurrent modules."""
+    """The hidden weights of a model's recurrent modules, by the very names that their forward pass uses."""
     found = []
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             checks.no_projection(module)
-            names = [plain_name(n) for n, _ in module.named_parameters(recurse=False)]
             gates = _GATES["RNN" if module.mode.startswith("RNN") else module.mode]
-            found += [Target(module, n, blocks=gates, recurrent=True) for n in names if n.startswith("weight_hh_l")]
+            names = [name for layer in module._all_weights for name in layer if name.startswith("weight_hh_l")]
+            found += [Target(module, name, blocks=gates, recurrent=True) for name in names]
         elif isinstance(module, nn.RNNCellBase):
             gates = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
             found.append(Target(module, "weight_hh", blocks=gates, recurrent=True))
@@ -190,12 +320,11 @@ def _regularizer(target: Target, weight: Tensor, settings: dict[str, Any]) -> Mo
     blocks = target.blocks
     checks.target_blocks(target.name, weight.shape[0], blocks)
     rows = weight.shape[0] // blocks
-    columns = len(range(*(target.columns or slice(None)).indices(weight.shape[1])))
+    columns = len(range(weight.shape[1])[target.columns or slice(None)])
     recurrent = target.recurrent
     if recurrent is None:
         recurrent = rows == columns and (target.columns is not None or target.name.startswith("weight_hh"))
-    defaults: dict[str, Any] = {"dtype": compute_dtype(weight), "device": weight.device}
-    return ModuliRegularizer(rows, None if recurrent else columns, blocks=blocks, **{**defaults, **settings})
+    return ModuliRegularizer(rows, None if recurrent else columns, blocks=blocks, **settings)
 
 
 def _unused(name: str, made: dict[str, Any]) -> str:
@@ -205,27 +334,3 @@ def _unused(name: str, made: dict[str, Any]) -> str:
         k += 1
         candidate = f"{name}#{k}"
     return candidate
-
-
-def _original(target: Target) -> Tensor | None:
-    """The `_orig` parameter that torch.nn.utils.prune keeps a pruned weight in."""
-    original = getattr(target.module, original_name(target.name), None)
-    return original if isinstance(original, Tensor) else None
-
-
-def parameter_of(target: Target) -> Tensor:
-    """The tensor that the weight is stored in: torch.nn.utils.prune's `_orig` parameter, else the weight itself."""
-    original = _original(target)
-    return getattr(target.module, target.name) if original is None else original
-
-
-def _read(target: Target) -> Tensor:
-    """The columns to regularize of the weight as it is now.
-
-    Under torch.nn.utils.prune the attribute is out of date until the module's next forward, so original and mask are
-    multiplied here.
-    """
-    weight = parameter_of(target)
-    if _original(target) is not None:
-        weight = weight * cast(Tensor, get_mask(target.module, target.name)).to(weight.dtype)
-    return weight if target.columns is None else weight[:, target.columns]

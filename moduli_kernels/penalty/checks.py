@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..checks import FLOATING, finite, positive_int, shown
+from ..checks import FLOATING, finite, positive, positive_int, shown
+from ..masks import origin
 
 REDUCTIONS = ("mean", "sum")
 
@@ -233,19 +234,103 @@ def no_pair(target: Any) -> NoReturn:
     )
 
 
-def target_weight(module: Any, name: str) -> torch.Tensor:
-    """The weight that a target names, which must exist."""
+def target_module(module: Any, name: Any) -> None:
+    """A target must name a tensor of an nn.Module."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
             f"targets must hold (module, name) pairs or mk.Target, got {shown(module)} as module; pass the nn.Module.")
-    weight = getattr(module, name, None) if isinstance(name, str) else None
-    if not isinstance(weight, torch.Tensor):
+    if not isinstance(name, str) or origin(module, name) is None:
         known = ", ".join(repr(n) for n, _ in module.named_parameters(recurse=False)) or "none"
         raise ValueError(
             f"targets must name a weight of {type(module).__name__}, got {name!r}; its parameters are {known}."
         )
-    weight_tensor(weight)
-    return weight
+
+
+def unknown_origin(module: torch.nn.Module, name: str) -> NoReturn:
+    """Raises for a weight that is a plain tensor, which code that is unknown here writes before each forward pass."""
+    own = [n for n, p in module.named_parameters(recurse=False) if n.startswith(name)]
+    behind = own[0] if own else f"{name}_raw"
+    where = "" if own else ", where `module` is the one that owns it,"
+    raise ValueError(
+        f"{name} of {type(module).__name__} must be a Parameter or what torch.nn.utils makes of one (parametrize, "
+        "spectral_norm, weight_norm, prune), got a plain tensor that something else writes (as a WeightDrop does), and "
+        f"that may be out of date; name the Parameter behind it{where} such as targets=[(module, {behind!r})]."
+    )
+
+
+def several_strengths(found: dict[str, float]) -> NoReturn:
+    """Raises for weights of which no one strength can be told."""
+    each = ", ".join(f"{name}: {value}" for name, value in found.items())
+    raise ValueError(
+        f"strength must be the same for all weights to be read as one number, got {each}; read each regularizer's "
+        "own from reg.items(), or set reg.strength."
+    )
+
+
+def no_argument(got: Any) -> NoReturn:
+    """Raises for a regularization that is called with something."""
+    raise TypeError(
+        f"reg() must be called without arguments (it reads the model's weights itself), got {shown(got)}; for one "
+        "weight call moduli_penalty(weight, points, manifold=...) or a ModuliRegularizer."
+    )
+
+
+def no_points(name: str, regularizer: Any) -> NoReturn:
+    """Raises for a control whose points are to be drawn again."""
+    raise TypeError(
+        f"regularizers must have points to be drawn again, got a {type(regularizer).__name__} for {name}; reset the "
+        "regularization that this control was made from, and make the control anew."
+    )
+
+
+def replaced(title: str, path: str, model: str) -> NoReturn:
+    """Raises for a weight whose module was taken out of the model."""
+    raise ValueError(
+        f"{title} must still be a weight of the {model} that was regularized, got another module without its "
+        f"Parameters at {path!r}; call regularize again, and give the optimizer the new parameters."
+    )
+
+
+def replaced_in_graph(title: str) -> NoReturn:
+    """Raises for a weight whose module was taken out of the model, in code that torch.compile traces."""
+    raise ValueError(
+        f"{title} must be where it was when a compiled step is traced, got another module there; call reg() once "
+        "outside of the compiled step, which follows or explains the change."
+    )
+
+
+def model_gone(title: str, kind: str) -> NoReturn:
+    """Raises for a regularization whose model is gone."""
+    raise ValueError(
+        f"{title} must be a weight of a model that exists, got a {kind} that is gone: it was replaced or deleted, or "
+        "this regularization was copied or pickled without it; copy and pickle (model, reg) together, or call "
+        "regularize for the new model."
+    )
+
+
+def share_and_loss(share: float, loss: Any) -> float:
+    """The share as a float, which must be positive, beside a loss that can be differentiated."""
+    share = positive("share", share)
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"loss must be a tensor, got {shown(loss)}; pass criterion(model(x), y).")
+    if loss.dim() or not loss.requires_grad:
+        raise ValueError(
+            f"loss must be 0-d with a graph to the weights, got shape {tuple(loss.shape)}"
+            f"{'' if loss.requires_grad else ' without a graph'}; pass criterion(model(x), y), computed with gradients."
+        )
+    return share
+
+
+def norms(loss: float, penalty: float) -> float:
+    """The ratio of the norms of two gradients in the regularized weights, neither of which may be 0."""
+    for name, norm, advice in (
+        ("loss", loss, "pass the loss of a forward pass through the regularized model"),
+        ("the penalty", penalty, "ask before all weights are 0, for weights that require grad")):
+        if not 0 < norm < float("inf"):
+            raise ValueError(
+                f"{name} must have a finite gradient other than 0 in the regularized weights, got norm {norm}; "
+                f"{advice}.")
+    return loss / penalty
 
 
 def target_blocks(name: str, rows: int, blocks: int) -> None:

@@ -147,7 +147,7 @@ class ModuliRegularizer(Regularizer):
                                      device=device)
 
         self.rows = embed("rows", rows)
-        if cols is not None and cols is not rows:  # shared points are one submodule, and are saved once
+        if cols is not None and cols is not self.rows:  # shared points are one submodule, and are saved once
             self.cols = embed("cols", cols)  # pyright: ignore[reportAttributeAccessIssue]
         self.strength = strength
         if self.rows.trainable or self.cols.trainable:
@@ -183,11 +183,11 @@ class ModuliRegularizer(Regularizer):
             mask: bool, in the weight's shape: entries where it is False cost nothing.
         """
         if torch.compiler.is_compiling():  # a number would be a constant of the graph, compiled again for each value
-            value = self.penalty(weight, mask, 1.0)
+            value = self.penalty(weight, 1.0, mask)
             return value * self._in_graph.to(value.dtype)
-        return self.penalty(weight, mask, self._strength)
+        return self.penalty(weight, self._strength, mask)
 
-    def penalty(self, weight: Tensor, mask: Tensor | None, strength: float) -> Tensor:
+    def penalty(self, weight: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
         """`forward` with another strength."""
         return moduli_penalty(
             weight, self.rows.points, None if self.cols is self.rows else self.cols.points, manifold=self.manifold,
