@@ -54,7 +54,7 @@ def effective_weight(module: nn.Module, name: str) -> Tensor:
     if isinstance(hook, BasePruningMethod):
         return hook.apply_mask(module)
     if isinstance(hook, SpectralNorm):
-        return hook.compute_weight(module, do_power_iteration=False)
+        return _spectrally_normed(module, name, hook)
     if isinstance(hook, WeightNorm):
         return hook.compute_weight(module)
     kind = type(module).__name__
@@ -102,6 +102,13 @@ def _hook_of(module: nn.Module, name: str) -> Any:
         if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)) and computes == name:
             return hook
     return None
+
+
+def _spectrally_normed(module: nn.Module, name: str, hook: SpectralNorm) -> Tensor:
+    """The weight divided by its spectral norm. The vectors of the power iteration are copied, since the next forward
+    pass writes into them, perhaps before the backward pass of this weight."""
+    weight, u, v = (getattr(module, name + of) for of in (original_name(""), "_u", "_v"))
+    return weight / torch.dot(u.clone(), torch.mv(hook.reshape_weight_to_matrix(weight), v.clone()))
 
 
 def _parametrized(module: nn.Module, name: str) -> Tensor:
