@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import moduli_kernels as mk
+from moduli_kernels.penalty import checks
 from tests.support.penalty_cases import BACKENDS, draw_points, draw_weight
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
@@ -60,6 +61,9 @@ NUMBERS = {
         "strength must be a finite number, got a Tensor; pass a float such as 0.1."),
     "strength_assigned_later": Case(lambda: strength_assigned(math.nan), ValueError,
         "strength must be a finite number, got nan; pass a float such as 0.1."),
+    "strength_negative": Case(lambda: mk.ModuliRegularizer(3, strength=-0.1), ValueError,
+        "strength must be at least 0 (a negative one would reward long connections), got -0.1; pass a float such as "
+        "0.1, and 0 for no penalty."),
     "blocks_0": Case(lambda: penalty(blocks=0), ValueError,
         "blocks must be an integer of at least 1, got 0; pass a larger one."),
     "blocks_float": Case(lambda: mk.ModuliRegularizer(3, blocks=4.0), TypeError,
@@ -79,6 +83,12 @@ NUMBERS = {
         "radius must be a positive finite number, got '5'; pass a float such as 5.0."),
     "period_negative": Case(lambda: mk.FlatTorus((10.0, -1.0)), ValueError,
         "periods[1] must be a positive finite number, got -1.0; pass a float such as 5.0."),
+    "periods_apart": Case(lambda: mk.FlatTorus(10.0, 10.0), TypeError,
+        "periods must be one tuple of positive numbers, got 2 arguments; pass FlatTorus(periods=(10.0, 10.0))."),
+    "periods_number": Case(lambda: mk.FlatTorus(10.0), TypeError,
+        "periods must be a tuple of positive numbers, got 10.0; pass for example (10.0, 10.0)."),
+    "periods_empty": Case(lambda: mk.FlatTorus(()), ValueError,
+        "periods must hold at least one positive number, got (); pass for example (10.0, 10.0)."),
     "sigmas": Case(lambda: mk.DifferenceOfGaussians(1.0, 5.0, 0.25), ValueError,
         "sigma1 must be smaller than sigma2 (narrow minus wide Gaussian), got sigma1=5.0 and sigma2=0.25; "
         "swap them or widen sigma2."),
@@ -205,6 +215,18 @@ POINTS = {
         ValueError,
         "points must not hold a zero vector on Sphere(dim=2, radius=5.0) (it cannot be normalized), got one "
         "at row 1; give every row a direction."),
+    "swapped": Case(lambda: mk.moduli_penalty(draw_points("torus", 6), draw_weight(6, 6), manifold="torus"), ValueError,
+        f"rows must have shape (n, 2) for {TORUS}, got (6, 6); weight and points seem to be swapped, since weight has "
+        "shape (6, 2): pass the weight first, then the points of its rows."),
+    "cols_swapped": Case(lambda: penalty(draw_points("torus", 6), draw_points("torus", 5), draw_weight(6, 5)), ValueError,
+        f"cols must have shape (n, 2) for {TORUS}, got (6, 5); weight and points seem to be swapped, since weight has "
+        "shape (6, 2): pass the weight first, then the points of its rows."),
+    "never_known": Case(lambda: mk.ManifoldEmbedding(3, points=torch.ones(3, 2, device="meta")).reset_parameters(),
+                        ValueError,
+        "points must be drawn or given with values to be reset, got them on the meta device; load a state dict "
+        "instead, or make the embedding without points=."),
+    "without_values": Case(lambda: mk.manifold_order(torch.ones(3, 2, device="meta"), "torus"), ValueError,
+        "points must have values, got a tensor on the meta device; call reset_parameters() after to_empty()."),
 }
 
 MASKS = {
@@ -264,7 +286,31 @@ REGULARIZERS = {
         "sparsity or power=2.0 for decay."),
 }
 
-LAYER, LSTM = nn.Linear(4, 6), nn.LSTM(3, 5, proj_size=2)
+LAYER, LSTM, RNN = nn.Linear(4, 6), nn.LSTM(3, 5, proj_size=2), nn.RNN(2, 3)
+
+
+def dropped() -> nn.Module:
+    """A net whose hidden weight is a plain tensor, made of another Parameter."""
+    rnn = nn.RNN(2, 3)
+    rnn.weight_hh_l0_raw = rnn._parameters.pop("weight_hh_l0")
+    rnn.weight_hh_l0 = rnn.weight_hh_l0_raw.detach()
+    return rnn
+
+
+def replaced_module():
+    model = nn.Sequential(nn.RNN(2, 3))
+    reg = mk.regularize(model)
+    model[0] = nn.RNN(2, 3)
+    return reg()
+
+
+def several_strengths() -> float:
+    rnn = nn.RNN(2, 3, num_layers=2)
+    reg = mk.regularize(rnn)
+    reg.regularizers["weight_hh_l1"].strength = 2.0
+    return reg.strength
+
+
 REGULARIZE = {
     "no_weight": Case(lambda: mk.regularize(nn.Sequential(nn.Linear(3, 3))), ValueError,
         "model must hold a recurrent weight (weight_hh_l* of RNN, GRU, LSTM or weight_hh of a cell), found "
@@ -313,6 +359,39 @@ REGULARIZE = {
                                                TypeError,
         "columns of target 'weight' must be None or a slice with step 1, got slice(0, None, 2); pass for "
         "example slice(2, None)."),
+    "unknown_origin": Case(lambda: mk.regularize(dropped()), ValueError,
+        "weight_hh_l0 of RNN must be a Parameter or what torch.nn.utils makes of one (parametrize, spectral_norm, "
+        "weight_norm, prune), got a plain tensor that something else writes (as a WeightDrop does), and that may be "
+        "out of date; name the Parameter behind it such as targets=[(module, 'weight_hh_l0_raw')]."),
+    "argument": Case(lambda: mk.regularize(RNN)(RNN.weight_hh_l0), TypeError,
+        "reg() must be called without arguments (it reads the model's weights itself), got a Parameter; for one weight "
+        "call moduli_penalty(weight, points, manifold=...) or a ModuliRegularizer."),
+    "no_points": Case(lambda: mk.regularize(RNN).matched().reset_parameters(), TypeError,
+        "regularizers must have points to be drawn again, got a CoefficientRegularizer for weight_hh_l0; reset the "
+        "regularization that this control was made from, and make the control anew."),
+    "model_gone": Case(lambda: mk.regularize(nn.Sequential(nn.GRU(2, 3)))(), ValueError,
+        "0.weight_hh_l0 must be a weight of a model that exists, got a GRU that is gone: it was replaced or deleted, "
+        "or this regularization was copied or pickled without it; copy and pickle (model, reg) together, or call "
+        "regularize for the new model."),
+    "replaced": Case(lambda: replaced_module(), ValueError,
+        "0.weight_hh_l0 must still be a weight of the Sequential that was regularized, got another module without its "
+        "Parameters at '0'; call regularize again, and give the optimizer the new parameters."),
+    "replaced_in_graph": Case(lambda: checks.replaced_in_graph("rnn.weight_hh_l0"), ValueError,
+        "rnn.weight_hh_l0 must be where it was when a compiled step is traced, got another module there; call reg() "
+        "once outside of the compiled step, which follows or explains the change."),
+    "strengths": Case(lambda: several_strengths(), ValueError,
+        "strength must be the same for all weights to be read as one number, got weight_hh_l0: 0.1, weight_hh_l1: 2.0; "
+        "read each regularizer's own from reg.items(), or set reg.strength."),
+    "loss_number": Case(lambda: mk.regularize(RNN).suggest(3.0), TypeError,
+        "loss must be a tensor, got 3.0; pass criterion(model(x), y)."),
+    "loss_without_graph": Case(lambda: mk.regularize(RNN).suggest(torch.ones(())), ValueError,
+        "loss must be 0-d with a graph to the weights, got shape () without a graph; pass criterion(model(x), y), "
+        "computed with gradients."),
+    "loss_of_another_net": Case(lambda: mk.regularize(RNN).suggest(LAYER.weight.sum()), ValueError,
+        "loss must have a finite gradient other than 0 in the regularized weights, got norm 0.0; pass the loss of a "
+        "forward pass through the regularized model."),
+    "share": Case(lambda: mk.regularize(RNN).suggest(RNN.weight_hh_l0.sum(), -1.0), ValueError,
+        "share must be a positive finite number, got -1.0; pass a float such as 5.0."),
     "setting_value": Case(lambda: mk.regularize(nn.RNN(2, 3), power=0.9), ValueError,
         "power must be at least 1 (|w|^l is not differentiable at 0 below that), got 0.9; use power=1.0 for "
         "sparsity or power=2.0 for decay."),
