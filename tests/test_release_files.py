@@ -47,7 +47,7 @@ def test_what_a_release_saved_loads_and_computes_the_same(file, tmp_path):
     assert torch.allclose(small(state["x"])[0], state["outputs"]["rnn"], atol=1e-5)
     model = nn.ModuleDict({"rnn": nn.RNN(3, saved.N), "head": nn.Linear(saved.N, 2)})
     pruner = mk.MagnitudePruner([(model["rnn"], "weight_hh_l0")])
-    reg = mk.regularize(model, targets=[(model["rnn"], "weight_hh_l0"), (model["head"], "weight")])
+    reg = mk.regularize(model, targets=[(model["rnn"], "weight_hh_l0"), (model["head"], "weight")], strength=1.0)
     for part, key in ((model, "model"), (pruner, "pruner"), (reg, "regularization")):
         part.load_state_dict(state[key])
     assert reg().item() == pytest.approx(state["penalty"], rel=1e-5) and pruner.sparsity == 0.5

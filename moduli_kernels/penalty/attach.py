@@ -40,10 +40,18 @@ class Regularization(nn.Module):
     def __init__(self, regularizers: dict[str, tuple[Place, nn.Module]]):
         super().__init__()
         self._places = {name: place for name, (place, _) in regularizers.items()}
-        for name, place in self._places.items():
-            place.title = name
         self._key = {name: name.replace(".", "_") for name in regularizers}  # module names may not hold dots
         self.regularizers = nn.ModuleDict({self._key[name]: module for name, (_, module) in regularizers.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_places": {name: place.kept() for name, place in self._places.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        targets = state.pop("_targets", {})  # as 0.1.0 kept the places
+        super().__setstate__(state)
+        self._places = {name: Place.restored(kept) for name, kept in state.get("_places", {}).items()}
+        self._places |= {name: Place(target, None, None, name) for name, target in targets.items()}
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """(name of the weight, its regularizer), for each weight. A name is the path in the model and the weight's own
@@ -243,7 +251,8 @@ def regularize(
         title = type(target.module).__name__ if path is None else path
         name = f"{title}.{target.name}" if title else target.name
         points = {"dtype": dtype or compute_dtype(weight), "device": weight.device if device is None else device}
-        made[_unused(name, made)] = (Place(target, model, path), _regularizer(target, weight, {**settings, **points}))
+        name = _unused(name, made)
+        made[name] = (Place(target, model, path, name), _regularizer(target, weight, {**settings, **points}))
     return Regularization(made)
 
 

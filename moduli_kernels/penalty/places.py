@@ -84,12 +84,13 @@ class Place:
         target: the weight.
         model: the model in which the module is looked for, at `path`. None: only the module counts.
         path: the module's name in the model.
+        title: what errors call the weight.
     """
 
-    def __init__(self, target: Target, model: nn.Module | None, path: str | None):
+    def __init__(self, target: Target, model: nn.Module | None, path: str | None, title: str):
         self.name, self.columns, self.blocks, self.recurrent = (
             target.name, target.columns, target.blocks, target.recurrent)
-        self.title = target.name  # what errors call the weight
+        self.title = title
         self.kind = type(target.module).__name__
         self._module = weakref.ref(target.module)
         self._model = None if model is None or path is None else weakref.ref(model)
@@ -97,16 +98,21 @@ class Place:
         self.parameters = parameters_behind(target.module, target.name)
         self._copied = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along, in plain Python: the module and the model are in it themselves."""
         model = None if self._model is None else self._model()
         return {**self.__dict__, "_module": self._module(), "_model": model}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        module, model = state["_module"], state["_model"]
-        self._module = _gone if module is None else weakref.ref(module)
-        self._model = None if model is None else weakref.ref(model)
-        self._copied = True
+    @classmethod
+    def restored(cls, kept: dict[str, Any]) -> Place:
+        """The place from what `kept` gave. It refers to module and model weakly again."""
+        place = cls.__new__(cls)
+        place.__dict__.update(kept)
+        module, model = kept["_module"], kept["_model"]
+        place._module = _gone if module is None else weakref.ref(module)
+        place._model = None if model is None else weakref.ref(model)
+        place._copied = True
+        return place
 
     def target(self) -> Target:
         """The weight where it is now.

@@ -210,9 +210,10 @@ def test_regularization(calls, monkeypatch, trainable):
 def test_one_by_one(calls, monkeypatch):
     """Other kernels, one weight, controls, compute dtypes and settings that differ, what only PyTorch knows."""
     net = model()
-    mk.regularize(nn.RNN(3, 5))()
+    one, two_dtypes = nn.RNN(3, 5), nn.ModuleList([nn.RNN(3, 5), nn.RNN(3, 5, dtype=torch.float64)])
+    mk.regularize(one)()
     mk.regularize(net).matched()()
-    mk.regularize(nn.ModuleList([nn.RNN(3, 5), nn.RNN(3, 5, dtype=torch.float64)]))()
+    mk.regularize(two_dtypes)()
     mixed = mk.regularize(net)
     mixed.regularizers["2_weight_hh"].power = 2.0
     mixed()
