@@ -26,7 +26,7 @@ class Regularizer(nn.Module):
     """
 
     _strength: float
-    _in_graph: Tensor  # the strength as a 0-d tensor, which torch.compile reads anew at each call
+    _in_graph: Tensor  # the strength as a tensor, (1,), which torch.compile reads anew at each call
 
     @property
     def strength(self) -> float:
@@ -46,12 +46,12 @@ class Regularizer(nn.Module):
 
     def _refresh(self) -> None:
         """Makes the tensor of the strength, on the regularizer's device. It is a new one each time, since a graph whose
-        backward pass is still to come may hold the last."""
+        backward pass is still to come may hold the last; and not 0-d, which torch.compile would take for a number."""
         if torch.compiler.is_compiling():
-            self._in_graph = torch.full((), self._strength, dtype=torch.float64, device=self._numbers.device)
+            self._in_graph = torch.full((1,), self._strength, dtype=torch.float64, device=self._numbers.device)
             return
         with torch.inference_mode(False):
-            self._in_graph = torch.tensor(self._strength, dtype=torch.float64, device=self._numbers.device)
+            self._in_graph = torch.tensor([self._strength], dtype=torch.float64, device=self._numbers.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what releases pickled in which the strength was a plain attribute, too."""
@@ -184,7 +184,7 @@ class ModuliRegularizer(Regularizer):
         """
         if torch.compiler.is_compiling():  # a number would be a constant of the graph, compiled again for each value
             value = self.penalty(weight, 1.0, mask)
-            return value * self._in_graph.to(value.dtype)
+            return value * self._in_graph.to(value.dtype)[0]
         return self.penalty(weight, self._strength, mask)
 
     def penalty(self, weight: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
@@ -294,7 +294,7 @@ class CoefficientRegularizer(Regularizer):
         """
         if torch.compiler.is_compiling():  # as in ModuliRegularizer
             value = self.penalty(weight, 1.0)
-            return value * self._in_graph.to(value.dtype)
+            return value * self._in_graph.to(value.dtype)[0]
         return self.penalty(weight, self._strength)
 
     def penalty(self, weight: Tensor, strength: float) -> Tensor:
