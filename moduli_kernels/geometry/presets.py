@@ -26,7 +26,8 @@ def manifold(name: str | Manifold) -> Manifold:
 
     Args:
         name: "torus" (FlatTorus of periods 10 and 10), "torus6" (six periods of 10), "circle" (radius 5), "sphere" (the
-            2-sphere of radius 5), "s3" (the 3-sphere of radius 5), "klein" (KleinBottle, 10 by 10), "r3" (Euclidean,
+            2-sphere of radius 5), "s3" (the 3-sphere of radius 5; the authors' code has distances as on
+            Sphere(dim=3, radius=10) where points are fixed), "klein" (KleinBottle, 10 by 10), "r3" (Euclidean,
             points in a cube of side 10), "mixed" (Product of "sphere" and "torus"); or a Manifold.
 
     Raises:

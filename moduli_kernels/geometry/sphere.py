@@ -25,8 +25,9 @@ class Sphere(Manifold):
 
         d(x, y) = radius * theta,   theta = 2 atan2(|x^ - y^|, |x^ + y^|).
 
-    This keeps full relative precision at 0 and pi, where acos of a rounded inner product loses half the digits
-    (Kahan). With s = d^2 and theta / sin(theta) = 2 theta / (|x^ - y^| |x^ + y^|),
+    Its absolute error is a few eps at every angle (2e-7 rad in float32, 4e-16 in float64), where acos of a rounded
+    inner product loses half the digits at 0 and pi (Kahan). The relative error near 0 grows as eps / theta, since
+    normalization rounds the points: in float32 it is about 1e-4 at theta = 1e-3 and 1e-2 at 1e-5. With s = d^2 and theta / sin(theta) = 2 theta / (|x^ - y^| |x^ + y^|),
 
         ds/dx = -2 radius^2 theta / sin(theta) (y^ - cos(theta) x^) / |x|;
 

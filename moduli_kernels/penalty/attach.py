@@ -12,7 +12,7 @@ from ..geometry.base import Inhibitor, Manifold
 from ..masks import origin, parameters_behind
 from ..reference import compute_dtype
 from . import checks, grouped
-from .modules import DEFAULT_STRENGTH, CoefficientRegularizer, ModuliRegularizer, Regularizer
+from .modules import CoefficientRegularizer, ModuliRegularizer, Regularizer
 from .places import Place, Target, check_weight
 
 # The gate blocks that the hidden weight of each of torch's recurrent modules stacks in rows.
@@ -192,7 +192,7 @@ def _norm(gradients: Sequence[Tensor | None]) -> float:
 def regularize(
     model: nn.Module, targets: Iterable[Target | tuple[nn.Module, str]] | None = None, *,
     manifold: Manifold | str = "torus", inhibitor: Inhibitor | Callable[[Tensor], Tensor] | None = None,
-    power: float = 1.0, reduction: str = "mean", strength: float = DEFAULT_STRENGTH, trainable: bool = False,
+    power: float = 1.0, reduction: str = "mean", strength: float = 0.1, trainable: bool = False,
     generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Regularization:

@@ -16,8 +16,6 @@ from ..geometry.presets import manifold as resolve_manifold
 from . import checks, state
 from .function import moduli_penalty, scale_of
 
-DEFAULT_STRENGTH = 0.1  # of what is made for a training loop; the functions' own is the neutral 1
-
 
 class Regularizer(nn.Module):
     """What the regularizers have in common: a strength that may change at any time, and settings in the state dict.
