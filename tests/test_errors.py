@@ -218,7 +218,8 @@ POINTS = {
     "swapped": Case(lambda: mk.moduli_penalty(draw_points("torus", 6), draw_weight(6, 6), manifold="torus"), ValueError,
         f"rows must have shape (n, 2) for {TORUS}, got (6, 6); weight and points seem to be swapped, since weight has "
         "shape (6, 2): pass the weight first, then the points of its rows."),
-    "cols_swapped": Case(lambda: penalty(draw_points("torus", 6), draw_points("torus", 5), draw_weight(6, 5)), ValueError,
+    "cols_swapped": Case(lambda: penalty(draw_points("torus", 6), draw_points("torus", 5), draw_weight(6, 5)),
+                         ValueError,
         f"cols must have shape (n, 2) for {TORUS}, got (6, 5); weight and points seem to be swapped, since weight has "
         "shape (6, 2): pass the weight first, then the points of its rows."),
     "never_known": Case(lambda: mk.ManifoldEmbedding(3, points=torch.ones(3, 2, device="meta")).reset_parameters(),

@@ -27,7 +27,8 @@ class Sphere(Manifold):
 
     Its absolute error is a few eps at every angle (2e-7 rad in float32, 4e-16 in float64), where acos of a rounded
     inner product loses half the digits at 0 and pi (Kahan). The relative error near 0 grows as eps / theta, since
-    normalization rounds the points: in float32 it is about 1e-4 at theta = 1e-3 and 1e-2 at 1e-5. With s = d^2 and theta / sin(theta) = 2 theta / (|x^ - y^| |x^ + y^|),
+    normalization rounds the points: in float32 it is about 1e-4 at theta = 1e-3 and 1e-2 at 1e-5. With s = d^2 and
+    theta / sin(theta) = 2 theta / (|x^ - y^| |x^ + y^|),
 
         ds/dx = -2 radius^2 theta / sin(theta) (y^ - cos(theta) x^) / |x|;
 

@@ -1,4 +1,4 @@
-"""What a regularization is about: the model as it is at the call, the copied one in a copy, or an error that says so."""
+"""What a regularization is about: the model as it is at the call, the copied one in a copy, or an error says so."""
 import copy
 import gc
 import io
@@ -41,7 +41,8 @@ def saved_and_loaded(thing):
     return torch.load(buffer, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "save": saved_and_loaded}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+          "save": saved_and_loaded}
 
 
 def parts(pair):
@@ -91,8 +92,8 @@ def test_a_copy_of_the_regularization_alone_says_that_it_is_about_no_model(kind,
     reg = mk.regularize(model)
     alone = COPIES[how](reg)
     for use in (alone, alone.losses, lambda: alone.targets, lambda: alone.shuffled()()):
-        with pytest.raises(ValueError, match=r"rnn.weight_hh_l0 must be a weight of a model that exists, got a RNN that "
-                                             r"is gone: .* copied or pickled without it; copy and pickle \(model, reg\)"):
+        with pytest.raises(ValueError, match=r"rnn.weight_hh_l0 must be a weight of a model that exists, got a RNN "
+                                             r"that is gone: .* without it; copy and pickle \(model, reg\)"):
             use()
     assert "not found any more: rnn.weight_hh_l0" in repr(alone) and "not found" not in repr(reg)
     assert is_about(reg, model.rnn)

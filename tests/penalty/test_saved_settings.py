@@ -184,7 +184,8 @@ def test_numbers_are_kept_as_pythons_floats_and_ints(owner):
 
 
 def test_numpy_scalars_as_arguments_of_a_regularizer():
-    r = mk.ModuliRegularizer(np.int64(4), np.int32(3), power=np.float32(2), blocks=np.int64(2), strength=np.float64(0.5))
+    r = mk.ModuliRegularizer(np.int64(4), np.int32(3), power=np.float32(2), blocks=np.int64(2),
+                             strength=np.float64(0.5))
     assert [type(v) for v in (r.power, r.blocks, r.strength)] == [float, int, float]
     assert r(torch.ones(8, 3)).isfinite()
 
