@@ -71,7 +71,8 @@ class Regularization(nn.Module):
     def strength(self) -> float:
         """The strength lambda of all weights, at least 0; setting it sets each regularizer's.
 
-        It may be set at any time: a compiled step is not compiled again for it. A weight's own strength is that of its
+        It may be set at any time: a compiled step is not compiled again for it. Set it outside of the compiled function,
+        since torch 2.10 would take it over at the function's end only. A weight's own strength is that of its
         regularizer in `items()`. It is part of the state dict.
 
         Raises:
@@ -119,11 +120,16 @@ class Regularization(nn.Module):
 
     def _penalties(self) -> tuple[Tensor | None, Sequence[Tensor]]:
         """The sum of the penalties, where one launch gives it, else None; and the penalty of each weight."""
+        if torch.compiler.is_compiling() and self._holds_rnns() and not torch._dynamo.config.allow_rnn:
+            torch._dynamo.graph_break(msg=checks.ALLOW_RNN)
         weights = [place.read() for place in self._places.values()]
         regularizers = cast("list[Any]", list(self.regularizers.values()))
         if not any(map(is_sharded, weights)) and grouped.share_launches(regularizers, weights):
             return grouped.penalties(list(map(grouped.layer_of, regularizers, weights)))  # pyright: ignore[reportReturnType]
         return None, [regularizer(weight) for regularizer, weight in zip(regularizers, weights)]
+
+    def _holds_rnns(self) -> bool:
+        return any(place.is_rnn for place in self._places.values())
 
     def losses(self) -> dict[str, Tensor]:
         """{name of the weight: its penalty}, 0-d and differentiable. Errors are those of a call."""

@@ -258,6 +258,12 @@ def unknown_origin(module: torch.nn.Module, name: str) -> NoReturn:
     )
 
 
+ALLOW_RNN = (
+    "reg() reads the weights of an nn.RNN, GRU or LSTM, which torch.compile takes into a graph only if asked: set "
+    "torch._dynamo.config.allow_rnn = True before fullgraph=True, or call reg() outside of the compiled function."
+)
+
+
 def several_strengths(found: dict[str, float]) -> NoReturn:
     """Raises for weights of which no one strength can be told."""
     each = ", ".join(f"{name}: {value}" for name, value in found.items())

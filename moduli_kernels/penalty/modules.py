@@ -28,12 +28,14 @@ class Regularizer(nn.Module):
 
     @property
     def strength(self) -> float:
-        """lambda, at least 0 and finite. It may be set at any time; a compiled step is not compiled again for it. It is
-        part of the state dict."""
+        """lambda, at least 0 and finite. It may be set at any time; a compiled step is not compiled again for it, and
+        breaks where it sets it itself. It is part of the state dict."""
         return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
+        if torch.compiler.is_compiling():  # the rest of the graph would go on reading the old tensor
+            torch._dynamo.graph_break()
         self._strength = checks.strength(value)
         self._refresh()
 
@@ -45,9 +47,6 @@ class Regularizer(nn.Module):
     def _refresh(self) -> None:
         """Makes the tensor of the strength, on the regularizer's device. It is a new one each time, since a graph whose
         backward pass is still to come may hold the last; and not 0-d, which torch.compile would take for a number."""
-        if torch.compiler.is_compiling():
-            self._in_graph = torch.full((1,), self._strength, dtype=torch.float64, device=self._numbers.device)
-            return
         with torch.inference_mode(False):
             self._in_graph = torch.tensor([self._strength], dtype=torch.float64, device=self._numbers.device)
 

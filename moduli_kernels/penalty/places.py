@@ -92,6 +92,7 @@ class Place:
             target.name, target.columns, target.blocks, target.recurrent)
         self.title = title
         self.kind = type(target.module).__name__
+        self.is_rnn = isinstance(target.module, nn.RNNBase)  # which torch.compile does not look into unasked
         self._module = weakref.ref(target.module)
         self._model = None if model is None or path is None else weakref.ref(model)
         self._path = () if not path else tuple(path.split("."))

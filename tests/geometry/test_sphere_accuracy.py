@@ -1,4 +1,4 @@
-"""What the docstring of Sphere says of its errors: the absolute one is small everywhere, the relative one grows near 0."""
+"""What the docstring of Sphere says of its errors: the absolute one is small, the relative one grows near 0."""
 import math
 
 import pytest

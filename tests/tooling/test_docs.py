@@ -343,7 +343,7 @@ def test_docstrings_are_read_as_plain_text(site):
     """docs/docstrings.py: products are no emphasis, and nothing shows that they were kept from it."""
     text = {page.stem: page.read_text() for page in (site / "api").glob("*.html")}
     assert "(blocks*R, C), or (blocks*R, C, *kernel)" in text["penalty"]
-    assert "<code>**settings</code>" in text["regularizers"]
+    assert "<code>*manifolds</code>" in text["manifolds"]
     for name, page in text.items():
         assert not re.search(r"\\[*&<]|&amp;lt;", page), name
 
