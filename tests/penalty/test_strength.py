@@ -1,4 +1,6 @@
 """The strength: a property that works at any time, part of the state, and no guess."""
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,19 @@ def test_what_is_no_strength_is_refused_and_nothing_changes(value):
                  lambda: mk.CoefficientRegularizer(torch.ones(2, 2), strength=value)):
         with pytest.raises((ValueError, TypeError), match="strength must be"):
             make()
+
+
+def test_an_ide_sees_the_options_of_regularize():
+    options = inspect.signature(mk.regularize).parameters
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in options.values())
+    assert {"manifold", "inhibitor", "power", "reduction", "strength", "trainable", "generator", "dtype",
+            "device"} <= options.keys()
+    assert all(p.annotation is not p.empty for p in options.values())
+    regularizer = inspect.signature(mk.ModuliRegularizer).parameters
+    same = [name for name in options if name in regularizer and name != "strength"]
+    assert len(same) == 8 and all(options[name].default == regularizer[name].default for name in same)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strenght'"):
+        mk.regularize(nn.RNN(2, 3), strenght=0.1)
 
 
 def test_the_default_is_what_the_documentation_calls_usual():
