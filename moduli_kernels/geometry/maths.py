@@ -41,8 +41,9 @@ def total(parts: Iterable[Tensor]) -> Tensor:
 
 
 def floating(d: Tensor | float) -> Tensor:
-    """d as a floating-point tensor."""
-    d = torch.as_tensor(d)
+    """d as a floating-point tensor, on its own device; a number is put on torch's default device."""
+    if not isinstance(d, Tensor):  # as_tensor would also move a tensor to the default device
+        d = torch.as_tensor(d)
     return d if d.is_floating_point() else d.to(torch.get_default_dtype())
 
 

@@ -248,7 +248,7 @@ def target_module(module: Any, name: Any) -> None:
 
 def unknown_origin(module: torch.nn.Module, name: str) -> NoReturn:
     """Raises for a weight that is a plain tensor, which code that is unknown here writes before each forward pass."""
-    own = [n for n, p in module.named_parameters(recurse=False) if n.startswith(name)]
+    own = [n for n, _ in module.named_parameters(recurse=False) if n.startswith(name)]
     behind = own[0] if own else f"{name}_raw"
     where = "" if own else ", where `module` is the one that owns it,"
     raise ValueError(

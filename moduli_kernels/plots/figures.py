@@ -150,7 +150,7 @@ def plot_kept_against_distance(mask: Tensor, points: Tensor, manifold: Manifold 
     ax.set(xlabel="geodesic distance of the two neurons (manifold units)", xlim=(0, largest),
            ylim=(0, 1.08 * np.nanmax([density, *fraction]) or 1))
     ax.set_ylabel("fraction of connections kept", color=COLOURS[0])
-    d = torch.linspace(0, largest, 400, dtype=torch.float64)
+    d = torch.linspace(0, largest, 400, dtype=torch.float64, device="cpu")
     cost = ax.twinx()
     cost.plot(d.numpy(), inhibitor(d).detach().cpu().numpy(), "--", color=COLOURS[1], label="inhibitor f")
     cost.set_ylabel("inhibitor f(distance): cost of |w|", color=COLOURS[1])
@@ -269,11 +269,11 @@ def _spread_out(place: np.ndarray) -> list[int]:
 def _block_means(weight: Tensor, order: Tensor) -> np.ndarray:
     """Means of |weight[order][:, order]| over at most MAX_CELLS x MAX_CELLS cells, whose sides differ by at most 1."""
     n, cells = len(order), min(len(order), MAX_CELLS)
-    cell = torch.arange(n) * cells // n
-    sums = torch.zeros(cells, cells, dtype=torch.float64)
+    cell = torch.arange(n, device="cpu") * cells // n
+    sums = torch.zeros(cells, cells, dtype=torch.float64, device="cpu")
     for t in range(0, n, _TILE):
         rows = weight[order[t:t + _TILE].to(weight.device)].cpu().double().abs()[:, order]
-        by_column = torch.zeros(len(rows), cells, dtype=torch.float64).index_add_(1, cell, rows)
+        by_column = sums.new_zeros(len(rows), cells).index_add_(1, cell, rows)
         sums.index_add_(0, cell[t:t + _TILE], by_column)
     count = torch.bincount(cell, minlength=cells).double()
     return (sums / count[:, None] / count).numpy()

@@ -64,6 +64,18 @@ def test_penalties_and_regularizers_are_where_their_weights_are(elsewhere, inhib
 
 
 @pytest.mark.parametrize("elsewhere", ELSEWHERE)
+@pytest.mark.parametrize("f", [
+    mk.DifferenceOfGaussians(), mk.Diffusion(exponent=1.5), mk.Sinusoid(), mk.RickerWavelet(), mk.Constant(),
+    INHIBITORS["table"]()], ids=lambda f: type(f).__name__)
+def test_inhibitors_give_their_values_where_the_distances_are(elsewhere, f):
+    for d in (torch.linspace(0, 9, 20), torch.arange(5)):
+        value, other = f(d), elsewhere(lambda d=d: f(d))
+        assert other.device.type == "cpu" and torch.equal(value, other)
+        assert torch.equal(f.slope(d.float()), elsewhere(lambda d=d: f.slope(d.float())))
+    assert f(2).device.type == "cpu"
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
 @pytest.mark.parametrize("manifold", PRESETS)
 def test_points_are_made_on_the_default_device_unless_another_is_named(elsewhere, manifold):
     assert elsewhere(lambda: mk.manifold(manifold).sample(4)).is_meta
@@ -84,6 +96,23 @@ def test_grids(elsewhere, manifold):
         pytest.skip("it has no grid")
     assert elsewhere(lambda: mk.ManifoldEmbedding(6, manifold, layout="grid")).points.is_meta
     assert torch.equal(elsewhere(lambda: mk.ManifoldEmbedding(6, manifold, layout="grid", device="cpu")).points, plain)
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_plots_and_histograms(elsewhere):
+    pytest.importorskip("matplotlib").use("Agg")
+    points, weight = mk.manifold("torus").sample(40, device="cpu"), torch.randn(40, 40)
+    mask = weight > 1
+
+    def calls():
+        mk.plots.plot_connections(mask, points, "torus")
+        mk.plots.plot_weight_heatmap(weight, points, "torus")
+        mk.plots.plot_inhibitor(mk.DifferenceOfGaussians(), "torus")
+        mk.plots.plot_neuron_weights(weight, points, "torus", 3)
+        return mk.plots.plot_kept_against_distance(mask, points, "torus", inhibitor=mk.DifferenceOfGaussians())
+
+    elsewhere(calls)
+    __import__("matplotlib.pyplot").pyplot.close("all")
 
 
 def test_a_generator_tells_the_device():
