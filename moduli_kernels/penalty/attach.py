@@ -71,9 +71,9 @@ class Regularization(nn.Module):
     def strength(self) -> float:
         """The strength lambda of all weights, at least 0; setting it sets each regularizer's.
 
-        It may be set at any time: a compiled step is not compiled again for it. Set it outside of the compiled
-        function, since torch 2.10 would take it over at the function's end only. A weight's own strength is that of
-        its regularizer in `items()`. It is part of the state dict.
+        It may be set at any time: a compiled step is compiled once more at the first change, and serves all values from
+        then on. Set it outside of the compiled function, since torch 2.10 would take it over at the function's end
+        only. A weight's own strength is that of its regularizer in `items()`. It is part of the state dict.
 
         Raises:
             ValueError: on reading it, where weights have different strengths; on setting it, a value that is negative

@@ -27,7 +27,7 @@ def power(value: float) -> float:
 def strength(value: float) -> float:
     """The factor lambda as a float, which must be finite and at least 0."""
     value = finite("strength", value)
-    if value < 0:
+    if not torch.compiler.is_compiling() and value < 0:  # a question to a symbol would make it a constant
         raise ValueError(
             f"strength must be at least 0 (a negative one would reward long connections), got {value!r}; pass a float "
             "such as 0.1, and 0 for no penalty."

@@ -20,46 +20,26 @@ from .function import moduli_penalty, scale_of
 class Regularizer(nn.Module):
     """What the regularizers have in common: a strength that may change at any time, and settings in the state dict.
 
-    A subclass names a tensor of its own in `_numbers` and sets `strength` in its constructor, once that is there.
+    A subclass sets `strength` in its constructor.
     """
 
     _strength: float
-    _in_graph: Tensor  # the strength as a tensor, (1,), which torch.compile reads anew at each call
 
     @property
     def strength(self) -> float:
-        """lambda, at least 0 and finite. It may be set at any time; a compiled step is not compiled again for it, and
-        breaks where it sets it itself. It is part of the state dict."""
+        """lambda, at least 0 and finite. It may be set at any time: a compiled step is compiled once more at the first
+        change, and serves all values from then on. It is part of the state dict."""
         return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if torch.compiler.is_compiling():  # the rest of the graph would go on reading the old tensor
-            torch._dynamo.graph_break()
         self._strength = checks.strength(value)
-        self._refresh()
-
-    @property
-    def _numbers(self) -> Tensor:
-        """The tensor whose device is the regularizer's."""
-        raise NotImplementedError
-
-    def _refresh(self) -> None:
-        """Makes the tensor of the strength, on the regularizer's device. It is a new one each time, since a graph whose
-        backward pass is still to come may hold the last; and not 0-d, which torch.compile would take for a number."""
-        with torch.inference_mode(False):
-            self._in_graph = torch.tensor([self._strength], dtype=torch.float64, device=self._numbers.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what releases pickled in which the strength was a plain attribute, too."""
         super().__setstate__(state)
         if "strength" in self.__dict__:
             self.strength = self.__dict__.pop("strength")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **settings: Any) -> Regularizer:
-        super()._apply(fn, *arguments, **settings)
-        self._refresh()
-        return self
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a state dict holds, other than the strength: a state dict must have the same ones."""
@@ -155,10 +135,6 @@ class ModuliRegularizer(Regularizer):
         """The embedding of the columns; `rows` itself where rows and columns are the same neurons."""
         return self._modules.get("cols", self.rows)  # pyright: ignore[reportReturnType]
 
-    @property
-    def _numbers(self) -> Tensor:
-        return self.rows.points
-
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the points again, in place, as the constructor did: those of the rows, then those of the columns.
 
@@ -179,10 +155,7 @@ class ModuliRegularizer(Regularizer):
             weight: (blocks*R, C), or (blocks*R, C, *kernel).
             mask: bool, in the weight's shape: entries where it is False cost nothing.
         """
-        if torch.compiler.is_compiling():  # a number would be a constant of the graph, compiled again for each value
-            value = self.penalty(weight, 1.0, mask)
-            return value * self._in_graph.to(value.dtype)[0]
-        return self.penalty(weight, self._strength, mask)
+        return self.penalty(weight, self.strength, mask)
 
     def penalty(self, weight: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
         """`forward` with another strength."""
@@ -268,10 +241,6 @@ class CoefficientRegularizer(Regularizer):
         self.register_buffer("coefficients", coefficients.detach().clone(memory_format=torch.contiguous_format))
         self.strength = strength
 
-    @property
-    def _numbers(self) -> Tensor:
-        return self.coefficients
-
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **settings: Any) -> CoefficientRegularizer:
         was_meta = self.coefficients.is_meta
         super()._apply(fn, *arguments, **settings)
@@ -289,15 +258,12 @@ class CoefficientRegularizer(Regularizer):
             ValueError, TypeError: the weight does not fit; the message says how.
             NotImplementedError: the weight is a DTensor that is not cut into rows.
         """
-        if torch.compiler.is_compiling():  # as in ModuliRegularizer
-            value = self.penalty(weight, 1.0)
-            return value * self._in_graph.to(value.dtype)[0]
-        return self.penalty(weight, self._strength)
+        return self.penalty(weight, self.strength)
 
     def penalty(self, weight: Tensor, strength: float) -> Tensor:
         """`forward` with another strength."""
         checks.coefficient_arguments(weight, self.coefficients)
-        scale, coefficients, group = scale_of(weight, self.reduction, strength), self.coefficients, None
+        scale, coefficients, group = scale_of(weight, self.reduction, 1.0), self.coefficients, None
         if is_sharded(weight):
             shard = shard_of(weight)
             weight, group = shard.local, shard.group
@@ -306,7 +272,7 @@ class CoefficientRegularizer(Regularizer):
             weight = weight.float()
         a = weight.abs() if weight.dim() == 2 else torch.linalg.vector_norm(weight.flatten(2), dim=2)
         cost = coefficients.to(weight.dtype) * (a if self.power == 1 else a.pow(self.power))
-        return sum_over_ranks(cost.sum(), group) * scale
+        return sum_over_ranks(cost.sum(), group) * scale * strength  # in this order: see moduli_penalty
 
     def extra_repr(self) -> str:
         return (f"coefficients={tuple(self.coefficients.shape)}, power={self.power}, reduction={self.reduction!r}, "
