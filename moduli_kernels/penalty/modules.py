@@ -59,7 +59,7 @@ class Regularizer(nn.Module):
         for name, value in self._settings().items():
             if not state.same_setting(saved.get(name), value):
                 checks.saved_setting(name, saved.get(name), value)
-        if "strength" in saved:  # before 1.0 it was no part of the state
+        if "strength" in saved:  # a state that was saved without one leaves it
             self.strength = saved["strength"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
@@ -199,7 +199,7 @@ class ModuliRegularizer(Regularizer):
                 "power": self.power}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Accepts what releases before 1.0 saved, where shared points stand under rows and under cols."""
+        """Accepts states that were saved while shared points stood in them twice, under rows and under cols."""
         own, again = f"{prefix}rows.points", f"{prefix}cols.points"
         if self.cols is self.rows and again in state_dict:
             checks.saved_columns(again, state_dict.get(own), state_dict.pop(again), arguments[-1])
