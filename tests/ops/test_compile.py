@@ -330,7 +330,8 @@ def test_strengths_after_the_second_do_not_compile_again(of, backend):
             assert relative_error(value, wanted.double()) <= 1e-6
             got, want = (torch.autograd.grad(each, weight)[0] for each in (value, wanted))
             assert relative_error(got, want.double()) <= 1e-5
-    assert counter.frame_count <= 2
+    setter = of == "coefficients" and torch.__version__.startswith("2.10.")  # which compiles the property's setter too
+    assert counter.frame_count <= (4 if setter else 2)
 
 
 @needs_kernels
