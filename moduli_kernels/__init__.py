@@ -15,7 +15,7 @@ from .backends import backend
 from .env_report import env_report
 from .geometry import *  # noqa: F403
 from .geometry.inhibitors import CallableInhibitor
-from .masks.holding import zero_after_loading, zero_before_forward, zero_before_saving  # noqa: F401
+from .masks import holding as _holding
 from .penalty.attach import Regularization, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
@@ -39,7 +39,9 @@ __all__ = [
 __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
 
 
-# These are not public, but pickles of public objects hold them.
+# Pickles of modules with masks ask for these, and pickles of public objects hold the classes below; none is public.
+zero_before_forward, zero_before_saving, zero_after_loading = (
+    _holding.zero_before_forward, _holding.zero_before_saving, _holding.zero_after_loading)
 _IN_PICKLES = (CallableInhibitor, Measured)
 
 

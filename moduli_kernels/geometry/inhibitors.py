@@ -332,7 +332,7 @@ class TabulatedInhibitor(Inhibitor):
         """
         if not hasattr(self, "_tables"):  # torch.compile of torch 2.10 cannot trace __dict__.setdefault
             object.__setattr__(self, "_tables", {})
-        made = self._tables
+        made = self._tables  # pyright: ignore[reportAttributeAccessIssue]
         key = (dtype, str(device))
         if key in made:
             return made[key]

@@ -107,7 +107,7 @@ def _hook_of(module: nn.Module, name: str) -> Any:
 def _spectrally_normed(module: nn.Module, name: str, hook: SpectralNorm) -> Tensor:
     """The weight divided by its spectral norm. The vectors of the power iteration are copied, since the next forward
     pass writes into them, perhaps before the backward pass of this weight."""
-    weight, u, v = (getattr(module, name + of) for of in (original_name(""), "_u", "_v"))
+    weight, u, v = (getattr(module, each) for each in (original_name(name), f"{name}_u", f"{name}_v"))
     return weight / torch.dot(u.clone(), torch.mv(hook.reshape_weight_to_matrix(weight), v.clone()))
 
 

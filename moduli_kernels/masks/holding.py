@@ -248,7 +248,7 @@ def _zero_quietly(parameter: Tensor, mask: Tensor) -> None:
     if parameter.device.type == "cpu":
         zero_masked_(parameter, mask)
     else:
-        with torch.autograd._unsafe_preserve_version_counter(parameter):
+        with torch.autograd._unsafe_preserve_version_counter(parameter):  # pyright: ignore[reportPrivateImportUsage]
             zero_masked_(parameter, mask)
 
 
@@ -282,11 +282,11 @@ def _not_traced() -> Iterator[None]:
     if state is None:
         yield
         return
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # --- hooks of the Parameter -------------------------------------------------------------------------------------
@@ -433,6 +433,6 @@ def _hold_in_the_process() -> None:
         _held_in_the_process = True
         # In a compiled step, dynamo would trace the hook, and sees no hooks of Parameters. Making an optimizer has
         # imported dynamo already, so that this decorator, which imports it at the first call, costs nothing.
-        register_optimizer_step_post_hook(torch._compile._disable_dynamo(_zero_after_step))
-        register_module_buffer_registration_hook(_keep_our_mask)
+        register_optimizer_step_post_hook(torch._compile._disable_dynamo(_zero_after_step))  # pyright: ignore
+        register_module_buffer_registration_hook(_keep_our_mask)  # pyright: ignore[reportArgumentType]
         keep_masks_when_averaging(set_mask, remove_mask)

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from ..distributed import is_sharded
 from ..geometry.base import Inhibitor, Manifold
 from ..masks import origin, parameters_behind
+from ..models import recurrent_weights
 from ..reference import compute_dtype
 from . import checks, grouped
 from .modules import CoefficientRegularizer, ModuliRegularizer, Regularizer
 from .places import Place, Target, check_weight
-
-# The gate blocks that the hidden weight of each of torch's recurrent modules stacks in rows.
-_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
 
 
 class Regularization(nn.Module):
@@ -316,18 +314,11 @@ def _as_targets(targets: Iterable[Target | tuple[nn.Module, str]]) -> list[Targe
 
 
 def _search(model: nn.Module) -> list[Target]:
-    """The hidden weights of a model's recurrent modules, by the very names that their forward pass uses."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            checks.no_projection(module)
-            gates = _GATES["RNN" if module.mode.startswith("RNN") else module.mode]
-            names = [name for layer in module._all_weights for name in layer if name.startswith("weight_hh_l")]
-            found += [Target(module, name, blocks=gates, recurrent=True) for name in names]
-        elif isinstance(module, nn.RNNCellBase):
-            gates = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
-            found.append(Target(module, "weight_hh", blocks=gates, recurrent=True))
-    return found
+    """The hidden weights of a model's recurrent modules."""
+    found = recurrent_weights(model)
+    for weight in found:
+        checks.no_projection(weight.module)
+    return [Target(weight.module, weight.name, blocks=weight.blocks, recurrent=True) for weight in found]
 
 
 def _regularizer(target: Target, weight: Tensor, settings: dict[str, Any]) -> ModuliRegularizer:

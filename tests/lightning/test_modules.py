@@ -84,7 +84,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("argument", FOREIGN)
 def test_what_belongs_to_another_module_is_refused_with_advice(argument):
-    callback, model = FOREIGN[argument](Model()), Model()
+    other, model = Model(), Model()
+    callback = FOREIGN[argument](other)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     words = f"{argument} must be of the LightningModule that the Trainer is given, got weight"
     with pytest.raises(ValueError, match=re.escape(words)) as error:
