@@ -63,8 +63,8 @@ def small_net(device: str = "cuda") -> dict[str, Callable[[], None]]:
 
     def step(penalty: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for leaf in leaves:
-                leaf.grad = None
+            for module in (net, reg):
+                module.zero_grad()
             penalty().backward()
         return run
 
