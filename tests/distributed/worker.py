@@ -133,8 +133,8 @@ def run(checks: dict, folder: Path) -> None:
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()  # no rank closes its connections while another still reads from them
     dist.destroy_process_group()
-    # What each rank found is written. While Python shuts down, threads of torch's process groups may still run, and then
-    # C++ aborts the process ("terminate called without an active exception", seen once in many runs).
+    # What each rank found is written. While Python shuts down, threads of process groups may still run, and then C++
+    # aborts the process ("terminate called without an active exception", seen once in many runs).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
