@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .masks import MasksWhileLoading, copy_masks, get_mask, leave_out
+from .models import weight_called
 from .penalty.attach import Regularization, regularize
 from .penalty.places import Target
 from .pruning.pruner import MagnitudePruner
@@ -336,9 +337,8 @@ def _target_of(module: nn.Module, target: Any) -> Any:
     """Returns a (module, name) pair for a name such as "rnn.weight_hh_l0", and any other target unchanged."""
     if not isinstance(target, str):
         return target
-    path, _, name = target.rpartition(".")
     try:
-        return module.get_submodule(path), name
+        return weight_called(module, target)
     except AttributeError as error:
         raise ValueError(
             f"targets must name weights of the LightningModule, got {target!r}: {error}; pass names such as those of "

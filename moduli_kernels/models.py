@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 # The gate blocks that the hidden weight of each of torch's recurrent modules stacks in rows.
-GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
+_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
 
 
 class RecurrentWeight(NamedTuple):
@@ -31,12 +31,22 @@ def recurrent_weights(model: nn.Module) -> list[RecurrentWeight]:
     found = []
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
-            blocks = GATES["RNN" if module.mode.startswith("RNN") else module.mode]
+            blocks = _GATES["RNN" if module.mode.startswith("RNN") else module.mode]
             found += [RecurrentWeight(module, names[1], blocks) for names in module._all_weights]
         elif isinstance(module, nn.RNNCellBase):
-            blocks = next(GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in GATES)
+            blocks = next(_GATES[c.__name__] for c in type(module).__mro__ if c.__name__ in _GATES)
             found.append(RecurrentWeight(module, "weight_hh", blocks))
     return found
+
+
+def weight_called(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module in the model and its weight's own name that a name such as "rnn.weight_hh_l0" means.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
 
 
 def name_in(model: nn.Module, module: nn.Module, name: str) -> str:

@@ -277,11 +277,8 @@ def _check_not_lost(module: nn.Module, name: str, mask: Tensor) -> None:
 
 @contextlib.contextmanager
 def _not_traced() -> Iterator[None]:
-    """Keeps what happens inside out of a graph of torch.jit.trace."""
+    """Keeps what happens inside out of the graph that torch.jit.trace records."""
     state = torch._C._get_tracing_state()
-    if state is None:
-        yield
-        return
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

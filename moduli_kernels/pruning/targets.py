@@ -21,7 +21,7 @@ from ..masks import (
     original_name,
     replace_mask,
 )
-from ..models import name_in, recurrent_weights
+from ..models import name_in, recurrent_weights, weight_called
 
 Pairs = list[tuple[nn.Module, str]]  # (module, parameter name), as a user gives them
 
@@ -78,9 +78,8 @@ def named_targets(model: Any, targets: Any) -> tuple[Pairs, list[str]]:
 
 def _pair_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
     """The module and the parameter that a name such as "rnn.weight_hh_l0" means in a model."""
-    path, _, name = target.rpartition(".")
     try:
-        return model.get_submodule(path), name
+        return weight_called(model, target)
     except AttributeError as error:
         raise ValueError(f"targets must name weights of the model, got {target!r}: {error}; pass names such as those "
                          "of model.named_parameters().") from error
@@ -95,8 +94,8 @@ def check_prunable(i: int, module: nn.Module, name: str) -> None:
             "MagnitudePruner.from_torch_prune(...)."
         )
     parameter = module._parameters.get(name)
-    if parameter is None and origin(module, name) in ("parametrization", "hook"):
-        source = "a parametrization" if origin(module, name) == "parametrization" else "a hook"
+    source = {"parametrization": "a parametrization", "hook": "a hook"}.get(origin(module, name) or "")
+    if source is not None:
         raise ValueError(
             f"targets[{i}] must be a plain parameter, got {kind}.{name}, which {source} computes from others, so that "
             "no mask would hold; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations, or "

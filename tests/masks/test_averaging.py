@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import moduli_kernels as mk
-from tests.support.pruning_cases import Net, loss_of
+from tests.support.pruning_cases import Net, WithNorm, loss_of
 
 AVERAGES = {
     "mean": lambda net, buffers: swa_utils.AveragedModel(net, use_buffers=buffers),
@@ -16,17 +16,6 @@ AVERAGES = {
     "own": lambda net, buffers: swa_utils.AveragedModel(
         net, avg_fn=lambda average, now, count: 0.5 * average + 0.5 * now, use_buffers=buffers),
 }
-
-
-class WithNorm(Net):
-    """Has other buffers as well, of other dtypes."""
-
-    def __init__(self, seed: int = 0):
-        super().__init__(seed)
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, x):
-        return self.decoder(self.norm(self.rnn(self.encoder(x))[0][-1]))
 
 
 def train(net, optimizer, average, pruner=None, sparsities=(0.0, 0.3, 0.6, 0.8)):

@@ -14,18 +14,9 @@ from torch.optim import swa_utils
 
 import moduli_kernels as mk
 from tests.support.held import INPUT, assert_sees_masked, assert_zero, loss_of, masks_of
-from tests.support.pruning_cases import Net
+from tests.support.pruning_cases import Net, WithNorm
 
 TARGETS = ["encoder.weight", "rnn.weight_hh_l0"]
-
-
-class WithNorm(Net):
-    def __init__(self, seed: int = 0):
-        super().__init__(seed)
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, x):
-        return self.decoder(self.norm(self.rnn(self.encoder(x))[0][-1]))
 
 
 def train(net, update, pruner=None, sparsities=(0.2, 0.4, 0.6)) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moduli_kernels as mk
-from moduli_kernels.rnn import crossovers, masked_module, ordered_module
+from moduli_kernels.rnn import masked_module
 from tests.support.penalty_cases import BACKENDS, on_device
 from tests.support.rnn_cases import assert_same, draw, draw_mask, net_of, plain_rnn, quiet, run
 
@@ -167,18 +167,6 @@ def test_other_nets(nets):
 
 
 # --- layouts of blocks --------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def laid_out(monkeypatch):
-    """Masked hidden weights are walked by a layout; which were made, in a list. The reference runs on the CPU."""
-    made, layout = [], ordered_module.lay_out_blocks
-    monkeypatch.setattr(crossovers, "hidden_form", lambda *_: "blocks")
-    monkeypatch.setattr(crossovers, "THRESHOLD", 4)
-    monkeypatch.setattr(ordered_module, "walks_blocks", lambda *_: True)
-    monkeypatch.setattr(ordered_module, "lay_out_blocks",
-                        lambda *arguments, **named: made.append(layout(*arguments, **named)) or made[-1])
-    return made
-
 
 @pytest.mark.parametrize("write", ["mask.data", "mask.data = new", "mask through NumPy", "load_state_dict",
                                    "load_state_dict(assign=True)", "in inference mode", "weight.data"])

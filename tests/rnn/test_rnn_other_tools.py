@@ -64,7 +64,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def same_gradients(a, b, model: nn.Module, x: Tensor) -> bool:
-    """Of the losses of two forward passes with the same Parameters; `a` may have copies of them in the same order."""
+    """Whether the losses of two forward passes have the same gradients; `a` may have copies of Parameters, in order."""
     parameters = list(a.parameters()) if isinstance(a, nn.Module) else list(model.parameters())
     found = torch.autograd.grad(a(x).square().sum(), parameters)
     want = torch.autograd.grad(b(x).square().sum(), list(model.parameters()))

@@ -38,6 +38,17 @@ class Net(nn.Module):
                 (self.decoder, "weight")]
 
 
+class WithNorm(Net):
+    """Has other buffers as well, of other dtypes."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__(seed)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.norm(self.rnn(self.encoder(x))[0][-1]))
+
+
 class Tied(nn.Module):
     """An encoder and a decoder that share one weight (7, 4)."""
 
