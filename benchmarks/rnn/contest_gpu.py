@@ -70,7 +70,7 @@ class RnnGpuContest:
         h, step = x.new_zeros(case.batch, case.n), (case.nonlinearity, 1.0, False)
         if case.kept:
             return ops.blocked_rnn(x, h, *weights, *masks, self.layouts[k], case.side or 32, None, *step, True)[0]
-        return ops.masked_rnn(x, h, *weights, *masks, *[None] * 5, *step, True)[0]
+        return ops.masked_rnn(x, h, *weights, *masks, *[None] * 7, *step, True)[0]
 
     def _products(self, k: int, x: Tensor) -> Tensor:
         """Runs layer k written out: a product and a nonlinearity for each step."""

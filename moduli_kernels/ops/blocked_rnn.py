@@ -104,7 +104,7 @@ def along_the_batch(states: Tensor) -> Tensor:
 
 def _blocked_rnn(a: BlockedRNNArguments, step: Step, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     same = MaskedRNNArguments(a.x, a.h, a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.mask_ih, a.mask_hh, crow_ih=None, col_ih=None,
-                              crow_hh=None, col_hh=None, lengths=a.lengths)
+                              crow_hh=None, col_hh=None, lengths=a.lengths, order_x=None, order_h=None)
     output, h_n, activations = MASKED_RNN.fallback(same, step, keep)
     return (output, h_n, along_the_batch(output) if keep else a.x.new_empty(0),
             along_the_batch(activations) if keep and step.leak != 1 else a.x.new_empty(0))
@@ -114,7 +114,7 @@ def _blocked_rnn_grads(a: BlockedRNNGradArguments, step: Step, needs: Needs) -> 
     batch = a.x.shape[1]
     output, activations = (kept[..., :batch].mT for kept in (a.states, a.states if step.leak == 1 else a.activations))
     same = MaskedRNNGradArguments(a.grad_output, a.grad_h_n, a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths,
-                                  output, activations)
+                                  order_x=None, order_h=None, output=output, activations=activations)
     return MASKED_RNN_GRADS.fallback(same, step, needs)
 
 

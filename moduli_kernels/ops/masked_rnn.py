@@ -43,6 +43,9 @@ class MaskedRNNArguments(NamedTuple):
     crow_hh: (H + 1,), int64, likewise for w_hh.
     col_hh: (entries,), int64, likewise for w_hh.
     lengths: (B,), int64: how many steps each element of the batch has. None: all have T.
+    order_x: (I,), int64, a permutation: the order of inputs in which kept entries of w_ih fall into blocks. None: their
+        own. An order says where to look for blocks, and changes speed only; results may differ by rounding.
+    order_h: (H,), int64, likewise for neurons, the rows of both weights and the columns of w_hh.
     """
 
     x: Tensor
@@ -58,6 +61,8 @@ class MaskedRNNArguments(NamedTuple):
     crow_hh: Tensor | None
     col_hh: Tensor | None
     lengths: Tensor | None
+    order_x: Tensor | None
+    order_h: Tensor | None
 
 
 class MaskedRNNGradArguments(NamedTuple):
@@ -65,7 +70,7 @@ class MaskedRNNGradArguments(NamedTuple):
 
     grad_output: (T, B, H); None: 0, where only the last state is used.
     grad_h_n: (B, H).
-    x, h, w_ih, w_hh, mask_ih, mask_hh, lengths: as masked_rnn has taken them; weights are matrices.
+    x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, order_x, order_h: as masked_rnn has taken them; weights are matrices.
     output: what masked_rnn gave.
     activations: what masked_rnn gave.
     """
@@ -79,6 +84,8 @@ class MaskedRNNGradArguments(NamedTuple):
     mask_ih: Tensor | None
     mask_hh: Tensor | None
     lengths: Tensor | None
+    order_x: Tensor | None
+    order_h: Tensor | None
     output: Tensor
     activations: Tensor
 
@@ -167,8 +174,8 @@ class ChangeableOutput:
         self._versions = self._output._version, *map(_version, self._biases)
 
     def as_it_was(self, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, mask_ih: Tensor | None,
-                  mask_hh: Tensor | None, lengths: Tensor | None, output: Tensor, activations: Tensor,
-                  step: Step) -> tuple[Tensor, Tensor]:
+                  mask_hh: Tensor | None, lengths: Tensor | None, order_x: Tensor | None, order_h: Tensor | None,
+                  output: Tensor, activations: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The output that the op has given, from what was saved, and its activations."""
         version, *versions = self._versions
         if self._output._version == version:
@@ -178,7 +185,7 @@ class ChangeableOutput:
                 "the masked RNN's output and a bias have both been modified by an inplace operation before backward; "
                 "change the output out of place (output = output + x).")
         output, _, activations = self._run(x, h, w_ih, w_hh, *self._biases, mask_ih, mask_hh, *[None] * 4, lengths,
-                                           *step, True)
+                                           order_x, order_h, *step, True)
         return output, activations
 
 
@@ -209,19 +216,19 @@ def _save(ctx: Any, results: tuple[Tensor, ...], a: MaskedRNNArguments, step: St
     ctx.set_materialize_grads(False)
     ctx.step = step
     output, ctx.changeable = saved_output(output, torch.ops.moduli_kernels.masked_rnn, a.b_ih, a.b_hh)
-    ctx.save_for_backward(a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths, output, activations)
+    ctx.save_for_backward(a.x, a.h, a.w_ih, a.w_hh, a.mask_ih, a.mask_hh, a.lengths, a.order_x, a.order_h, output,
+                          activations)
 
 
 def _formula(ctx: Any, needs: dict[str, bool], grad_output: Tensor | None, grad_h_n: Tensor | None,
              grad_activations: None) -> dict[str, Any]:
-    x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations = saved = ctx.saved_tensors
+    *inputs, output, activations = saved = ctx.saved_tensors
     if ctx.changeable is not None:
         output, activations = ctx.changeable.as_it_was(*saved, ctx.step)
     leaves = [needs[name] for name in LEAVES]
     a = MaskedRNNGradArguments(
         None if grad_output is None else grad_output.contiguous(),
-        torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(),
-        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations)
+        torch.zeros_like(inputs[1]) if grad_h_n is None else grad_h_n.contiguous(), *inputs, output, activations)
     gradients = torch.ops.moduli_kernels.masked_rnn_grads(*a, *ctx.step, *Needs.of(leaves))
     return dict(zip(LEAVES, gradients_of_leaves(gradients, leaves)))
 

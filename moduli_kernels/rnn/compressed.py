@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, stack
 from .layer import Weights
+from .ordered_module import load_orders, order_of, orders_of_layer, share_order
 from .tracing import recorded
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class CompressedRNN(nn.Module):
     Each masked weight is stored as torch.sparse_csr stores it: `<weight>_values` (entries,) in the net's dtype,
     `<weight>_columns` (entries,) int16 where they fit, else int32, and `<weight>_rows` (hidden_size + 1,) int32, the
     number of entries before each row. In float32 that is 6 bytes an entry, 1/13 of the dense matrix at 95 % sparsity.
+    An order of the neurons, in which the kept weights lie in blocks, is kept as `<weight>_order` (hidden_size,) int64.
     Weights without a mask and biases are stored dense. All are buffers, so state_dict and moves between devices and
     dtypes work as usual. The indices are widened to int64 for the length of a call.
 
@@ -139,6 +141,8 @@ class CompressedRNN(nn.Module):
                         new._hold(name, *_compressed(weight.detach(), mask))
                 for name, bias in zip(names[2:], weights[2:4]):
                     new._buffers[name].copy_(bias)
+                if weights.order_h is not None:
+                    share_order(new, names[1], weights.order_h.clone())
         return new
 
     def _hold(self, name: str, *tensors: Tensor) -> None:
@@ -161,7 +165,8 @@ class CompressedRNN(nn.Module):
         for names in self._names:
             ih, hh = map(self._held, names[:2])
             biases = [self._buffers[name] for name in names[2:]] or [None, None]
-            layers.append(Weights(ih[0], hh[0], *biases, None, None, *ih[1:], *hh[1:]))  # pyright: ignore[reportCallIssue]
+            orders = orders_of_layer(self, names[1])
+            layers.append(Weights(ih[0], hh[0], *biases, None, None, *ih[1:], *hh[1:], *orders))  # pyright: ignore[reportCallIssue]
         return layers
 
     @property
@@ -228,6 +233,8 @@ class CompressedRNN(nn.Module):
                 mask[row, columns.long()] = True
                 getattr(new, name).zero_()[row, columns.long()] = values
                 new.set_mask(name, mask)
+            for _, name, *_ in self._names:
+                new.set_order(name, order_of(self, name))
         return new
 
     # -- files --
@@ -298,6 +305,7 @@ class CompressedRNN(nn.Module):
                 refused.update(keys)
             for key in keys:
                 state_dict.pop(key, None)
+        load_orders(self, [names[1] for names in self._names], state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         missing_keys[:] = [key for key in missing_keys if key not in refused]
 

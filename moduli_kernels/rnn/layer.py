@@ -31,6 +31,7 @@ class Weights(NamedTuple):
     b_ih, b_hh: (H,).
     mask_ih, mask_hh: bool, like the weights.
     crow_ih, col_ih, crow_hh, col_hh: row pointers and columns of compressed weights, of any integer dtype.
+    order_x, order_h: (I,) and (H,), int64: the orders of inputs and neurons in which kept weights fall into blocks.
     layout: the layout of mask_hh, where the op is to multiply w_hh by it (ops/blocked_rnn.py).
     """
 
@@ -44,6 +45,8 @@ class Weights(NamedTuple):
     col_ih: Tensor | None = None
     crow_hh: Tensor | None = None
     col_hh: Tensor | None = None
+    order_x: Tensor | None = None
+    order_h: Tensor | None = None
     layout: BlockLayout | None = None
 
 
@@ -100,24 +103,26 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
         op, grads_op = masked_rnn_op.MASKED_RNN, masked_rnn_op.MASKED_RNN_GRADS
         compressed = (weights.crow_ih, weights.col_ih, weights.crow_hh, weights.col_hh)
         given, given_back = [None if index is None else index.to(torch.int64) for index in compressed], []
+        where = [lengths, weights.order_x, weights.order_h]
     else:
         op, grads_op = blocked_rnn_op.BLOCKED_RNN, blocked_rnn_op.BLOCKED_RNN_GRADS
         given = given_back = [blocked_rnn_op.flat(weights.layout), weights.layout.side]
+        where = [lengths]
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # as the op, which any backend serves later
     if backends.active(x.device.type) == "reference" and not recorded:
         op, grads_op = op.by_reference, grads_op.by_reference
     else:
         op, grads_op = (getattr(torch_ops, each.name).default for each in (op, grads_op))
         if torch.compiler.is_compiling():
-            return op(*floating, *masks, *given, lengths, *step, needs_grad)[:2]
+            return op(*floating, *masks, *given, *where, *step, needs_grad)[:2]
         if torch.jit.is_tracing():  # what is traced without gradients may be asked for them later
-            return op(*floating, *masks, *given, lengths, *step, True)[:2]
+            return op(*floating, *masks, *given, *where, *step, True)[:2]
     if not torch.compiler.is_compiling():
         _refuse_transforms(floating)
     if needs_grad:
-        return _MaskedRNN.apply(op, grads_op, given, given_back, lengths, step, *floating, *masks)
+        return _MaskedRNN.apply(op, grads_op, given, given_back, where, step, *floating, *masks)
     with _without_autocast(x.device.type), _below_autograd():
-        return op(*floating, *masks, *given, lengths, *step, False)[:2]
+        return op(*floating, *masks, *given, *where, *step, False)[:2]
 
 
 def _refuse_transforms(tensors: list[Tensor | None]) -> None:
@@ -141,24 +146,25 @@ def _below_autograd() -> contextlib.AbstractContextManager:
 
 class _MaskedRNN(torch.autograd.Function):
     """Forward and backward by two ops: those of ops/masked_rnn.py or ops/blocked_rnn.py, or the reference under their
-    schemas. given and given_back are what the two take between masks and lengths."""
+    schemas. given and given_back are what the two take between masks and lengths, and where is lengths with what follows
+    it."""
 
     @staticmethod
-    def forward(ctx, op, grads_op, given, given_back, lengths, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
+    def forward(ctx, op, grads_op, given, given_back, where, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):
         with _without_autocast(x.device.type), _below_autograd():
-            output, h_n, *saved = op(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *given, lengths, *step, True)
+            output, h_n, *saved = op(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, *given, *where, *step, True)
         ctx.changeable = None
         if len(saved) == 1:  # the states of masked_rnn are its output
             states, ctx.changeable = masked_rnn_op.saved_output(output, op, b_ih, b_hh)
             saved = [states, *saved]
         ctx.grads_op, ctx.given_back, ctx.step = grads_op, given_back, step
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, *saved)
+        ctx.save_for_backward(x, h, w_ih, w_hh, mask_ih, mask_hh, *where, *saved)
         return output, h_n
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n):
-        x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, states, activations = saved = ctx.saved_tensors
+        x, h, w_ih, w_hh, mask_ih, mask_hh, *where, states, activations = saved = ctx.saved_tensors
         need = ctx.needs_input_grad[6:12]  # of x, h, w_ih, w_hh, b_ih, b_hh
         needs = (*need[:4], need[4] or need[5])
         with _below_autograd(), _without_autocast(x.device.type):
@@ -167,7 +173,7 @@ class _MaskedRNN(torch.autograd.Function):
             grads = ctx.grads_op(
                 None if grad_output is None else grad_output.contiguous(),
                 torch.zeros_like(h) if grad_h_n is None else grad_h_n.contiguous(), x, h, w_ih, w_hh, mask_ih, mask_hh,
-                *ctx.given_back, lengths, states, activations, *ctx.step, *needs)
+                *ctx.given_back, *where, states, activations, *ctx.step, *needs)
             grads = masked_rnn_op.gradients_of_leaves(grads, need)
         if torch.is_grad_enabled():  # create_graph=True: only a derivative of these gradients is an error
             sources = [t for t in (grad_output, grad_h_n, x, h, w_ih, w_hh) if t is not None]

@@ -5,12 +5,14 @@ remembered with copies of the mask and the order that it was made of, and compar
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..masks import get_mask
+from ..ops import torch_ops
 from ..ops.block_layout import BlockLayout, lay_out_blocks
 from ..reference import compute_dtype
 from . import checks, crossovers
@@ -30,6 +32,43 @@ def share_order(module: nn.Module, name: str, order: Tensor) -> None:
 
 def _order_name(name: str) -> str:
     return f"{name}_order"
+
+
+def orders_of_layer(module: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """The orders of the inputs (I,) and the neurons (H,) of the layer whose hidden weight is `name`; None where not set.
+
+    module has nn.RNN's attributes. The inputs of a layer are the neurons of all directions of the layer before.
+    """
+    directions = 2 if module.bidirectional else 1
+    layer = name.removeprefix("weight_hh_l").removesuffix("_reverse")
+    ends = ["", "_reverse"][:directions]
+    before = [order_of(module, f"weight_hh_l{int(layer) - 1}{end}") for end in ends] if int(layer) else []
+    return _joined(before, module.hidden_size), order_of(module, name)
+
+
+def _joined(orders: list[Tensor | None], hidden: int) -> Tensor | None:
+    """The order of the neurons of several directions, those of one after those of the other."""
+    if all(order is None for order in orders):
+        return None
+    if len(orders) == 1:
+        return orders[0]
+    own = next(torch.arange(hidden, device=order.device) for order in orders if order is not None)
+    return torch.cat([(own if order is None else order) + k * hidden for k, order in enumerate(orders)])
+
+
+def load_orders(module: nn.Module, names: list[str], state_dict: dict[str, Any], prefix: str,
+                error_msgs: list[str]) -> None:
+    """Makes buffers for the orders of the hidden weights `names` that a state_dict has and the module has not."""
+    for name in names:
+        key, buffer = f"{prefix}{_order_name(name)}", _order_name(name)
+        if key not in state_dict or buffer in module._buffers:
+            continue
+        problem = checks.saved_order_problem(key, state_dict[key], module.hidden_size)
+        if problem is None:
+            device = next(iter((*module.parameters(recurse=False), *module.buffers(recurse=False)))).device
+            module.register_buffer(buffer, torch.arange(module.hidden_size, device=device))
+        else:
+            error_msgs.append(problem)
 
 
 class Laid(NamedTuple):
@@ -62,9 +101,10 @@ class OrderedModule(MaskedModule):
     def set_order(self, name: str, order: Tensor | None) -> None:
         """Sets the order of the neurons in which the hidden weight `name` ("weight_hh_l0", ...) is laid out in blocks.
 
-        An order changes speed, never results: on CUDA a large masked weight is multiplied in blocks of neurons that are
-        neighbours in this order, which are few where the mask is local. The order is the buffer `<name>_order`: it
-        moves with the module, and is saved and loaded as a mask is.
+        An order changes speed, and results by rounding alone: a masked weight is multiplied in blocks of neurons that
+        are neighbours in this order, which are few where the mask is local. On the CPU the order counts for the rows
+        of the layer's input weight too, and for the columns of the next layer's. The order is the buffer
+        `<name>_order`: it moves with the module, and is saved and loaded as a mask is.
 
         Args:
             name: the name of a hidden weight.
@@ -119,8 +159,27 @@ class OrderedModule(MaskedModule):
             self._laid[name] = known
         return known.layout
 
+    def _layouts_in_words(self, names: list[str], weight: Tensor, batch: int, counted: Counted) -> str:
+        """Describes for explain() how the masked weights of a layer, W_ih and W_hh, are read on the sparse path."""
+        if backends.active(weight.device.type) != "cpp":
+            return self._layout_in_words(names[1], weight, batch, counted)
+        order_x, order_h = orders_of_layer(self, names[1])
+        words = [self._blocks_in_words(name, order_h, columns, batch) for name, columns in zip(names, (order_x, order_h))]
+        return "".join(words)
+
+    def _blocks_in_words(self, name: str, rows: Tensor | None, columns: Tensor | None, batch: int) -> str:
+        mask = get_mask(self, name)
+        if mask is None or mask.is_meta:
+            return ""
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+        side, blocks, inside, strays = torch_ops.found_blocks(mask, rows, columns, batch).tolist()
+        if not side:
+            return f"; {name} has no blocks worth multiplying whole"
+        order = "their own order" if rows is None and columns is None else "the order set by set_order"
+        return (f"; {name} in {blocks} blocks of {side} x {side}, {100 * inside / (blocks * side**2):.0f} % of them kept, "
+                f"and {strays} stray weights, with neurons in {order}")
+
     def _layout_in_words(self, name: str, weight: Tensor, batch: int, counted: Counted) -> str:
-        """Describes for explain() how a masked weight is read on the sparse path."""
         if get_mask(self, name) is None or not walks_blocks(weight.device.type, compute_dtype(weight)):
             return ""
         layout = self._layout(name, weight, batch, counted)
@@ -131,16 +190,7 @@ class OrderedModule(MaskedModule):
                 f"weights, in the order {order}")
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        error_msgs = rest[-1]
-        for name in self._hidden_names():
-            key, buffer = f"{prefix}{_order_name(name)}", _order_name(name)
-            if key not in state_dict or buffer in self._buffers:
-                continue
-            problem = checks.saved_order_problem(key, state_dict[key], self.hidden_size)
-            if problem is None:  # a buffer to load into
-                self.register_buffer(buffer, torch.arange(self.hidden_size, device=getattr(self, name).device))
-            else:
-                error_msgs.append(problem)
+        load_orders(self, self._hidden_names(), state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self):

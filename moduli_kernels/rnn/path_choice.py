@@ -103,8 +103,8 @@ class PathChoice(OrderedModule):
         return round((self.input_size + (self.num_layers - 1) * inner) / self.num_layers)
 
     def explain(self, batch: int | None = None, steps: int | None = None) -> str:
-        """Describes which path each layer and direction takes, why, what share of its weights is kept, and on CUDA
-        how the hidden weight is read.
+        """Describes which path each layer and direction takes, why, what share of its weights is kept, and how
+        many blocks its masks have.
 
         Args:
             batch: size of the batch to explain it for; None: that of the last input (before any: 32).
@@ -136,7 +136,7 @@ class PathChoice(OrderedModule):
         to_mask = self._worth_a_mask(device, dtype, batch, steps, training, counted)
         for names in self._all_weights:
             words = ", ".join(self._share_in_words(name, counted[name], to_mask.get(name)) for name in names[:2])
-            words += self._layout_in_words(names[1], weight, batch, counted) if path == "sparse" else ""
+            words += self._layouts_in_words(names[:2], weight, batch, counted) if path == "sparse" else ""
             lines.append(f"  layer {names[0].removeprefix('weight_ih_l').replace('_', ', ')}: {path}; {words}")
         return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from . import checks, crossovers, stack
 from .compressed import CompressedRNN
 from .layer import Weights, autocast_dtype
 from .masked_module import Counted, mask_of, needs_gradient
-from .ordered_module import order_of, share_order
+from .ordered_module import order_of, orders_of_layer, share_order
 from .other_nets import is_trained, settings_of, shared_weight, used_weights
 from .path_choice import PathChoice
 from .tracing import is_taken_over, may_look_at, recorded, untraced
@@ -44,10 +44,11 @@ class SparseRNN(PathChoice, RNN):
     by torch.nn.utils.prune works as well. To load a state_dict without masks into a net that has some, take them away
     first (`set_mask(name, None)`), or load with strict=False to keep them.
 
-    On CUDA the sparse path multiplies a large masked hidden weight in blocks, and the kept weights beside the blocks
-    one by one, where that is predicted to be faster. `set_order` with `mk.manifold_order` makes the blocks few. They
-    are found anew when a mask changes, which each call looks up and waits for. A CUDA graph has no blocks; it reads the
-    masks as they are when it is replayed.
+    Where kept weights lie in blocks, the sparse path multiplies these whole, and the kept weights beside them one by
+    one, where that is predicted to be faster. `set_order` with `mk.manifold_order` says in which order of the neurons
+    the blocks show. On the CPU they are found in the masks of input and hidden weights at each call. On CUDA they are
+    found in a large hidden weight's mask when it changes, which each call looks up and waits for; a CUDA graph has no
+    blocks, and reads the masks as they are when it is replayed.
 
     Under autocast the output has the dtypes of torch.nn.RNN. The sparse path computes in float32 (float64 for float64
     weights) and rounds at the end, also for 16-bit weights.
@@ -234,7 +235,9 @@ class SparseRNN(PathChoice, RNN):
                 mask_ih = None if self._may_drop_mask(names[0], w_ih, mask_ih, batch, counted) else mask_ih
                 mask_hh = None if self._may_drop_mask(names[1], w_hh, mask_hh, batch, counted) else mask_hh
             layout = self._layout(names[1], w_hh, batch, counted)
-            layers.append(Weights(w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, layout=layout))
+            order_x, order_h = orders_of_layer(self, names[1]) if w_hh.device.type == "cpu" else (None, None)
+            layers.append(Weights(w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, order_x=order_x, order_h=order_h,
+                                  layout=layout))
         return layers
 
     def _may_drop_mask(self, name: str, weight: Tensor, mask: Tensor | None, batch: int, counted: Counted) -> bool:

@@ -91,9 +91,9 @@ class Net:
         if self.layout is None:
             masks = self.mask_ih, self.mask_hh
             output, h_n, s = ops.masked_rnn(self.x, self.h, *weights, *biases, *masks, *[None] * 4, self.lengths,
-                                            *self.step, True)
+                                            None, None, *self.step, True)
             return output, h_n, *ops.masked_rnn_grads(*self.grads, self.x, self.h, *weights, *masks, self.lengths,
-                                                      output, s, *self.step, *[True] * 5)
+                                                      None, None, output, s, *self.step, *[True] * 5)
         masks = self.mask_ih, self.mask_hh, self.layout, self.side
         output, h_n, *kept = ops.blocked_rnn(self.x, self.h, *weights, *biases, *masks, self.lengths, *self.step, True)
         return output, h_n, *ops.blocked_rnn_grads(*self.grads, self.x, self.h, *weights, *masks, self.lengths, *kept,

@@ -19,19 +19,20 @@ STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 5, 6
 CASES = {
     "plain": {}, "no_bias": {"bias": False}, "masked": {"masked": True}, "leak": {"leak": 0.3, "masked": True},
     "relu": {"nonlinearity": "relu"}, "reverse": {"reverse": True, "masked": True},
-    "lengths": {"lengths": True, "masked": True},
+    "lengths": {"lengths": True, "masked": True}, "ordered": {"ordered": True, "masked": True},
     "all": {"leak": 0.3, "masked": True, "lengths": True, "reverse": True}, "empty_batch": {"batch": 0, "masked": True},
 }
 
 
 def tensors(batch: int = BATCH, bias: bool = True, masked: bool = False, lengths: bool = False, dtype=torch.float64,
-            requires_grad: bool = False, **_) -> tuple:
-    """x, h, weights, biases, masks, nothing compressed, lengths."""
+            ordered: bool = False, requires_grad: bool = False, **_) -> tuple:
+    """x, h, weights, biases, masks, nothing compressed, lengths, orders."""
     shapes = [(STEPS, batch, INPUTS), (batch, HIDDEN), (HIDDEN, INPUTS), (HIDDEN, HIDDEN), (HIDDEN,), (HIDDEN,)]
     floating = [draw(*shape, seed=k, dtype=dtype).requires_grad_(requires_grad) for k, shape in enumerate(shapes)]
     masks = [draw_mask(*shape, density=0.4, seed=k) for k, shape in enumerate(shapes[2:4])] if masked else [None, None]
     ends = torch.tensor([4, 2, 1][:batch]) if lengths else None
-    return *floating[:4], *(floating[4:] if bias else (None, None)), *masks, None, None, None, None, ends
+    orders = [torch.arange(n).flip(0) for n in (INPUTS, HIDDEN)] if ordered else [None, None]
+    return *floating[:4], *(floating[4:] if bias else (None, None)), *masks, None, None, None, None, ends, *orders
 
 
 def step(nonlinearity: str = "tanh", leak: float = 1.0, reverse: bool = False, **_) -> Step:
@@ -52,13 +53,13 @@ def test_opcheck(case, dtype):
 def test_opcheck_of_the_gradients(case):
     """No autograd of their own: they are called where autograd is off."""
     given, its_step = tensors(**CASES[case]), step(**CASES[case])
-    x, h, w_ih, w_hh, _, _, mask_ih, mask_hh, *_, lengths = given
+    x, h, w_ih, w_hh, _, _, mask_ih, mask_hh, *_, lengths, order_x, order_h = given
     output, _, activations = ops.masked_rnn(*given, *its_step, True)
     given_back = draw(*output.shape, seed=8, dtype=x.dtype), draw(*h.shape, seed=9, dtype=x.dtype)
     needs = [(True,) * 5, (False,) * 5, *(tuple(k == j for k in range(5)) for j in range(5))]
     for each, grads in [*((each, given_back) for each in needs), (needs[0], (None, given_back[1]))]:
         torch.library.opcheck(ops.masked_rnn_grads.default, (
-            *grads, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, *its_step, *each),
+            *grads, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, order_x, order_h, output, activations, *its_step, *each),
             test_utils=("test_schema", "test_faketensor"))
 
 
@@ -71,7 +72,7 @@ def test_opcheck_of_compressed_weights():
         small = (weight * draw_mask(*weight.shape, density=0.4, seed=k)).to_sparse_csr()
         weights.append(small.values().clone())
         indices += [small.crow_indices().clone(), small.col_indices().clone()]
-    given = (x, h, *weights, *rest[:4], *indices, None, "tanh", 1.0, False, False)
+    given = (x, h, *weights, *rest[:4], *indices, None, None, None, "tanh", 1.0, False, False)
     torch.library.opcheck(ops.masked_rnn.default, given)
 
 
@@ -80,10 +81,11 @@ def test_opcheck_of_compressed_weights():
 def test_gradcheck(backend, case):
     given, its_step = tensors(**CASES[case], requires_grad=True), step(**CASES[case])
     leaves = [t for t in given[:6] if t is not None]
-    masks, lengths = given[6:8], given[-1]
+    masks, (lengths, order_x, order_h) = given[6:8], given[-3:]
 
     def run(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
-        return layer.masked_rnn(x, h, layer.Weights(w_ih, w_hh, b_ih, b_hh, *masks), lengths, its_step)
+        weights = layer.Weights(w_ih, w_hh, b_ih, b_hh, *masks, order_x=order_x, order_h=order_h)
+        return layer.masked_rnn(x, h, weights, lengths, its_step)
 
     with mk.backend(backend):
         assert torch.autograd.gradcheck(run, leaves)

@@ -33,10 +33,13 @@ SCHEMAS = {
     "masked_rnn":
         "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? mask_ih, Tensor? mask_hh, "
         "Tensor? crow_ih, Tensor? col_ih, Tensor? crow_hh, Tensor? col_hh, Tensor? lengths, "
-        f"{STEP}, bool keep) -> (Tensor, Tensor, Tensor)",
+        f"Tensor? order_x, Tensor? order_h, {STEP}, bool keep) -> (Tensor, Tensor, Tensor)",
+    "found_blocks":
+        "(Tensor mask, Tensor? row_order, Tensor? column_order, int batch) -> Tensor",
     "masked_rnn_grads":
         "(Tensor? grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? mask_ih, "
-        f"Tensor? mask_hh, Tensor? lengths, Tensor output, Tensor activations, {STEP}, {NEEDS}) "
+        f"Tensor? mask_hh, Tensor? lengths, Tensor? order_x, Tensor? order_h, Tensor output, Tensor activations, {STEP}, "
+        f"{NEEDS}) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "blocked_rnn":
         "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? mask_ih, Tensor mask_hh, "
@@ -48,7 +51,7 @@ SCHEMAS = {
     "any_masked_nonzero": "(Tensor weight, Tensor mask) -> Tensor",
     "zero_masked_": "(Tensor(a!) weight, Tensor mask) -> Tensor",
 }
-WITHOUT_TRITON = ("any_masked_nonzero", "zero_masked_")  # the fallback serves them on CUDA
+WITHOUT_TRITON = ("any_masked_nonzero", "zero_masked_", "found_blocks")  # the fallback serves them on CUDA
 
 
 def test_every_op_is_listed_here():

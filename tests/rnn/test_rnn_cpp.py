@@ -8,6 +8,7 @@ import torch
 
 from moduli_kernels import runtime
 from moduli_kernels.ops import masked_rnn as masked_rnn_op
+from tests.support.rnn_op import STEPS, both, compiled
 
 pytestmark = pytest.mark.skipif(runtime.cpu_ops_error is not None, reason="needs the compiled CPU kernels")
 
@@ -16,8 +17,6 @@ pytestmark = pytest.mark.skipif(runtime.cpu_ops_error is not None, reason="needs
 SIZES = [(3, 1, 2, 5), (2, 3, 3, 17), (4, 4, 7, 18), (2, 8, 5, 33), (2, 13, 1, 16), (3, 20, 33, 65), (2, 32, 16, 32),
          (3, 70, 40, 129), (2, 130, 1, 20), (2, 200, 3, 200), (0, 3, 2, 4), (3, 0, 2, 4), (3, 25, 0, 7), (5, 2, 1, 1),
          (3, 1, 271, 149), (2, 1, 64, 260), (4, 1, 23, 41), (2, 17, 5, 40), (2, 20, 3, 780)]
-STEPS = [("tanh", 1.0, False), ("relu", 1.0, True), ("tanh", 0.5, True), ("relu", 0.3, False)]
-NEEDS = (True,) * 5
 
 
 def drawn(sizes, density, with_lengths, dtype):
@@ -34,19 +33,7 @@ def drawn(sizes, density, with_lengths, dtype):
     tensors = [normal(steps, batch, inputs), normal(batch, hidden), normal(hidden, inputs, scale=0.3),
                normal(hidden, hidden, scale=0.5 / hidden**0.5), normal(hidden), normal(hidden)]
     masks = [mask(hidden, inputs), mask(hidden, hidden)]
-    return tensors, masks, lengths, [normal(steps, batch, hidden), normal(batch, hidden)]
-
-
-def both(forward, backward, tensors, masks, lengths, grads, step):
-    """output, last state, s(a), and all gradients."""
-    found = forward(*tensors, *masks, *(None,) * 4, lengths, *step, True)
-    return (*found, *backward(*grads, *tensors[:4], *masks, lengths, found[0], found[2], *step, *NEEDS))
-
-
-def compiled(*arguments):
-    ops = torch.ops.moduli_kernels
-    with torch._C._AutoDispatchBelowAutograd():
-        return both(ops.masked_rnn, ops.masked_rnn_grads, *arguments)
+    return tensors, masks, (lengths, None, None), [normal(steps, batch, hidden), normal(batch, hidden)]
 
 
 def check(dtype, sizes):
@@ -56,13 +43,13 @@ def check(dtype, sizes):
     limit = 1e-13 if dtype == torch.float64 else 1e-5
     for density in (None, 0.0, 0.3, 1.0):
         for k, step in enumerate(STEPS):
-            tensors, masks, lengths, grads = drawn(sizes, density, k % 2 == 1, dtype)
+            tensors, masks, where, grads = drawn(sizes, density, k % 2 == 1, dtype)
             if density == 0.3 and k > 1:  # only the last state has a gradient
                 grads[0] = None
             given_back = [t if t is None else t.double() for t in grads]
-            doubled = [t.double() for t in tensors], masks, lengths, given_back, step
-            truth, own = both(*reference, *doubled), both(*reference, tensors, masks, lengths, grads, step)
-            for got, rounded, expected in zip(compiled(tensors, masks, lengths, grads, step), own, truth, strict=True):
+            doubled = [t.double() for t in tensors], masks, where, given_back, step
+            truth, own = both(*reference, *doubled), both(*reference, tensors, masks, where, grads, step)
+            for got, rounded, expected in zip(compiled(tensors, masks, where, grads, step), own, truth, strict=True):
                 assert got.shape == expected.shape and got.dtype == dtype
                 error, reached = ((t.double() - expected).norm() for t in (got, rounded))
                 assert error <= max(limit * expected.norm(), 3 * reached), (density, step, error, expected.norm())
@@ -104,11 +91,11 @@ def test_bitwise_equal_for_any_number_of_threads(sizes, density):
 @pytest.mark.parametrize("batch", [1, 20])
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
 def test_numbers_at_masked_weights_are_never_read(batch, density):
-    tensors, masks, lengths, grads = drawn((3, batch, 9, 65), density, False, torch.float32)
+    tensors, masks, where, grads = drawn((3, batch, 9, 65), density, False, torch.float32)
     spoiled = list(tensors)
     for i in (2, 3):
         spoiled[i] = torch.where(masks[i - 2], tensors[i], torch.full_like(tensors[i], float("nan")))
-    clean, got = (compiled(t, masks, lengths, grads, STEPS[0]) for t in (tensors, spoiled))
+    clean, got = (compiled(t, masks, where, grads, STEPS[0]) for t in (tensors, spoiled))
     assert all(torch.equal(a, b) for a, b in zip(clean, got, strict=True))
     for gradient, mask in zip(got[5:7], masks, strict=True):
         assert (gradient[~mask] == 0).all()
@@ -116,9 +103,9 @@ def test_numbers_at_masked_weights_are_never_read(batch, density):
 
 def test_an_infinite_weight_of_one_lane_is_infinite_for_its_neuron_alone():
     """The columns that fill no vector are taken with some of those before them, not to count as 0 x infinity."""
-    tensors, masks, lengths, grads = drawn((1, 1, 21, 9), None, False, torch.float32)
+    tensors, masks, where, grads = drawn((1, 1, 21, 9), None, False, torch.float32)
     x, _, w_ih = tensors[:3]
     x.abs_()
     w_ih[2, 7] = w_ih[4, 20] = float("inf")
-    output = compiled(tensors, masks, lengths, grads, ("relu", 1.0, False))[0].flatten()
+    output = compiled(tensors, masks, where, grads, ("relu", 1.0, False))[0].flatten()
     assert output.isinf().nonzero().flatten().tolist() == [2, 4] and not output.isnan().any()

@@ -62,8 +62,8 @@ def train(n: int, batch: int, steps: int = 50, inputs: int | None = None, dtype:
     masks = [torch.empty(w.shape, dtype=torch.bool) if with_masks else None for w in weights]
     length = torch.empty(batch, dtype=torch.int64) if lengths else None
     step = ("tanh", leak, reverse)
-    masked.masked_rnn(x, h, *weights, *biases, *masks, None, None, None, None, length, *step, True)
-    masked.masked_rnn_grads(output, h, x, h, *weights, *masks, length, output, output, *step, *[True] * 5)
+    masked.masked_rnn(x, h, *weights, *biases, *masks, None, None, None, None, length, None, None, *step, True)
+    masked.masked_rnn_grads(output, h, x, h, *weights, *masks, length, None, None, output, output, *step, *[True] * 5)
 
 
 def train_blocked(n: int, batch: int, side: int, share: float, density: float, steps: int = 50, inputs: int = 16,

@@ -128,7 +128,8 @@ def test_compressed_hidden_weight(density, lengths):
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), layer.mask_hh.sum(1).cumsum(0)])
     output, h_n, _ = ops.masked_rnn(
         layer.x, layer.h, layer.w_ih, layer.w_hh[layer.mask_hh], layer.b_ih, layer.b_hh, layer.mask_ih, None, None,
-        None, crow, layer.mask_hh.nonzero()[:, 1], layer.lengths, "tanh", 0.5, True, False)
+        None, crow, layer.mask_hh.nonzero()[:, 1], layer.lengths, None, None, "tanh", 0.5, True,
+        False)
     want = layer.expected(Step("tanh", 0.5, True))
     for name, got in (("output", output), ("h_n", h_n)):
         assert (got.double() - want[name]).norm() <= 2e-6 * want[name].norm()

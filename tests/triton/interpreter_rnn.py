@@ -81,9 +81,9 @@ class Layer:
 
     def run(self, step: Step, needs: tuple[bool, ...] = (True,) * 5) -> dict[str, Tensor]:
         output, h_n, activations = ops.masked_rnn(self.x, self.h, *self.weights(), None, None, None, None, self.lengths,
-                                                  *step, True)
+                                                  None, None, *step, True)
         grads = ops.masked_rnn_grads(*self.grads, self.x, self.h, self.w_ih, self.w_hh, self.mask_ih, self.mask_hh,
-                                     self.lengths, output, activations, *step, *needs)
+                                     self.lengths, None, None, output, activations, *step, *needs)
         return dict(zip(("output", "h_n", "dx", "dh", "dw_ih", "dw_hh", "bias"), (output, h_n, *grads)))
 
     def expected(self, step: Step) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def test_tanh(monkeypatch):
     a = torch.cat([torch.logspace(-30, 4, 2000), torch.linspace(0, 12, 2000), torch.tensor([0.0, float("inf")])])
     a = torch.cat([a, -a])[None, :, None]
     output, *_ = ops.masked_rnn(a, torch.zeros(a.shape[1], 1), torch.ones(1, 1), torch.zeros(1, 1), None, None, None,
-                                None, None, None, None, None, None, "tanh", 1.0, False, False)
+                                None, None, None, None, None, None, None, None, "tanh", 1.0, False, False)
     want = a.double().tanh()
     assert ((output.double() - want).abs() <= 2.1e-7 * want.abs()).all()
 
@@ -231,8 +231,8 @@ def test_compressed_input_weight():
     layer = Layer(20, density=0.3)
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), layer.mask_ih.sum(1).cumsum(0)])
     got, *_ = ops.masked_rnn(layer.x, layer.h, layer.w_ih[layer.mask_ih], layer.w_hh, layer.b_ih, layer.b_hh, None,
-                             layer.mask_hh, crow, layer.mask_ih.nonzero()[:, 1], None, None, None, "tanh", 1.0, False,
-                             False)
+                             layer.mask_hh, crow, layer.mask_ih.nonzero()[:, 1], None, None, None, None, None, "tanh",
+                             1.0, False, False)
     want = layer.expected(Step("tanh", 1.0, False))["output"]
     assert (got.double() - want).norm() <= 2e-6 * want.norm()
 
@@ -246,8 +246,7 @@ def test_runs_are_alike():
 def test_the_other_backends_are_served_as_before():
     layer = Layer(20)
     with mk.backend("reference"):
-        output, *_ = ops.masked_rnn(layer.x, layer.h, *layer.weights(), None, None, None, None, None, "tanh", 1.0,
-                                    False, False)
+        output, *_ = ops.masked_rnn(layer.x, layer.h, *layer.weights(), *[None] * 7, "tanh", 1.0, False, False)
     want = layer.expected(Step("tanh", 1.0, False))["output"]
     assert (output.double() - want).norm() <= 1e-6 * want.norm()
 

@@ -32,7 +32,7 @@ def test_in_the_interpreter(tmp_path):
 def test_import_and_the_cpu_need_no_triton():
     code = ("import sys, torch, moduli_kernels\n"
             "x, h, w = torch.rand(2, 3, 4), torch.rand(3, 4), torch.rand(4, 4, requires_grad=True)\n"
-            "nothing = [None] * 9\n"
+            "nothing = [None] * 11\n"
             "output, *_ = torch.ops.moduli_kernels.masked_rnn(x, h, w, w, *nothing, 'tanh', 1.0, False, True)\n"
             "output.sum().backward()\n"
             "print('triton' in sys.modules)")

@@ -8,6 +8,8 @@
 #include <new>
 #include <utility>
 
+#include "cpu/common/huge_pages.h"
+
 namespace moduli {
 namespace {
 
@@ -32,7 +34,9 @@ class Spare {
         remove(block);
         return {found.memory, found.size};
       }
-    return {::operator new(bytes, std::align_val_t{LINE}), bytes};
+    void* memory = ::operator new(bytes, std::align_val_t{LINE});
+    ask_for_huge_pages(memory, bytes);
+    return {memory, bytes};
   }
 
   void give(void* memory, std::size_t size) {

@@ -163,7 +163,7 @@ Result compute(const Arguments& a, bool need_weight, bool need_points, const Opt
   Result result;
   result.value = torch::stable::empty({}, type);
   const auto sizes = a.weight.sizes();
-  result.dweight = torch::stable::empty(
+  result.dweight = new_result(
       need_weight && !accumulate_into ? std::vector<int64_t>(sizes.begin(), sizes.end()) : none, a.weight.scalar_type());
   const auto points_like = [&](const Tensor& points, bool need) {
     return torch::stable::empty(need ? std::vector<int64_t>{points.size(0), points.size(1)} : none, type);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/common/kept_bits.h"
+#include "cpu/rnn/blocks.h"
 #include "cpu/rnn/lanes.h"
 #include "cpu/rnn/nonlinearity.h"
 #include "cpu/rnn/one_lane.h"
@@ -99,20 +100,21 @@ inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T*
     add_dense_of_one_lane(m, begin, end, slab, sum);
   else if (m.layout == Layout::PANELS)
     add_dense<S>(m, begin, end, slab, sum);
-  else
-    for (int64_t b = 0; b < m.blocks; ++b) {
+  else if (m.begin[m.bands * m.rows] > 0)
+    for (int64_t b = 0; b < m.bands; ++b) {
       const int64_t* first = m.begin + b * m.rows;
-      const T* share = slab + b * m.block_columns * S::WIDTH;
+      const T* share = slab + b * m.band_columns * S::WIDTH;
       for (int64_t row = begin; row < end; ++row)
         add_entries<S>(m.column, m.value, first[row], first[row + 1], share, sum + row * S::WIDTH);
     }
+  add_blocks<S>(m, begin, end, slab, sum);
 }
 
 // The number of rows that go through all parts of a step together. It is small, so that their sums stay in the
-// first-level cache, unless each block of columns, or each column, should be read once for all rows.
+// first-level cache, unless each band of columns, or each column, should be read once for all rows.
 template <typename T>
 inline int64_t rows_together(const Matrix<T>& m, int64_t rows) {
-  return m.blocks > 1 || m.layout == Layout::COLUMNS ? rows : 8 * PANEL;
+  return m.bands > 1 || m.layout == Layout::COLUMNS ? rows : 8 * PANEL;
 }
 
 template <typename S, typename T>
@@ -210,13 +212,14 @@ void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
     sampled_dense_of_one_lane(p, begin, end);
   else if (m.layout != Layout::ENTRIES)
     sampled_dense<S, 1>(p, sampled_dense<S, GRADIENT_ROWS>(p, begin, end), end);
-  else
-    for (int64_t b = 0; b < m.blocks; ++b)
+  else if (m.begin[m.bands * m.rows] > 0)
+    for (int64_t b = 0; b < m.bands; ++b)
       for (int64_t row = begin; row < end; ++row) {
         const int64_t e = m.begin[b * m.rows + row], count = m.begin[b * m.rows + row + 1] - e;
-        const T* share = p.other + b * m.block_columns * S::WIDTH;
+        const T* share = p.other + b * m.band_columns * S::WIDTH;
         sampled_row<S, 1>(p, p.da + row * S::WIDTH, share, m.column + e, count, p.grad + e);
       }
+  with_side(m, [&](auto side) { sample_blocks<side(), S>(p, begin, end); });
 }
 
 // The function calls run(Lanes<T, width>()) for the width of a strip.
@@ -244,6 +247,20 @@ inline int64_t count_bits(const uint64_t* bits, int64_t words) {
   return count;
 }
 
+// Each byte of a word counts its own ones: in pairs of bits first, then in fours, then in eights.
+inline void count_squares(const uint64_t* bits, int64_t rows, int64_t words, uint8_t* counts) {
+  for (int64_t w = 0; w < words; ++w) {
+    uint64_t sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      uint64_t x = bits[r * words + w];
+      x -= x >> 1 & 0x5555555555555555;
+      x = (x & 0x3333333333333333) + (x >> 2 & 0x3333333333333333);
+      sum += (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+    }
+    __builtin_memcpy(counts + 8 * w, &sum, 8);
+  }
+}
+
 template <typename T>
 constexpr RnnLoops<T> RNN_LOOPS = {
     .forward = [](const ForwardStep<T>& p, int64_t begin,
@@ -263,6 +280,7 @@ constexpr RnnLoops<T> RNN_LOOPS = {
     .fill_rows = fill_rows<T>,
     .find_kept = find_kept,
     .count_bits = count_bits,
+    .count_squares = count_squares,
 };
 
 }  // namespace

@@ -2,38 +2,15 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
+#include <numeric>
 #include <vector>
 
-#include "cpu/common/dispatch.h"
-#include "cpu/common/kept_bits.h"
-#include "cpu/common/tasks.h"
-#include "cpu/common/tensors.h"
-#include "cpu/rnn/steps.h"
+#include "cpu/common/aligned.h"
+#include "cpu/rnn/kept_entries.h"
 
 namespace moduli {
 namespace {
-
-// A weight as an op gets it: (rows, columns) with a mask of its shape, if given; or stored entries with crow (rows + 1)
-// and col, those of torch.sparse_csr.
-struct Weight {
-  const Tensor& weight;
-  const OptionalTensor &mask, &crow, &col;
-};
-
-// The number of rows of a task, enough to be worth handing out
-constexpr int64_t ROWS_A_TASK = 64;
-inline int64_t row_tasks(int64_t rows) { return (rows + ROWS_A_TASK - 1) / ROWS_A_TASK; }
-
-// The function calls run(row) for all rows, on torch's threads.
-template <typename Run>
-void each_row(int64_t rows, int64_t columns, Run run) {
-  each_task(row_tasks(rows), rows * columns, [&](int64_t task) {
-    const int64_t end = std::min(rows, (task + 1) * ROWS_A_TASK);
-    for (int64_t i = task * ROWS_A_TASK; i < end; ++i) run(i);
-  });
-}
 
 // A matrix and the memory of its values.
 template <typename T>
@@ -42,54 +19,70 @@ class OwnedMatrix {
   Matrix<T> matrix{};
 
  protected:
-  // The method begins a matrix of kept entries and chooses its blocks of columns. A block is so narrow that its share
-  // of a slab, `width` lanes, stays in the first-level cache, but so wide that rows have some entries in each. It is a
+  // The method begins a matrix of kept entries and chooses the bands of its strays. A band is so narrow that its share
+  // of a slab, `width` lanes, stays in the first-level cache, but so wide that rows have some strays in each. It is a
   // multiple of MASK_STEP columns.
-  void set_blocks(int64_t rows, int64_t columns, int64_t entries, int64_t width) {
+  void set_bands(int64_t rows, int64_t columns, int64_t strays, int64_t width) {
     constexpr int64_t CACHED_BYTES = 32 << 10, LEAST_ENTRIES = 8, MOST_COLUMNS = int64_t{1} << 16;
     const int64_t wanted = columns * width * static_cast<int64_t>(sizeof(T)) / CACHED_BYTES;
-    const int64_t worth = entries / std::max<int64_t>(1, rows * LEAST_ENTRIES);
+    const int64_t worth = strays / std::max<int64_t>(1, rows * LEAST_ENTRIES);
     const int64_t least = (columns + MOST_COLUMNS - 1) / MOST_COLUMNS;
-    const int64_t blocks = std::max({int64_t{1}, least, std::min(wanted, worth)});
-    const int64_t steps = (columns + blocks * MASK_STEP - 1) / (blocks * MASK_STEP),
+    const int64_t bands = std::max({int64_t{1}, least, std::min(wanted, worth)});
+    const int64_t steps = (columns + bands * MASK_STEP - 1) / (bands * MASK_STEP),
                   wide = std::max<int64_t>(1, steps) * MASK_STEP;
     const int64_t needed = std::max<int64_t>(1, (columns + wide - 1) / wide);
     matrix = {.layout = Layout::ENTRIES,
               .rows = rows,
               .columns = columns,
-              .blocks = needed,
-              .block_columns = wide,
+              .bands = needed,
+              .band_columns = wide,
               .begin = nullptr,
               .column = nullptr,
-              .value = nullptr};
-    begin_.reset(new int64_t[matrix.blocks * rows + 1]());
+              .value = nullptr,
+              .blocks = {}};
+    begin_.reset(new int64_t[matrix.bands * rows + 1]());
   }
-  // The number of entries of a block and row, to be set before allocate()
-  int64_t& count(int64_t block, int64_t row) { return begin_[block * matrix.rows + row + 1]; }
+  // The number of strays of a band and row, to be set before allocate()
+  int64_t& count(int64_t band, int64_t row) { return begin_[band * matrix.rows + row + 1]; }
 
   void allocate() {
-    const int64_t size = matrix.blocks * matrix.rows;
+    const int64_t size = matrix.bands * matrix.rows;
     for (int64_t i = 0; i < size; ++i) begin_[i + 1] += begin_[i];
     column_.reset(new uint16_t[std::max<int64_t>(1, begin_[size])]);
-    value_.reset(new T[std::max<int64_t>(1, begin_[size])]);
+    value_ = std::make_unique<Aligned<T>>(begin_[size]);
     matrix.begin = begin_.get();
     matrix.column = column_.get();
-    matrix.value = value_.get();
+    matrix.value = value_->data();
   }
   void put(int64_t at, int64_t column, T value) {
     column_[at] = static_cast<uint16_t>(column);
-    value_[at] = value;
+    value_->data()[at] = value;
   }
+
+  // The method makes room for blocks of 0, of which each row of squares has as many as counted.
+  void allocate_blocks(int64_t side, const std::vector<int64_t>& counts) {
+    block_begin_.reset(new int64_t[counts.size() + 1]());
+    std::partial_sum(counts.begin(), counts.end(), block_begin_.get() + 1);
+    const int64_t blocks = block_begin_[counts.size()];
+    block_column_.reset(new uint16_t[blocks]);
+    block_value_ = std::make_unique<Aligned<T>>(blocks * side * side);
+    matrix.blocks = {
+        .side = side, .begin = block_begin_.get(), .column = block_column_.get(), .value = block_value_->data()};
+    each_row(blocks, side * side, [&](int64_t i) { std::fill_n(block(i), side * side, T(0)); });
+  }
+  uint16_t& block_column(int64_t block) { return block_column_[block]; }
+  T* block(int64_t i) { return block_value_->data() + i * matrix.blocks.side * matrix.blocks.side; }
 
   void set_dense(Layout layout, int64_t rows, int64_t columns, const T* value) {
     matrix = {.layout = layout,
               .rows = rows,
               .columns = columns,
-              .blocks = 1,
-              .block_columns = columns,
+              .bands = 1,
+              .band_columns = columns,
               .begin = nullptr,
               .column = nullptr,
-              .value = value};
+              .value = value,
+              .blocks = {}};
   }
   // The method makes a dense matrix by calls of fill(to, first, end) for its panels or, if the layout is ROWS, its
   // rows.
@@ -97,16 +90,19 @@ class OwnedMatrix {
   void make_dense(Layout layout, int64_t rows, int64_t columns, Fill fill) {
     const int64_t height = layout == Layout::PANELS ? PANEL : 1, a_task = ROWS_A_TASK / height;
     const int64_t count = (rows + height - 1) / height;
-    value_.reset(new T[std::max<int64_t>(1, count * height * columns)]);
+    value_ = std::make_unique<Aligned<T>>(count * height * columns);
     each_task((count + a_task - 1) / a_task, rows * columns,
-              [&](int64_t task) { fill(value_.get(), task * a_task, std::min(count, (task + 1) * a_task)); });
-    set_dense(layout, rows, columns, value_.get());
+              [&](int64_t task) { fill(value_->data(), task * a_task, std::min(count, (task + 1) * a_task)); });
+    set_dense(layout, rows, columns, value_->data());
   }
 
  private:
   std::unique_ptr<int64_t[]> begin_;
   std::unique_ptr<uint16_t[]> column_;
-  std::unique_ptr<T[]> value_;
+  std::unique_ptr<Aligned<T>> value_;
+  std::unique_ptr<int64_t[]> block_begin_;
+  std::unique_ptr<uint16_t[]> block_column_;
+  std::unique_ptr<Aligned<T>> block_value_;
 };
 
 // The share of kept entries above which the whole masked weight is multiplied. It was measured, see
@@ -117,79 +113,128 @@ inline double dense_from(int64_t width, bool transposed) {
   return width <= 16 ? 0.4 : width <= 32 ? 0.6 : 0.7;
 }
 
-// The matrix of an op's weight, which must outlive it. `width` is the number of lanes of the widest strip. `transposed`
-// says that the transposed matrix will be needed too.
+// The matrix of an op's weight, which must outlive it, with its rows and columns in an order. `kept` says which entries
+// are kept, and is null if all are. `width` is the number of lanes of the widest strip. `transposed` says that the
+// transposed matrix will be needed too.
 template <typename T>
 class StoredMatrix : public OwnedMatrix<T> {
  public:
-  StoredMatrix(const Weight& w, int64_t rows, int64_t columns, int64_t width, bool transposed) {
-    const T* weight = data<T>(w.weight);
-    if (w.crow)
-      from_compressed(data<int64_t>(*w.crow), data<int64_t>(*w.col), weight, rows, columns, width);
-    else if (w.mask)
-      from_mask(data<uint8_t>(*w.mask), weight, rows, columns, width, dense_from(width, transposed));
+  StoredMatrix(const Weight& w, const KeptEntries* kept, int64_t rows, int64_t columns, const Order& row_order,
+               const Order& column_order, int64_t width, bool transposed) {
+    if (kept && !(w.mask && whole_is_best(*kept, dense_from(width, transposed))))
+      from_entries(w, *kept, row_order, column_order, width);
     else
-      dense(weight, nullptr, rows, columns, width);
+      dense({.weight = data<T>(w.weight),
+             .mask = data_or_null<uint8_t>(w.mask),
+             .rows = rows,
+             .columns = columns,
+             .row_order = row_order.of,
+             .column_order = column_order.of,
+             .to = nullptr},
+            width);
   }
 
  private:
-  void dense(const T* weight, const uint8_t* mask, int64_t rows, int64_t columns, int64_t width) {
-    if (width == 1 && !mask) return this->set_dense(Layout::ROWS, rows, columns, weight);
+  static bool whole_is_best(const KeptEntries& kept, double most) {
+    const double all = static_cast<double>(kept.rows * kept.columns);
+    return kept.side ? kept.cost >= all : static_cast<double>(kept.entries) > most * all;
+  }
+
+  void dense(const DenseCopy<T>& w, int64_t width) {
+    if (width == 1 && !w.mask && !w.row_order && !w.column_order)
+      return this->set_dense(Layout::ROWS, w.rows, w.columns, w.weight);
     const Layout layout = width == 1 ? Layout::ROWS : Layout::PANELS;
     const auto fill = width == 1 ? loops<T>().rnn.fill_rows : loops<T>().rnn.fill_panels;
-    this->make_dense(layout, rows, columns, [&](T* to, int64_t begin, int64_t end) {
-      fill({.weight = weight, .mask = mask, .rows = rows, .columns = columns, .to = to}, begin, end);
+    this->make_dense(layout, w.rows, w.columns, [&](T* to, int64_t begin, int64_t end) {
+      DenseCopy<T> copy = w;
+      copy.to = to;
+      fill(copy, begin, end);
     });
   }
 
-  void from_compressed(const int64_t* crow, const int64_t* col, const T* value, int64_t rows, int64_t columns,
-                       int64_t width) {
-    this->set_blocks(rows, columns, crow[rows], width);
-    const int64_t wide = this->matrix.block_columns;
-    each_row(rows, columns, [&](int64_t i) {
-      for (int64_t e = crow[i]; e < crow[i + 1]; ++e) ++this->count(col[e] / wide, i);
-    });
-    this->allocate();
-    each_row(rows, columns, [&](int64_t i) {
-      int64_t e = crow[i];
-      for (int64_t b = 0; b < this->matrix.blocks; ++b)
-        for (int64_t at = this->matrix.begin[b * rows + i]; at < this->matrix.begin[b * rows + i + 1]; ++at, ++e)
-          this->put(at, col[e] - b * wide, value[e]);
-    });
-  }
-
-  void from_mask(const uint8_t* mask, const T* weight, int64_t rows, int64_t columns, int64_t width, double most) {
-    const int64_t words = (columns + MASK_STEP - 1) / MASK_STEP;
-    std::unique_ptr<uint64_t[]> bits(new uint64_t[std::max<int64_t>(1, rows * words)]);
-    std::atomic<int64_t> entries{0};
-    const RnnLoops<T>& rnn = loops<T>().rnn;
-    each_row(rows, columns, [&](int64_t i) {
-      rnn.find_kept(mask + i * columns, columns, &bits[i * words]);
-      entries += rnn.count_bits(&bits[i * words], words);
-    });
-    if (static_cast<double>(entries) > most * static_cast<double>(rows * columns)) {
-      dense(weight, mask, rows, columns, width);
-      return;
-    }
-    this->set_blocks(rows, columns, entries, width);
-    const int64_t wide = this->matrix.block_columns / MASK_STEP;
-    const auto words_of = [&](int64_t b) { return std::min(wide, words - b * wide); };
-    each_row(rows, columns, [&](int64_t i) {
-      for (int64_t b = 0; b < this->matrix.blocks; ++b)
-        this->count(b, i) = rnn.count_bits(&bits[i * words + b * wide], words_of(b));
-    });
-    this->allocate();
-    each_row(rows, columns, [&](int64_t i) {
-      for (int64_t b = 0; b < this->matrix.blocks; ++b) {
-        const T* from = weight + i * columns + b * this->matrix.block_columns;
-        int64_t at = this->matrix.begin[b * rows + i];
-        for (int64_t w = 0; w < words_of(b); ++w)
-          for (uint64_t left = bits[i * words + b * wide + w]; left; left &= left - 1, ++at) {
-            const int64_t j = w * MASK_STEP + __builtin_ctzll(left);
-            this->put(at, j, from[j]);
-          }
+  void from_entries(const Weight& w, const KeptEntries& kept, const Order& row_order, const Order& column_order,
+                    int64_t width) {
+    this->set_bands(kept.rows, kept.columns, kept.strays, width);
+    const int64_t wide = this->matrix.band_columns / MASK_STEP, side = kept.side;
+    if (side) find_blocks(kept);
+    each_run_of_rows(kept.rows, kept.columns, [&](int64_t first, int64_t end) {
+      const std::unique_ptr<uint64_t[]> strays(new uint64_t[kept.words]);
+      for (int64_t i = first; i < end; ++i) {
+        const uint64_t* bits = kept.bits(i);
+        if (side) {
+          std::copy_n(bits, kept.words, strays.get());
+          clear_blocks(i / side, strays.get());
+          bits = strays.get();
+        }
+        for (int64_t b = 0; b < this->matrix.bands; ++b)
+          this->count(b, i) = loops<T>().rnn.count_bits(bits + b * wide, std::min(wide, kept.words - b * wide));
       }
     });
+    this->allocate();
+    each_run_of_rows(kept.rows, kept.columns, [&](int64_t first, int64_t end) {
+      std::vector<int64_t> next(this->matrix.bands);
+      std::vector<int32_t> block_of(side ? KeptEntries::squares(kept.columns, side) : 0, -1);
+      for (int64_t i = first; i < end; ++i) {
+        if (side && i % side == 0) blocks_of_row(i / side, block_of);
+        for (int64_t b = 0; b < this->matrix.bands; ++b) next[b] = this->matrix.begin[b * kept.rows + i];
+        each_entry(w, kept, row_order.at(i), i, column_order, [&](int64_t j, T value) {
+          const int64_t block = side ? block_of[j / side] : -1;
+          if (block >= 0)
+            this->block(block)[j % side * side + i % side] = value;
+          else
+            this->put(next[j / this->matrix.band_columns]++, j % this->matrix.band_columns, value);
+        });
+      }
+    });
+  }
+
+  void find_blocks(const KeptEntries& kept) {
+    const int64_t side = kept.side, wide = KeptEntries::squares(kept.columns, side);
+    std::vector<int64_t> counts(KeptEntries::squares(kept.rows, side));
+    const auto each_row_of_squares = [&](auto run) { each_row(static_cast<int64_t>(counts.size()), kept.words, run); };
+    each_row_of_squares([&](int64_t i) {
+      for (int64_t j = 0; j < wide; ++j) counts[i] += kept.is_block(i, j);
+    });
+    this->allocate_blocks(side, counts);
+    each_row_of_squares([&](int64_t i) {
+      int64_t at = this->matrix.blocks.begin[i];
+      for (int64_t j = 0; j < wide; ++j)
+        if (kept.is_block(i, j)) this->block_column(at++) = static_cast<uint16_t>(j);
+    });
+  }
+  // The method clears the bits of a row's entries that are in blocks of row i of squares.
+  void clear_blocks(int64_t i, uint64_t* bits) const {
+    const Blocks<T>& b = this->matrix.blocks;
+    const uint64_t ones = (uint64_t{1} << b.side) - 1;
+    for (int64_t at = b.begin[i]; at < b.begin[i + 1]; ++at) {
+      const int64_t j = int64_t{b.column[at]} * b.side;
+      bits[j / MASK_STEP] &= ~(ones << j % MASK_STEP);
+    }
+  }
+  // block_of[j] becomes the block in column j of squares, or -1, for row i of squares.
+  void blocks_of_row(int64_t i, std::vector<int32_t>& block_of) const {
+    const Blocks<T>& b = this->matrix.blocks;
+    std::fill(block_of.begin(), block_of.end(), -1);
+    for (int64_t at = b.begin[i]; at < b.begin[i + 1]; ++at) block_of[b.column[at]] = static_cast<int32_t>(at);
+  }
+
+  // The method calls use(column in the order, value) for the kept entries of a row of the weight, which is row i in the
+  // order.
+  template <typename Use>
+  static void each_entry(const Weight& w, const KeptEntries& kept, int64_t row, int64_t i, const Order& column_order,
+                         Use use) {
+    const T* weight = data<T>(w.weight);
+    if (w.crow) {
+      const auto crow = data<int64_t>(*w.crow), col = data<int64_t>(*w.col);
+      for (int64_t e = crow[row]; e < crow[row + 1]; ++e) use(column_order.place_of(col[e]), weight[e]);
+      return;
+    }
+    weight += row * kept.columns;
+    for (int64_t word = 0; word < kept.words; ++word)
+      for (uint64_t left = kept.bits(i)[word]; left; left &= left - 1) {
+        const int64_t j = word * MASK_STEP + __builtin_ctzll(left);
+        use(j, weight[column_order.at(j)]);
+      }
   }
 };
 
@@ -203,32 +248,55 @@ class TransposedMatrix : public OwnedMatrix<T> {
     else if (m.layout == Layout::PANELS)
       this->make_dense(Layout::PANELS, m.columns, m.rows,
                        [&](T* to, int64_t begin, int64_t end) { loops<T>().rnn.transpose_panels(m, to, begin, end); });
-    else
-      transpose_entries(m, width);
+    else {
+      transpose_strays(m, width);
+      if (m.blocks.side) transpose_blocks(m.blocks, m.rows, m.columns);
+    }
   }
 
  private:
-  void transpose_entries(const Matrix<T>& m, int64_t width) {
-    const int64_t entries = m.begin[m.blocks * m.rows];
-    this->set_blocks(m.columns, m.rows, entries, width);
-    const int64_t wide = this->matrix.block_columns;
+  void transpose_strays(const Matrix<T>& m, int64_t width) {
+    const int64_t strays = m.begin[m.bands * m.rows];
+    this->set_bands(m.columns, m.rows, strays, width);
+    const int64_t wide = this->matrix.band_columns;
     // Each task has its own columns, which become rows.
-    const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), row_tasks(m.block_columns));
-    const auto each_entry = [&](auto use) {
-      each_task(tasks, 4 * entries, [&](int64_t task) {
-        const int64_t low = m.block_columns * task / tasks, high = m.block_columns * (task + 1) / tasks;
-        for (int64_t b = 0; b < m.blocks; ++b)
+    const int64_t tasks = std::min<int64_t>(torch::stable::get_num_threads(), row_tasks(m.band_columns));
+    const auto each_stray = [&](auto use) {
+      if (strays == 0) return;
+      each_task(tasks, 4 * strays, [&](int64_t task) {
+        const int64_t low = m.band_columns * task / tasks, high = m.band_columns * (task + 1) / tasks;
+        for (int64_t b = 0; b < m.bands; ++b)
           for (int64_t i = 0; i < m.rows; ++i) {
             const uint16_t* end = m.column + m.begin[b * m.rows + i + 1];
             const uint16_t* c = std::lower_bound(m.column + m.begin[b * m.rows + i], end, low);
-            for (; c < end && *c < high; ++c) use(i, b * m.block_columns + *c, m.value[c - m.column]);
+            for (; c < end && *c < high; ++c) use(i, b * m.band_columns + *c, m.value[c - m.column]);
           }
       });
     };
-    each_entry([&](int64_t i, int64_t j, T) { ++this->count(i / wide, j); });
+    each_stray([&](int64_t i, int64_t j, T) { ++this->count(i / wide, j); });
     this->allocate();
-    std::vector<int64_t> next(this->matrix.begin, this->matrix.begin + this->matrix.blocks * m.columns);
-    each_entry([&](int64_t i, int64_t j, T value) { this->put(next[i / wide * m.columns + j]++, i % wide, value); });
+    std::vector<int64_t> next(this->matrix.begin, this->matrix.begin + this->matrix.bands * m.columns);
+    each_stray([&](int64_t i, int64_t j, T value) { this->put(next[i / wide * m.columns + j]++, i % wide, value); });
+  }
+
+  void transpose_blocks(const Blocks<T>& b, int64_t rows, int64_t columns) {
+    const int64_t side = b.side, tall = KeptEntries::squares(rows, side);
+    std::vector<int64_t> counts(KeptEntries::squares(columns, side));
+    for (int64_t at = 0; at < b.begin[tall]; ++at) ++counts[b.column[at]];
+    this->allocate_blocks(side, counts);
+    std::vector<int64_t> next(this->matrix.blocks.begin, this->matrix.blocks.begin + counts.size());
+    std::vector<int64_t> from(b.begin[tall]);  // the block of b that each block here is made of
+    for (int64_t i = 0; i < tall; ++i)
+      for (int64_t at = b.begin[i]; at < b.begin[i + 1]; ++at) {
+        const int64_t to = next[b.column[at]]++;
+        this->block_column(to) = static_cast<uint16_t>(i);
+        from[to] = at;
+      }
+    each_row(b.begin[tall], side * side, [&](int64_t i) {
+      const T* block = b.value + from[i] * side * side;
+      for (int64_t c = 0; c < side; ++c)
+        for (int64_t r = 0; r < side; ++r) this->block(i)[r * side + c] = block[c * side + r];
+    });
   }
 };
 

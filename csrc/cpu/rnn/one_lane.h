@@ -8,18 +8,6 @@
 namespace moduli::MODULI_NAMESPACE {
 namespace {
 
-// The loop has no branches, which the processor could only guess if about half of the entries are kept.
-template <typename T>
-void fill_rows(const DenseCopy<T>& p, int64_t begin, int64_t end) {
-  const T* weight = p.weight;
-  const uint8_t* mask = p.mask;
-  T* to = p.to;
-  for (int64_t i = begin * p.columns; i < end * p.columns; ++i) {
-    const T w = weight[i];
-    to[i] = mask[i] ? w : T(0);
-  }
-}
-
 // sum[r] += the product of row r of ROWS rows with `from` (columns). The last columns, which fill no vector, are read
 // together with some before them that count as 0. If there are none before them, they are multiplied one by one.
 template <int ROWS, typename T>

@@ -1,4 +1,4 @@
-// Copies of dense matrices to Layout::PANELS. Contracts stand in steps.h.
+// Copies of dense matrices to Layout::PANELS and Layout::ROWS. Contracts stand in steps.h.
 #pragma once
 
 #include "cpu/rnn/steps.h"
@@ -9,7 +9,30 @@ namespace {
 // The number of columns that go through a buffer at a time
 constexpr int64_t COLUMNS_AT_ONCE = 64;
 
-// The loop has no branches, which the processor could only guess if about half of the entries are kept.
+// `count` entries of a row from a column on, 0 where masked. The loops have no branches, which the processor could only
+// guess if about half of the entries are kept.
+template <typename T>
+inline void copy_row(const DenseCopy<T>& p, int64_t row, int64_t column, int64_t count, T* to) {
+  const int64_t start = (p.row_order ? p.row_order[row] : row) * p.columns;
+  if (p.column_order) {
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t at = start + p.column_order[column + c];
+      const T w = p.weight[at];
+      to[c] = !p.mask || p.mask[at] ? w : T(0);
+    }
+    return;
+  }
+  const T* from = p.weight + start + column;
+  __builtin_memcpy(to, from, count * sizeof(T));
+  if (p.mask)
+    for (int64_t c = 0; c < count; ++c) to[c] = p.mask[start + column + c] ? to[c] : T(0);
+}
+
+template <typename T>
+void fill_rows(const DenseCopy<T>& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) copy_row(p, row, 0, p.columns, p.to + row * p.columns);
+}
+
 template <typename T>
 void fill_panels(const DenseCopy<T>& p, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -17,12 +40,7 @@ void fill_panels(const DenseCopy<T>& p, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < p.columns; j += COLUMNS_AT_ONCE, to += COLUMNS_AT_ONCE * PANEL) {
       const int64_t count = p.columns - j < COLUMNS_AT_ONCE ? p.columns - j : COLUMNS_AT_ONCE;
       T row[PANEL][COLUMNS_AT_ONCE] = {};
-      for (int64_t r = 0; r < PANEL && panel * PANEL + r < p.rows; ++r) {
-        const int64_t at = (panel * PANEL + r) * p.columns + j;
-        __builtin_memcpy(row[r], p.weight + at, count * sizeof(T));
-        if (p.mask)
-          for (int64_t c = 0; c < count; ++c) row[r][c] = p.mask[at + c] ? row[r][c] : T(0);
-      }
+      for (int64_t r = 0; r < PANEL && panel * PANEL + r < p.rows; ++r) copy_row(p, panel * PANEL + r, j, count, row[r]);
       for (int64_t c = 0; c < count; ++c)
         for (int64_t r = 0; r < PANEL; ++r) to[c * PANEL + r] = row[r][c];
     }

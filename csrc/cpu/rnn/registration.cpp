@@ -2,6 +2,7 @@
 // threads. Schemas and contracts stand in moduli_kernels/ops/masked_rnn.py.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -27,52 +28,83 @@ void check_type(const Tensor& x) {
                   "the RNN's tensors must be float32 or float64 on the CPU; cast them");
 }
 
+// A layer's weights as the products read them, and the order in which they have inputs and neurons. The order that the
+// op gets is that in which a mask falls into blocks; it isn't used if there are none, since it costs a little.
+template <typename T>
+class Layer {
+ public:
+  Layer(const Direction& d, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& order_x,
+        const OptionalTensor& order_h, int64_t width, bool transposed_input, bool transposed_hidden)
+      : inputs(order_x, d.input), neurons(order_h, d.hidden) {
+    const auto find = [&](std::optional<KeptEntries>& kept, const Weight& w, int64_t columns, const Order& order) {
+      if (w.mask || w.crow) kept.emplace(w, d.hidden, columns, neurons, order, width);
+    };
+    std::optional<KeptEntries> kept_ih, kept_hh;
+    find(kept_ih, w_ih, d.input, inputs);
+    find(kept_hh, w_hh, d.hidden, neurons);
+    if ((inputs.of || neurons.of) && !(kept_ih && kept_ih->side) && !(kept_hh && kept_hh->side)) {
+      inputs = neurons = Order();
+      find(kept_ih, w_ih, d.input, inputs);
+      find(kept_hh, w_hh, d.hidden, neurons);
+    }
+    const auto pointer = [](std::optional<KeptEntries>& kept) { return kept ? &*kept : nullptr; };
+    input_.emplace(w_ih, pointer(kept_ih), d.hidden, d.input, neurons, inputs, width, transposed_input);
+    hidden_.emplace(w_hh, pointer(kept_hh), d.hidden, d.hidden, neurons, neurons, width, transposed_hidden);
+  }
+
+  Order inputs, neurons;
+  const Matrix<T>& input() const { return input_->matrix; }
+  const Matrix<T>& hidden() const { return hidden_->matrix; }
+
+ private:
+  std::optional<StoredMatrix<T>> input_, hidden_;
+};
+
 template <typename T>
 void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight& w_ih, const Weight& w_hh,
-             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths, Tensor& output,
-             Tensor& h_n, Tensor* activations) {
-  const Sequence<T> sequence(d, lengths);
-  const int64_t width = sequence.width();
-  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, false), hidden(w_hh, d.hidden, d.hidden, width, false);
+             const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths,
+             const OptionalTensor& order_x, const OptionalTensor& order_h, Tensor& output, Tensor& h_n,
+             Tensor* activations) {
+  const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, widest_strip(d.batch, d.hidden), false, false);
+  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons);
   std::unique_ptr<T[]> bias;
   if (b_ih || b_hh) {
     bias.reset(new T[d.hidden]());
     for (const auto& each : {b_ih, b_hh})
       if (each)
-        for (int64_t i = 0; i < d.hidden; ++i) bias[i] += data<T>(*each)[i];
+        for (int64_t i = 0; i < d.hidden; ++i) bias[i] += data<T>(*each)[layer.neurons.at(i)];
   }
-  sequence.forward(input.matrix, hidden.matrix, bias.get(), data<T>(x), data<T>(h), mutable_data<T>(output),
+  sequence.forward(layer.input(), layer.hidden(), bias.get(), data<T>(x), data<T>(h), mutable_data<T>(output),
                    mutable_data<T>(h_n), activations ? mutable_data<T>(*activations) : nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_rnn(
     Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor mask_ih,
     OptionalTensor mask_hh, OptionalTensor crow_ih, OptionalTensor col_ih, OptionalTensor crow_hh, OptionalTensor col_hh,
-    OptionalTensor lengths, std::string nonlinearity, double leak, bool reverse, bool keep) {
+    OptionalTensor lengths, OptionalTensor order_x, OptionalTensor order_h, std::string nonlinearity, double leak,
+    bool reverse, bool keep) {
   check_type(x);
   const Direction d = direction(x, h, nonlinearity, leak, reverse);
   const auto type = x.scalar_type();
-  Tensor output = torch::stable::empty({d.steps, d.batch, d.hidden}, type),
-         h_n = torch::stable::empty({d.batch, d.hidden}, type);
+  Tensor output = new_result({d.steps, d.batch, d.hidden}, type), h_n = new_result({d.batch, d.hidden}, type);
   const bool need_activations = keep && leak != 1;
   Tensor activations =
-      need_activations ? torch::stable::empty({d.steps, d.batch, d.hidden}, type) : torch::stable::empty({0}, type);
+      new_result(need_activations ? std::vector<int64_t>{d.steps, d.batch, d.hidden} : std::vector<int64_t>{0}, type);
   const auto run = type == ScalarType::Double ? forward<double> : forward<float>;
   run(d, x, h, {.weight = w_ih, .mask = mask_ih, .crow = crow_ih, .col = col_ih},
-      {.weight = w_hh, .mask = mask_hh, .crow = crow_hh, .col = col_hh}, b_ih, b_hh, lengths, output, h_n,
-      need_activations ? &activations : nullptr);
+      {.weight = w_hh, .mask = mask_hh, .crow = crow_hh, .col = col_hh}, b_ih, b_hh, lengths, order_x,
+      order_h, output, h_n, need_activations ? &activations : nullptr);
   return {output, h_n, activations};
 }
 
 template <typename T>
 void backward(const Direction& d, const OptionalTensor& grad_output, const Tensor& grad_h_n, const Tensor& x,
-              const Tensor& h, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths, const Tensor& output,
-              const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
-  const Sequence<T> sequence(d, lengths);
-  const int64_t width = sequence.width();
-  const StoredMatrix<T> input(w_ih, d.hidden, d.input, width, dx != nullptr), hidden(w_hh, d.hidden, d.hidden, width, true);
+              const Tensor& h, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths,
+              const OptionalTensor& order_x, const OptionalTensor& order_h, const Tensor& output, const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
+  const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, widest_strip(d.batch, d.hidden), dx != nullptr, true);
+  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
-  sequence.backward(input.matrix, hidden.matrix, data_or_null<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
+  sequence.backward(layer.input(), layer.hidden(), data_or_null<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
                     data<T>(output), activations ? data<T>(*activations) : nullptr,
                     {.x = pointer(dx),
                      .h = pointer(dh),
@@ -85,13 +117,13 @@ void backward(const Direction& d, const OptionalTensor& grad_output, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
     OptionalTensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor mask_ih,
-    OptionalTensor mask_hh, OptionalTensor lengths, Tensor output, Tensor activations, std::string nonlinearity,
-    double leak, bool reverse, bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias) {
+    OptionalTensor mask_hh, OptionalTensor lengths, OptionalTensor order_x, OptionalTensor order_h, Tensor output,
+    Tensor activations, std::string nonlinearity, double leak, bool reverse, bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias) {
   check_type(x);
   const Direction d = direction(x, h, nonlinearity, leak, reverse);
   const auto type = x.scalar_type();
   const auto make = [&](bool need, std::vector<int64_t> sizes) {
-    return torch::stable::empty(need ? sizes : std::vector<int64_t>{0}, type);
+    return new_result(need ? sizes : std::vector<int64_t>{0}, type);
   };
   Tensor dx = make(need_x, {d.steps, d.batch, d.input}), dh = make(need_h, {d.batch, d.hidden});
   Tensor dw_ih = make(need_w_ih, {d.hidden, d.input}), dw_hh = make(need_w_hh, {d.hidden, d.hidden});
@@ -99,10 +131,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
   const auto run = type == ScalarType::Double ? backward<double> : backward<float>;
   const OptionalTensor none;
   run(d, grad_output, grad_h_n, x, h, {.weight = w_ih, .mask = mask_ih, .crow = none, .col = none},
-      {.weight = w_hh, .mask = mask_hh, .crow = none, .col = none}, lengths, output, leak == 1 ? nullptr : &activations,
+      {.weight = w_hh, .mask = mask_hh, .crow = none, .col = none}, lengths, order_x, order_h, output, leak == 1 ? nullptr : &activations,
       need_x ? &dx : nullptr, need_h ? &dh : nullptr, need_w_ih ? &dw_ih : nullptr, need_w_hh ? &dw_hh : nullptr,
       need_bias ? &dbias : nullptr);
   return {dx, dh, dw_ih, dw_hh, dbias};
+}
+
+// Contract: moduli_kernels/ops/found_blocks.py
+Tensor found_blocks(Tensor mask, OptionalTensor row_order, OptionalTensor column_order, int64_t batch) {
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
+                  "mask must be a contiguous bool matrix on the CPU; call .contiguous()");
+  const int64_t rows = mask.size(0), columns = mask.size(1);
+  const OptionalTensor its = mask, none;
+  const KeptEntries kept({.weight = mask, .mask = its, .crow = none, .col = none}, rows, columns, Order(row_order, rows),
+                         Order(column_order, columns), widest_strip(batch, rows));
+  Tensor result = torch::stable::empty({4}, ScalarType::Long);
+  auto* found = mutable_data<int64_t>(result);
+  found[0] = kept.side;
+  found[1] = kept.blocks;
+  found[2] = kept.entries - kept.strays;
+  found[3] = kept.strays;
+  return result;
 }
 
 }  // namespace
@@ -111,4 +160,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
 STABLE_TORCH_LIBRARY_IMPL(moduli_kernels, CPU, m) {
   m.impl("masked_rnn", TORCH_BOX(&moduli::masked_rnn));
   m.impl("masked_rnn_grads", TORCH_BOX(&moduli::masked_rnn_grads));
+  m.impl("found_blocks", TORCH_BOX(&moduli::found_blocks));
 }

@@ -14,12 +14,57 @@ struct Direction {
 };
 
 // Tensors are (steps, batch, input), (steps, batch, hidden) and (batch, hidden). lengths (batch), if given, are the
-// steps of each sample.
+// steps of each sample. Slabs and matrices have inputs and neurons in their orders, tensors in their own.
 template <typename T>
 class Sequence {
  public:
-  Sequence(const Direction& d, const OptionalTensor& lengths)
-      : d_(d), strips_(strips_of(d.batch, d.hidden)), loops_(loops<T>().rnn) {
+  Sequence(const Direction& d, const OptionalTensor& lengths, const Order& inputs, const Order& neurons)
+      : Sequence(d, lengths, inputs, neurons, strips_of(d.batch, d.hidden)) {}
+
+  void forward(const Matrix<T>& input, const Matrix<T>& hidden, const T* bias, const T* x, const T* h, T* output, T* h_n,
+               T* activations) const {
+    strip_by_strip(goes_alone(hidden), [&](const Sequence& strips, int64_t) {
+      strips.forward_steps(input, hidden, bias, x, h, output, h_n, activations);
+    });
+  }
+
+  // The gradients to compute, null if not needed, and the weights' masks, null if there are none
+  struct Grads {
+    T *x, *h, *w_ih, *w_hh, *bias;
+    const uint8_t *mask_ih, *mask_hh;
+  };
+
+  // grad_output is null if it is 0. activations is null if they are the output.
+  void backward(const Matrix<T>& input, const Matrix<T>& hidden, const T* grad_output, const T* grad_h_n, const T* x,
+                const T* h, const T* output, const T* activations, const Grads& grads) const {
+    const TransposedMatrix<T> hidden_transposed(hidden, width());
+    std::optional<TransposedMatrix<T>> input_transposed;
+    if (grads.x) input_transposed.emplace(input, width());
+    std::optional<WeightGrad> dw_ih, dw_hh;
+    if (grads.w_ih) dw_ih.emplace(input, neurons_, inputs_, grads.w_ih, grads.mask_ih, strips());
+    if (grads.w_hh) dw_hh.emplace(hidden, neurons_, neurons_, grads.w_hh, grads.mask_hh, strips());
+    const auto sums = grads.bias ? make_slabs(1, d_.hidden) : nullptr;
+    const auto has_parts = [&](const std::optional<WeightGrad>& grad) { return !grad || grad->parts == strips(); };
+    strip_by_strip(
+        goes_alone(hidden_transposed.matrix) && has_parts(dw_ih) && has_parts(dw_hh),
+        [&](const Sequence& strips, int64_t first_strip) {
+          strips.backward_steps({.hidden_transposed = hidden_transposed.matrix,
+                                 .input_transposed = input_transposed ? &input_transposed->matrix : nullptr,
+                                 .dw_ih = dw_ih ? &*dw_ih : nullptr,
+                                 .dw_hh = dw_hh ? &*dw_hh : nullptr,
+                                 .sums = sums.get(),
+                                 .first_strip = first_strip},
+                                grad_output, grad_h_n, x, h, output, activations, grads.x, grads.h);
+        });
+    if (dw_ih) dw_ih->finish();
+    if (dw_hh) dw_hh->finish();
+    if (sums) sum_lanes(*sums, grads.bias);
+  }
+
+ private:
+  Sequence(const Direction& d, const OptionalTensor& lengths, const Order& inputs, const Order& neurons,
+           std::vector<Strip> strips)
+      : d_(d), lengths_(lengths), inputs_(inputs), neurons_(neurons), strips_(std::move(strips)), loops_(loops<T>().rnn) {
     if (!lengths) return;
     const auto length = data<int64_t>(*lengths);
     active_ = make_slabs(d.steps, 1);
@@ -30,182 +75,264 @@ class Sequence {
     });
   }
 
-  // The number of lanes of the widest strip
-  int64_t width() const {
-    int64_t widest = 1;
-    for (const Strip& strip : strips_) widest = std::max(widest, strip.width);
-    return widest;
+  // Whether each strip can go through the whole sequence by itself, on a thread that has its slabs in its own cache. The
+  // rows of a large dense matrix are better shared out, since each thread then reads a part of it alone.
+  bool goes_alone(const Matrix<T>& m) const {
+    return strips() >= torch::stable::get_num_threads() && (m.layout == Layout::ENTRIES || !worth_sharing(m));
+  }
+  // The method calls run(sequence, first strip) for each strip alone, on torch's threads, or for all of them together.
+  template <typename Run>
+  void strip_by_strip(bool alone, Run run) const {
+    if (!alone) return run(*this, 0);
+    each_task(strips(), d_.steps * d_.hidden * lanes(), [&](int64_t s) {
+      run(Sequence(d_, lengths_, inputs_, neurons_, {strips_[s]}), s);
+    });
   }
 
-  void forward(const Matrix<T>& input, const Matrix<T>& hidden, const T* bias, const T* x, const T* h, T* output, T* h_n,
-               T* activations) const {
-    const int64_t at_once = chunk_steps(d_.input);
+  void forward_steps(const Matrix<T>& input, const Matrix<T>& hidden, const T* bias, const T* x, const T* h, T* output,
+                     T* h_n, T* activations) const {
+    const int64_t at_once = chunk_steps(d_.input, 1);
     const auto inputs = make_slabs(at_once, d_.input), state = make_slabs(2, d_.hidden);
-    const auto kept = activations ? make_slabs(1, d_.hidden) : nullptr;
-    for_strips([&](int64_t s) { read(h, d_.hidden, s, state->at(s, 0)); });
+    const auto kept = activations ? make_slabs(2, d_.hidden) : nullptr;
+    for_strips([&](int64_t s) { read(h, neurons_, d_.hidden, s, state->at(s, 0)); });
+    const auto write_step = [&](int64_t s, int64_t k, int64_t begin, int64_t end) {
+      write(state->at(s, (k + 1) % 2), s, step_of(output, k), neurons_, d_.hidden, begin, end);
+      if (activations) write(kept->at(s, k % 2), s, step_of(activations, k), neurons_, d_.hidden, begin, end);
+    };
     for (int64_t first = 0; first < d_.steps; first += at_once) {
       const int64_t steps = std::min(at_once, d_.steps - first);
       read_inputs(x, first, steps, *inputs);
       run_steps(hidden, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
-        const int64_t k = first + step, width = strips_[s].width;
-        T *next = state->at(s, (k + 1) % 2), *activation = kept ? kept->at(s, 0) : nullptr;
+        const int64_t k = first + step;
+        // rows in an order are other rows of the tensor, which are all there once the step has ended
+        if (neurons_.of && k > 0) write_step(s, k - 1, begin, end);
         loops_.forward({.input = input,
                         .hidden = hidden,
                         .x = inputs->at(s, step),
                         .h = state->at(s, k % 2),
                         .bias = bias,
-                        .next = next,
-                        .activation = activation,
+                        .next = state->at(s, (k + 1) % 2),
+                        .activation = kept ? kept->at(s, k % 2) : nullptr,
                         .active = active(s, k),
-                        .width = width,
+                        .width = strips_[s].width,
                         .nonlinearity = d_.nonlinearity,
                         .leak = T(d_.leak)},
                        begin, end);
-        write(next, s, step_of(output, k), d_.hidden, begin, end);
-        if (activations) write(activation, s, step_of(activations, k), d_.hidden, begin, end);
+        if (!neurons_.of) write_step(s, k, begin, end);
       });
     }
-    for_strips([&](int64_t s) { write(state->at(s, d_.steps % 2), s, h_n, d_.hidden, 0, d_.hidden); });
+    for_strips([&](int64_t s) {
+      if (neurons_.of && d_.steps) write_step(s, d_.steps - 1, 0, d_.hidden);
+      write(state->at(s, d_.steps % 2), s, h_n, neurons_, d_.hidden, 0, d_.hidden);
+    });
   }
 
-  // The gradients to compute, null if not needed, and the weights' masks, null if there are none
-  struct Grads {
-    T *x, *h, *w_ih, *w_hh, *bias;
-    const uint8_t *mask_ih, *mask_hh;
+  // What strips need and give in backward. The gradients of weights and `sums`, that of the bias lane by lane, are of all
+  // strips, of which those at hand begin with number first_strip. Pointers are null for gradients that aren't needed.
+  struct WeightGrad;
+  struct Backward {
+    const Matrix<T>& hidden_transposed;
+    const Matrix<T>* input_transposed;
+    WeightGrad *dw_ih, *dw_hh;
+    const Slabs<T>* sums;
+    int64_t first_strip;
   };
 
-  // The method goes back over chunks of steps, whose slabs are used for all gradients before the next ones take their
-  // place. grad_output is null if it is 0. activations is null if they are the output.
-  void backward(const Matrix<T>& input, const Matrix<T>& hidden, const T* grad_output, const T* grad_h_n, const T* x,
-                const T* h, const T* output, const T* activations, const Grads& grads) const {
-    const TransposedMatrix<T> hidden_transposed(hidden, width());
-    std::optional<TransposedMatrix<T>> input_transposed;
-    if (grads.x) input_transposed.emplace(input, width());
-    std::optional<WeightGrad> dw_ih, dw_hh;
-    // strips run independently only if W_hh keeps few entries, and a copy of W_ih's gradient for each strip is worth
-    // its memory only if W_ih keeps few
-    const auto parts = [&](const Matrix<T>& m) {
-      return worth_sharing(hidden_transposed.matrix) || worth_sharing(m) ? 1 : std::max<int64_t>(1, strips());
+  // The method goes back over chunks of steps, whose slabs are used for all gradients before others take their place. Two
+  // halves of the slabs take turns, since a chunk begins with the last step of the chunk before.
+  void backward_steps(const Backward& b, const T* grad_output, const T* grad_h_n, const T* x, const T* h, const T* output,
+                      const T* activations, T* dx, T* dh) const {
+    const bool of_lanes = width() > 1 && ((b.dw_ih && b.dw_ih->matrix.blocks.side) || (b.dw_hh && b.dw_hh->matrix.blocks.side));
+    const bool strays = (b.dw_ih && has_strays(b.dw_ih->matrix)) || (b.dw_hh && has_strays(b.dw_hh->matrix));
+    const int64_t at_once = chunk_steps(d_.hidden + (b.dw_ih ? d_.input : 0), strays ? 4 : 1);
+    const auto states = make_slabs(2 * at_once, d_.hidden), da = make_slabs(2 * at_once, d_.hidden);
+    const auto inputs = make_slabs(b.dw_ih ? at_once : 0, d_.input);
+    const auto stays = make_slabs(1, d_.hidden), grad = make_slabs(2, d_.hidden);
+    const auto kept = activations ? make_slabs(2, d_.hidden) : nullptr;
+    const auto da_of_lanes = of_lanes ? std::make_unique<LanesFirst>(*this, at_once) : nullptr;
+    const auto read_state = [&](int64_t s, int64_t k, T* slab, int64_t begin, int64_t end) {  // the state before step k
+      read(k ? step_of(output, k - 1) : h, neurons_, d_.hidden, s, slab, begin, end);
     };
-    if (grads.w_ih) dw_ih.emplace(input, grads.w_ih, grads.mask_ih, parts(input));
-    if (grads.w_hh) dw_hh.emplace(hidden, grads.w_hh, grads.mask_hh, parts(hidden));
-
-    const int64_t at_once = chunk_steps(d_.hidden + (grads.w_ih ? d_.input : 0));
-    const auto states = make_slabs(at_once + 1, d_.hidden), da = make_slabs(at_once + 1, d_.hidden);
-    const auto inputs = make_slabs(grads.w_ih ? at_once : 0, d_.input);
-    const auto stays = make_slabs(1, d_.hidden), grad = make_slabs(1, d_.hidden);
-    const auto kept = activations ? make_slabs(1, d_.hidden) : nullptr,
-               sums = grads.bias ? make_slabs(1, d_.hidden) : nullptr;
-    for_strips([&](int64_t s) {
-      read(grad_h_n, d_.hidden, s, stays->at(s, 0));
-      if (sums) std::fill_n(sums->at(s, 0), sums->stride(s), T(0));
+    const auto read_step = [&](int64_t s, int64_t k, int64_t begin, int64_t end) {
+      if (grad_output) read(step_of(grad_output, k), neurons_, d_.hidden, s, grad->at(s, k % 2), begin, end);
+      if (activations) read(step_of(activations, k), neurons_, d_.hidden, s, kept->at(s, k % 2), begin, end);
+    };
+    each_step_of_strips(1, d_.hidden, [&](int64_t s, int64_t) {
+      read(grad_h_n, neurons_, d_.hidden, s, stays->at(s, 0));
+      read_state(s, d_.steps, states->at(s, at_once), 0, d_.hidden);
+      if (neurons_.of && d_.steps) read_step(s, d_.steps - 1, 0, d_.hidden);
+      if (b.sums) std::fill_n(b.sums->at(b.first_strip + s, 0), b.sums->stride(b.first_strip + s), T(0));
     });
-    for (int64_t last = d_.steps; last > 0; last -= at_once) {
+    int64_t half = 0;  // the first slab of this chunk
+    for (int64_t last = d_.steps; last > 0; last -= at_once, half = at_once - half) {
       const int64_t first = std::max<int64_t>(0, last - at_once), steps = last - first;
-      read_states(h, output, first, steps, *states);
-      // da of the step after this chunk was the first one of the last chunk; it goes behind this chunk's own
-      if (last < d_.steps)
-        for_strips([&](int64_t s) { std::copy_n(da->at(s, 0), da->stride(s), da->at(s, steps)); });
-      run_steps(hidden_transposed.matrix, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
-        const int64_t j = steps - 1 - step, k = first + j, width = strips_[s].width;
-        if (grad_output) read(step_of(grad_output, k), d_.hidden, s, grad->at(s, 0), begin, end);
-        if (activations) read(step_of(activations, k), d_.hidden, s, kept->at(s, 0), begin, end);
-        loops_.backward({.hidden_transposed = hidden_transposed.matrix,
-                         .da_after = k + 1 < d_.steps ? da->at(s, j + 1) : nullptr,
-                         .grad_output = grad_output ? grad->at(s, 0) : nullptr,
-                         .activation = activations ? kept->at(s, 0) : states->at(s, j + 1),
-                         .da = da->at(s, j),
+      run_steps(b.hidden_transposed, steps, [&](int64_t s, int64_t step, int64_t begin, int64_t end) {
+        const int64_t j = steps - 1 - step, k = first + j, after = step ? half + j + 1 : at_once - half;
+        read_state(s, k, states->at(s, half + j), begin, end);
+        // rows in an order are other rows of the tensor, which must all be there before the step begins
+        if (!neurons_.of)
+          read_step(s, k, begin, end);
+        else if (k > 0)
+          read_step(s, k - 1, begin, end);
+        loops_.backward({.hidden_transposed = b.hidden_transposed,
+                         .da_after = k + 1 < d_.steps ? da->at(s, after) : nullptr,
+                         .grad_output = grad_output ? grad->at(s, k % 2) : nullptr,
+                         .activation = activations ? kept->at(s, k % 2) : states->at(s, after),
+                         .da = da->at(s, half + j),
                          .stays = stays->at(s, 0),
-                         .sum = sums ? sums->at(s, 0) : nullptr,
+                         .sum = b.sums ? b.sums->at(b.first_strip + s, 0) : nullptr,
                          .active = active(s, k),
-                         .width = width,
+                         .width = strips_[s].width,
                          .nonlinearity = d_.nonlinearity,
                          .leak = T(d_.leak)},
                         begin, end);
+        if (da_of_lanes) da_of_lanes->fill(s, j, da->at(s, half + j), begin, end);
       });
-      if (grads.x) input_grad(input_transposed->matrix, *da, first, steps, grads.x);
-      if (dw_hh) add_weight_grad(*dw_hh, *da, *states, steps);
-      if (dw_ih) {
+      if (dx) input_grad(*b.input_transposed, *da, half, first, steps, dx);
+      if (b.dw_hh) add_weight_grad(*b.dw_hh, b.first_strip, *da, half, da_of_lanes.get(), *states, half, steps);
+      if (b.dw_ih) {
         read_inputs(x, first, steps, *inputs);
-        add_weight_grad(*dw_ih, *da, *inputs, steps);
+        add_weight_grad(*b.dw_ih, b.first_strip, *da, half, da_of_lanes.get(), *inputs, 0, steps);
       }
     }
-    if (dw_ih) dw_ih->finish();
-    if (dw_hh) dw_hh->finish();
-    if (sums) sum_lanes(*sums, grads.bias);
-    if (grads.h)
-      for_strips([&](int64_t s) {
-        if (d_.steps)
-          loops_.product(
-              {.matrix = hidden_transposed.matrix, .from = da->at(s, 0), .to = stays->at(s, 0), .width = strips_[s].width},
-              0, d_.hidden);
-        write(stays->at(s, 0), s, grads.h, d_.hidden, 0, d_.hidden);
-      });
+    if (!dh) return;
+    const int64_t first = at_once - half;  // the slab of the first step
+    for_strips([&](int64_t s) {
+      if (d_.steps)
+        loops_.product(
+            {.matrix = b.hidden_transposed, .from = da->at(s, first), .to = stays->at(s, 0), .width = strips_[s].width}, 0,
+            d_.hidden);
+      write(stays->at(s, 0), s, dh, neurons_, d_.hidden, 0, d_.hidden);
+    });
   }
 
- private:
-  // Bytes of slabs that are worked on together: those of all strips should stay in the last-level cache, and those of
-  // one strip and block of columns in the second-level cache.
-  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 21, CACHED_BYTES = int64_t{1} << 19;
-  int64_t chunk_steps(int64_t rows) const {
-    const int64_t step = std::max<int64_t>(1, lanes() * rows * static_cast<int64_t>(sizeof(T)));
-    return std::max<int64_t>(1, std::min(d_.steps, std::max<int64_t>(4, CHUNK_BYTES / step)));
+  // How many steps of a strip's slabs are worked on together, so that they stay in the second-level cache, as the slabs of
+  // one band of columns do. The number of strips or threads doesn't matter, since sums are cut there.
+  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 19, CACHED_BYTES = int64_t{1} << 19;
+  int64_t chunk_steps(int64_t rows, int64_t least) const {
+    const int64_t step = std::max<int64_t>(1, width() * rows * static_cast<int64_t>(sizeof(T)));
+    return std::max<int64_t>(1, std::min(d_.steps, std::max(least, CHUNK_BYTES / step)));
   }
+  int64_t width() const { return widest_strip(d_.batch, d_.hidden); }
+  static bool has_strays(const Matrix<T>& m) { return m.layout != Layout::ENTRIES || strays_of(m) > 0; }
 
-  // The gradient of a weight while it is summed up. For a dense matrix that is `whole` itself (rows, columns). For kept
-  // entries it is (parts, entries), where one part serves all strips, or each strip has its own if its slabs are in the
-  // cache of the thread that computed it.
-  struct WeightGrad {
-    WeightGrad(const Matrix<T>& m, T* whole, const uint8_t* mask, int64_t parts)
-        : matrix(m), whole(whole), mask(mask), parts(m.begin ? parts : 1) {
-      each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
-      if (m.begin) entries.resize(parts * entries_of(m));
+  // `steps` slabs of a strip lane by lane, which the gradient of blocks reads: (lanes, rows) with room for whole blocks.
+  class LanesFirst {
+   public:
+    LanesFirst(const Sequence& sequence, int64_t steps)
+        : sequence_(sequence), steps_(steps), memory_(steps * sequence.lanes() * stride()) {}
+    int64_t stride() const { return rounded_up(sequence_.d_.hidden); }
+    T* at(int64_t s, int64_t step) const {
+      const Strip& strip = sequence_.strips_[s];
+      return memory_.data() + (steps_ * (strip.first - sequence_.strips_[0].first) + step * strip.lanes) * stride();
     }
-    T* of(int64_t part) { return matrix.begin ? entries.data() + part * entries_of(matrix) : whole; }
+    void fill(int64_t s, int64_t step, T* slab, int64_t begin, int64_t end) const {
+      const Strip& strip = sequence_.strips_[s];
+      sequence_.loops_.from_slab({.lanes_first = at(s, step),
+                                  .stride = stride(),
+                                  .lanes = strip.lanes,
+                                  .slab = slab,
+                                  .width = strip.width,
+                                  .place = nullptr},
+                                 begin, end);
+    }
+
+   private:
+    const Sequence& sequence_;
+    int64_t steps_;
+    Aligned<T> memory_;
+  };
+
+  // The gradient of a weight while it is summed up: (parts, strays and entries of blocks) for kept entries, (parts, rows,
+  // columns) for a dense matrix. Each strip has a part of its own, unless parts would take much memory; then there is one,
+  // which for a dense matrix in the weight's own order is `whole` itself.
+  struct WeightGrad {
+    WeightGrad(const Matrix<T>& m, const Order& rows, const Order& columns, T* whole, const uint8_t* mask, int64_t strips)
+        : matrix(m), rows(rows), columns(columns), whole(whole), mask(mask) {
+      constexpr int64_t MOST_KEPT = int64_t{1} << 24, MOST_DENSE = int64_t{1} << 18;
+      parts = strips > 0 && strips * size() <= (m.begin ? MOST_KEPT : MOST_DENSE) ? strips : 1;
+      each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
+      if (!m.begin && !rows.of && !columns.of && parts == 1) return;
+      entries.emplace(parts * size());
+      each_row(parts, size(), [&](int64_t part) { std::fill_n(of(part), size(), T(0)); });
+    }
+    int64_t size() const { return entries_of(matrix); }
+    T* of(int64_t part) { return entries ? entries->data() + part * size() : whole; }
     void finish() {
-      if (!matrix.begin && !mask) return;
+      if (matrix.begin) return spread();
+      if (!mask && !entries) return;
       each_row(matrix.rows, matrix.columns, [&](int64_t i) {
-        if (!matrix.begin) {
-          const int64_t end = (i + 1) * matrix.columns;
-          for (int64_t at = i * matrix.columns; at < end; ++at) whole[at] = mask[at] ? whole[at] : T(0);
-          return;
-        }
-        for (int64_t b = 0; b < matrix.blocks; ++b) {
-          T* to = whole + i * matrix.columns + b * matrix.block_columns;
-          const int64_t at = b * matrix.rows + i;
-          for (int64_t part = 0; part < parts; ++part) {
-            const T* from = of(part);
-            for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e) to[matrix.column[e]] += from[e];
+        const int64_t to = rows.at(i) * matrix.columns;
+        for (int64_t part = 0; part < parts; ++part) {
+          const T* from = of(part) + i * matrix.columns;
+          for (int64_t j = 0; j < matrix.columns; ++j) {
+            const int64_t at = to + columns.at(j);
+            const T before = part ? whole[at] : T(0);
+            whole[at] = !mask || mask[at] ? before + from[j] : T(0);
           }
         }
       });
     }
     const Matrix<T>& matrix;
+    const Order &rows, &columns;
     T* whole;
-    const uint8_t* mask;  // (rows, columns), 0 where the gradient of a dense matrix must be 0; or null
-    int64_t parts;
-    std::vector<T> entries;
+    const uint8_t* mask;  // (rows, columns), 0 where the gradient must be 0; or null
+    int64_t parts = 1;
+    std::optional<Aligned<T>> entries;
+
+   private:
+    void spread() {
+      const int64_t side = matrix.blocks.side;
+      each_row(matrix.rows, matrix.columns, [&](int64_t i) {
+        const int64_t row = rows.at(i) * matrix.columns;
+        for (int64_t part = 0; part < parts; ++part) {
+          const T* from = of(part);
+          for (int64_t b = 0; b < matrix.bands; ++b) {
+            const int64_t first = b * matrix.band_columns, at = b * matrix.rows + i;
+            for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e)
+              whole[row + columns.at(first + matrix.column[e])] += from[e];
+          }
+          if (!side) continue;
+          const T* blocks = from + strays_of(matrix);
+          for (int64_t b = matrix.blocks.begin[i / side]; b < matrix.blocks.begin[i / side + 1]; ++b) {
+            const int64_t first = matrix.blocks.column[b] * side, end = std::min(matrix.columns, first + side);
+            for (int64_t j = first; j < end; ++j) {
+              const int64_t at = row + columns.at(j);
+              whole[at] += mask[at] ? blocks[(b * side + j - first) * side + i % side] : T(0);
+            }
+          }
+        }
+      });
+    }
   };
 
-  void add_weight_grad(WeightGrad& grad, const Slabs<T>& da, const Slabs<T>& other, int64_t steps) const {
+  // The gradient gets what `steps` slabs of da and `other` add to it, from slabs first_da and first_other on.
+  void add_weight_grad(WeightGrad& grad, int64_t first_strip, const Slabs<T>& da, int64_t first_da,
+                       const LanesFirst* da_of_lanes, const Slabs<T>& other, int64_t first_other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
+    const int64_t parts = grad.parts > 1 ? strips() : 1, a_part = strips() / parts;
     // strips have different widths, but chunks of rows of all strips take equal time
-    const int64_t chunks = chunks_a_group(m.rows, grad.parts, grad.parts > 1 ? 2 : 1), a_part = strips() / grad.parts;
-    each_task(grad.parts * chunks, entries_of(m) * lanes() * steps, [&](int64_t task) {
+    const int64_t chunks = chunks_a_group(m.rows, parts, parts > 1 ? 2 : 1);
+    each_task(parts * chunks, entries_of(m) * lanes() * steps, [&](int64_t task) {
       const int64_t part = task / chunks, c = task % chunks;
       const RowRange rows = chunk_of_rows(c, chunks, m.rows);
+      T* to = grad.of(grad.parts > 1 ? first_strip + part : 0);
       for (int64_t s = part * a_part; s < (part + 1) * a_part; ++s) {
-        const int64_t width = strips_[s].width, share = m.block_columns * width * static_cast<int64_t>(sizeof(T));
+        const int64_t width = strips_[s].width, share = m.band_columns * width * static_cast<int64_t>(sizeof(T));
         const int64_t at_once = std::max<int64_t>(1, CACHED_BYTES / std::max<int64_t>(1, share));
         for (int64_t k = 0; k < steps; k += at_once)
           loops_.sampled({.matrix = m,
-                          .da = da.at(s, k),
-                          .other = other.at(s, k),
+                          .da = da.at(s, first_da + k),
+                          .other = other.at(s, first_other + k),
                           .da_step = da.stride(s),
                           .other_step = other.stride(s),
                           .steps = std::min(at_once, steps - k),
                           .width = width,
-                          .grad = grad.of(part)},
+                          .grad = to,
+                          .da_of_lanes = da_of_lanes ? da_of_lanes->at(s, k) : da.at(s, first_da + k),
+                          .lanes = strips_[s].lanes,
+                          .lane_stride = da_of_lanes ? da_of_lanes->stride() : da.stride(s),
+                          .grad_blocks = m.blocks.side ? to + strays_of(m) : nullptr},
                          rows.first, rows.end);
       }
     });
@@ -223,32 +350,25 @@ class Sequence {
         for (int64_t l = 0; l + SIDE_BY_SIDE <= width; l += SIDE_BY_SIDE)
           for (int64_t k = 0; k < SIDE_BY_SIDE; ++k) sums[k] += row[l + k];
       }
-      to[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      to[neurons_.at(i)] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     });
   }
 
-  void input_grad(const Matrix<T>& input_transposed, const Slabs<T>& da, int64_t first, int64_t steps, T* dx) const {
+  void input_grad(const Matrix<T>& input_transposed, const Slabs<T>& da, int64_t first_da, int64_t first, int64_t steps,
+                  T* dx) const {
     each_step_of_strips(steps, entries_of(input_transposed), [&](int64_t s, int64_t j) {
       const Slabs<T> slab({strips_[s]}, 1, d_.input);
       const int64_t width = strips_[s].width;
       std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
-      loops_.product({.matrix = input_transposed, .from = da.at(s, j), .to = slab.at(0, 0), .width = width}, 0, d_.input);
-      write(slab.at(0, 0), s, dx + time(first + j) * d_.batch * d_.input, d_.input, 0, d_.input);
+      loops_.product({.matrix = input_transposed, .from = da.at(s, first_da + j), .to = slab.at(0, 0), .width = width}, 0, d_.input);
+      write(slab.at(0, 0), s, dx + time(first + j) * d_.batch * d_.input, inputs_, d_.input, 0, d_.input);
     });
   }
 
   // The method fills slabs with x at `steps` steps from `first` on, in the order in which they are computed.
   void read_inputs(const T* x, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
     each_step_of_strips(steps, d_.input, [&](int64_t s, int64_t j) {
-      read(x + time(first + j) * d_.batch * d_.input, d_.input, s, slabs.at(s, j));
-    });
-  }
-
-  // The method fills slabs with the state before each of these steps, and after the last one.
-  void read_states(const T* h, const T* output, int64_t first, int64_t steps, const Slabs<T>& slabs) const {
-    each_step_of_strips(steps + 1, d_.hidden, [&](int64_t s, int64_t j) {
-      const int64_t k = first + j;
-      read(k ? step_of(output, k - 1) : h, d_.hidden, s, slabs.at(s, j));
+      read(x + time(first + j) * d_.batch * d_.input, inputs_, d_.input, s, slabs.at(s, j));
     });
   }
 
@@ -261,21 +381,25 @@ class Sequence {
   const T* active(int64_t s, int64_t k) const { return active_ ? active_->at(s, k) : nullptr; }
   SlabsPointer<T> make_slabs(int64_t steps, int64_t rows) const { return std::make_unique<Slabs<T>>(strips_, steps, rows); }
 
-  // Rows begin .. end of strip s between a tensor (batch, rows) and a slab
-  Transposition<T> transposition(T* tensor, int64_t rows, int64_t s, T* slab) const {
+  // Rows begin .. end of a tensor (batch, rows), of which strip s has a slab, are read into their places there or written
+  // from them.
+  Transposition<T> transposition(T* tensor, const Order& order, int64_t rows, int64_t s, T* slab) const {
     const Strip& strip = strips_[s];
     return {.lanes_first = tensor + strip.first * rows,
             .stride = rows,
             .lanes = strip.lanes,
             .slab = slab,
-            .width = strip.width};
+            .width = strip.width,
+            .place = order.places()};
   }
-  void read(const T* from, int64_t rows, int64_t s, T* slab, int64_t begin, int64_t end) const {
-    loops_.to_slab(transposition(const_cast<T*>(from), rows, s, slab), begin, end);
+  void read(const T* from, const Order& order, int64_t rows, int64_t s, T* slab, int64_t begin, int64_t end) const {
+    loops_.to_slab(transposition(const_cast<T*>(from), order, rows, s, slab), begin, end);
   }
-  void read(const T* from, int64_t rows, int64_t s, T* slab) const { read(from, rows, s, slab, 0, rows); }
-  void write(T* slab, int64_t s, T* to, int64_t rows, int64_t begin, int64_t end) const {
-    loops_.from_slab(transposition(to, rows, s, slab), begin, end);
+  void read(const T* from, const Order& order, int64_t rows, int64_t s, T* slab) const {
+    read(from, order, rows, s, slab, 0, rows);
+  }
+  void write(T* slab, int64_t s, T* to, const Order& order, int64_t rows, int64_t begin, int64_t end) const {
+    loops_.from_slab(transposition(to, order, rows, s, slab), begin, end);
   }
 
   template <typename Run>
@@ -289,21 +413,29 @@ class Sequence {
   }
 
   // The method calls step(strip, k, first row, end) for k = 0 .. steps in order. Either each strip runs independently,
-  // or the rows of each step are shared out too.
+  // or the rows of each step are shared out too. Rows come in runs that stay in the first-level cache while they are read,
+  // multiplied and written, unless the matrix should be read once for all rows.
   template <typename Step>
   void run_steps(const Matrix<T>& m, int64_t steps, Step step) const {
     const int64_t rows = m.rows, work = (entries_of(m) + rows) * lanes();  // of a step
     const bool share_rows = torch::stable::get_num_threads() > 1 && rows >= 2 * SQUARE && worth_sharing(m);
+    const auto in_runs = [&](int64_t s, int64_t k, int64_t first, int64_t end) {
+      constexpr int64_t CACHED_NUMBERS = 4096;
+      const int64_t run = m.bands > 1 || m.layout == Layout::COLUMNS
+                              ? std::max<int64_t>(1, rows)
+                              : std::max<int64_t>(MOST_SIDE, CACHED_NUMBERS / strips_[s].width / MOST_SIDE * MOST_SIDE);
+      for (int64_t begin = first; begin < end; begin += run) step(s, k, begin, std::min(end, begin + run));
+    };
     if (!share_rows) {
       each_task(strips(), steps * work, [&](int64_t s) {
-        for (int64_t k = 0; k < steps; ++k) step(s, k, 0, rows);
+        for (int64_t k = 0; k < steps; ++k) in_runs(s, k, 0, rows);
       });
       return;
     }
     const int64_t chunks = chunks_a_group(rows, strips(), 2);
     each_task_of_steps(steps, strips(), chunks, steps * work, [&](int64_t k, int64_t s, int64_t c) {
       const RowRange range = chunk_of_rows(c, chunks, rows);
-      step(s, k, range.first, range.end);
+      in_runs(s, k, range.first, range.end);
     });
   }
 
@@ -317,6 +449,8 @@ class Sequence {
   }
 
   Direction d_;
+  const OptionalTensor& lengths_;
+  const Order &inputs_, &neurons_;
   std::vector<Strip> strips_;
   const RnnLoops<T>& loops_;
   SlabsPointer<T> active_;

@@ -56,12 +56,54 @@ inline void part_from_slab(const Transposition<T>& p, int64_t lane, int64_t row,
                  lanes, rows);
 }
 
+// The same between a tensor and a slab whose rows have other places: rows of a square go through a buffer.
+template <typename T>
+void to_places(const Transposition<T>& p, int64_t begin, int64_t end) {
+  for (int64_t lane = 0; lane < p.width; lane += SQUARE)
+    for (int64_t row = begin; row < end; row += SQUARE) {
+      const int64_t rows = end - row < SQUARE ? end - row : SQUARE, lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+      const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+      T square[SQUARE * SQUARE];
+      const T* from = p.lanes_first + lane * p.stride + row;
+      if (rows == SQUARE && lanes == SQUARE)
+        transpose_square<false>(from, p.stride, square, SQUARE);
+      else
+        transpose_part(from, p.stride, lanes, rows, square, SQUARE, rows, filled);
+      with_size(filled, [&](auto size) {
+        for (int64_t r = 0; r < rows; ++r)
+          __builtin_memcpy(p.slab + p.place[row + r] * p.width + lane, square + r * SQUARE, size * sizeof(T));
+      });
+    }
+}
+template <typename T>
+void from_places(const Transposition<T>& p, int64_t begin, int64_t end) {
+  for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
+    for (int64_t row = begin; row < end; row += SQUARE) {
+      const int64_t rows = end - row < SQUARE ? end - row : SQUARE, lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+      const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
+      T square[SQUARE * SQUARE] = {};
+      with_size(filled, [&](auto size) {
+        for (int64_t r = 0; r < rows; ++r)
+          __builtin_memcpy(square + r * SQUARE, p.slab + p.place[row + r] * p.width + lane, size * sizeof(T));
+      });
+      T* to = p.lanes_first + lane * p.stride + row;
+      if (rows == SQUARE && lanes == SQUARE)
+        transpose_square<false>(square, SQUARE, to, p.stride);
+      else
+        transpose_part(square, SQUARE, rows, filled, to, p.stride, lanes, rows);
+    }
+}
+
 template <typename T>
 void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
   if (p.width == 1) {
-    __builtin_memcpy(p.slab + begin, p.lanes_first + begin, (end - begin) * sizeof(T));
+    if (p.place)
+      for (int64_t row = begin; row < end; ++row) p.slab[p.place[row]] = p.lanes_first[row];
+    else
+      __builtin_memcpy(p.slab + begin, p.lanes_first + begin, (end - begin) * sizeof(T));
     return;
   }
+  if (p.place) return to_places(p, begin, end);
   for (int64_t lane = 0; lane < p.width; lane += SQUARE)
     for (int64_t row = begin; row < end; row += SQUARE)
       if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
@@ -73,9 +115,13 @@ void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
 template <typename T>
 void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
   if (p.width == 1) {
-    __builtin_memcpy(p.lanes_first + begin, p.slab + begin, (end - begin) * sizeof(T));
+    if (p.place)
+      for (int64_t row = begin; row < end; ++row) p.lanes_first[row] = p.slab[p.place[row]];
+    else
+      __builtin_memcpy(p.lanes_first + begin, p.slab + begin, (end - begin) * sizeof(T));
     return;
   }
+  if (p.place) return from_places(p, begin, end);
   for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
     for (int64_t row = begin; row < end; row += SQUARE)
       if (lane + SQUARE <= p.lanes && row + SQUARE <= end)

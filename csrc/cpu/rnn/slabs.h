@@ -15,11 +15,13 @@ struct Strip {
 };
 
 // The strips of a batch. They depend on sizes alone, not on threads, and so do sums over lanes. There are at least two
-// to share out from 25 lanes on, or from 17 on if each thread can have the weights in its own cache.
+// to share out from 25 lanes on, or from 17 on if each thread can have the weights in its own cache. They are narrower if
+// there are many neurons, so that the few slabs of a step stay in the second-level cache.
 inline std::vector<Strip> strips_of(int64_t batch, int64_t hidden) {
-  constexpr int64_t UNIT = 16, MOST_UNITS = 4, CACHED_HIDDEN = 768;
+  constexpr int64_t UNIT = 16, CACHED_HIDDEN = 768, MANY_HIDDEN = 2048;
   const int64_t most_in_one = hidden > CACHED_HIDDEN ? 24 : UNIT, units = (batch + UNIT - 1) / UNIT;
-  const int64_t several = std::max<int64_t>(2, (units + MOST_UNITS - 1) / MOST_UNITS);
+  const int64_t most_units = hidden > MANY_HIDDEN ? 2 : 4;
+  const int64_t several = std::max<int64_t>(2, (units + most_units - 1) / most_units);
   const int64_t count = batch == 0 ? 0 : batch <= most_in_one ? 1 : several;
   std::vector<Strip> strips;
   for (int64_t s = 0; s < count; ++s) {
@@ -32,6 +34,13 @@ inline std::vector<Strip> strips_of(int64_t batch, int64_t hidden) {
   return strips;
 }
 
+// The number of lanes of the widest strip
+inline int64_t widest_strip(int64_t batch, int64_t hidden) {
+  int64_t widest = 1;
+  for (const Strip& strip : strips_of(batch, hidden)) widest = std::max(widest, strip.width);
+  return widest;
+}
+
 // The lanes of all slabs, with those that fill them up
 inline int64_t lanes_of(const std::vector<Strip>& strips) {
   int64_t lanes = 0;
@@ -39,12 +48,15 @@ inline int64_t lanes_of(const std::vector<Strip>& strips) {
   return lanes;
 }
 
+// Slabs have room for whole panels and whole blocks.
+inline int64_t rounded_up(int64_t rows) { return (rows + MOST_SIDE - 1) / MOST_SIDE * MOST_SIDE; }
+
 // `steps` slabs of `rows` rows for each strip, one behind the other.
 template <typename T>
 class Slabs {
  public:
   Slabs(const std::vector<Strip>& strips, int64_t steps, int64_t rows)
-      : rows_((rows + PANEL - 1) / PANEL * PANEL), memory_(steps * rows_ * lanes_of(strips)) {
+      : rows_(rounded_up(rows)), memory_(steps * rows_ * lanes_of(strips)) {
     int64_t lanes = 0;
     for (const Strip& strip : strips) {
       first_.push_back(steps * rows_ * lanes);
@@ -79,10 +91,20 @@ inline int64_t chunks_a_group(int64_t rows, int64_t groups, int64_t a_thread) {
   return std::max<int64_t>(1, std::min(threads * a_thread, rows / SQUARE));
 }
 
+template <typename T>
+int64_t strays_of(const Matrix<T>& m) {
+  return m.begin[m.bands * m.rows];
+}
+// The number of entries in blocks, those that are masked there included
+template <typename T>
+int64_t entries_in_blocks(const Matrix<T>& m) {
+  const int64_t side = m.blocks.side;
+  return side ? m.blocks.begin[(m.rows + side - 1) / side] * side * side : 0;
+}
 // The number of entries that a product with the matrix multiplies
 template <typename T>
 int64_t entries_of(const Matrix<T>& m) {
-  return m.layout == Layout::ENTRIES ? m.begin[m.blocks * m.rows] : m.rows * m.columns;
+  return m.layout == Layout::ENTRIES ? strays_of(m) + entries_in_blocks(m) : m.rows * m.columns;
 }
 
 }  // namespace

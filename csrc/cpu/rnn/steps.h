@@ -23,31 +23,44 @@ constexpr int64_t PANEL = 4;
 
 // The layout of a weight's values in memory.
 enum class Layout {
-  ENTRIES,  // kept entries only, sorted by block of columns, row and column
+  ENTRIES,  // kept entries only: in blocks, and strays sorted by band of columns and row
   // All entries, 0 where masked:
   PANELS,  // [row / PANEL][column][row % PANEL], filled up with rows of 0; for several lanes
   ROWS,  // [row][column], which is a tensor's own layout; for one lane
   COLUMNS,  // [column][row], which is a tensor's own layout of the transposed matrix; for one lane
 };
 
-// A weight as the products read it. Columns are cut into blocks, so that a block's share of a slab stays in the
-// first-level cache while all rows are multiplied with it.
+// Squares of `side` rows and columns in which many entries are kept, multiplied whole: a matrix is cut into squares from
+// its first row and column on, and those at its last rows and columns may reach beyond it.
+template <typename T>
+struct Blocks {
+  int64_t side;  // 8 or 16, or 0 if there are no blocks
+  const int64_t* begin;  // (rows of squares + 1): where the blocks of each row of squares begin
+  const uint16_t* column;  // (blocks): the column of squares that each block is in, ascending in a row of squares
+  const T* value;  // (blocks, side, side): [column][row], 0 where masked or beyond the matrix
+};
+
+// A weight as the products read it. If its layout is ENTRIES, its kept entries are those in blocks and, one by one, the
+// strays beside them. Their columns are cut into bands, so that a band's share of a slab stays in the first-level cache
+// while all rows are multiplied with it.
 template <typename T>
 struct Matrix {
   Layout layout;
   int64_t rows, columns;
-  int64_t blocks, block_columns;  // the last block may be narrower; a dense matrix is one block
-  const int64_t* begin;  // (blocks * rows + 1): where the entries of each block and row begin; null if dense
-  const uint16_t* column;  // (entries): column of each entry, counted from the first one of its block; null if dense
-  const T* value;
+  int64_t bands, band_columns;  // the last band may be narrower; a dense matrix is one band
+  const int64_t* begin;  // (bands * rows + 1): where the strays of each band and row begin; null if dense
+  const uint16_t* column;  // (strays): column of each stray, counted from the first one of its band; null if dense
+  const T* value;  // (strays), or all entries if dense
+  Blocks<T> blocks;
 };
 
-// A masked weight that is copied to a dense layout.
+// A masked weight that is copied to a dense layout, its rows and columns brought into an order if there is one.
 template <typename T>
 struct DenseCopy {
   const T* weight;  // (rows, columns)
-  const uint8_t* mask;  // (rows, columns), not 0 where an entry is kept; null, for panels only, if all are kept
+  const uint8_t* mask;  // (rows, columns), not 0 where an entry is kept; null if all are kept
   int64_t rows, columns;
+  const int64_t *row_order, *column_order;  // (rows), (columns): which row and column of the weight comes next; or null
   T* to;
 };
 
@@ -92,14 +105,18 @@ struct Product {
   int64_t width;
 };
 
-// A weight's gradient at its entries: grad[e] += the sum over steps and lanes of da[row of e] other[column of e]. In a
-// dense matrix e counts all entries, row by row. Slabs of successive steps are da_step and other_step elements apart.
+// A weight's gradient at its entries: grad[e] += the sum over steps and lanes of da[row of e] other[column of e], where e
+// counts the strays or, in a dense matrix, all entries row by row; the same for grad_blocks and the blocks. Slabs of
+// successive steps are da_step and other_step elements apart.
 template <typename T>
 struct SampledProduct {
   Matrix<T> matrix;
   const T *da, *other;
   int64_t da_step, other_step, steps, width;
   T* grad;
+  const T* da_of_lanes;  // (steps, lanes, lane_stride): da, lane by lane; null if there are no blocks
+  int64_t lanes, lane_stride;  // lanes without those that fill up the slab; rows, with room for whole blocks
+  T* grad_blocks;  // (blocks, side, side)
 };
 
 // The strip of a tensor and its slab. Lanes that only fill up the slab are 0 there.
@@ -109,6 +126,7 @@ struct Transposition {
   int64_t stride, lanes;
   T* slab;  // (rows, width)
   int64_t width;
+  const int32_t* place;  // (rows): where the slab has each row of the tensor; null if in the same place
 };
 
 // The loops of one instruction set. Each works on rows (or panels) begin .. end.
@@ -128,6 +146,8 @@ struct RnnLoops {
   // For one row of a mask, bit l of bits[w] becomes 1 if entry 64 w + l is kept
   void (*find_kept)(const uint8_t* mask, int64_t columns, uint64_t* bits);
   int64_t (*count_bits)(const uint64_t* bits, int64_t words);
+  // counts (8 words): the ones in each square of 8 columns, over `rows` rows of such bits
+  void (*count_squares)(const uint64_t* bits, int64_t rows, int64_t words, uint8_t* counts);
 };
 
 }  // namespace moduli

@@ -32,14 +32,14 @@ def dense(values: Tensor, crow: Tensor | None, col: Tensor | None, rows: int, co
     return values.new_zeros(rows, columns).index_put_((row, col), values)
 
 
-def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh, lengths, nonlinearity,
-               leak, reverse, keep):
+def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh, lengths, order_x,
+               order_h, nonlinearity, leak, reverse, keep):
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
         return masked_rnn_op.MASKED_RNN.by_reference(
-            x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh, lengths, nonlinearity,
-            leak, reverse, keep)
+            x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, crow_hh, col_hh, lengths, order_x,
+            order_h, nonlinearity, leak, reverse, keep)
     w_ih = dense(w_ih, crow_ih, col_ih, n, inputs)
     if crow_hh is not None:
         return compressed_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, crow_hh, col_hh, lengths, nonlinearity, leak,
@@ -53,15 +53,15 @@ def masked_rnn(x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh, crow_ih, col_ih, 
     return output, output[0 if reverse else -1].clone(), x.new_empty(0) if activations is None else activations
 
 
-def masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations,
-                     nonlinearity, leak, reverse, need_x, need_h, need_w_ih, need_w_hh, need_bias):
+def masked_rnn_grads(grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, order_x, order_h, output,
+                     activations, nonlinearity, leak, reverse, need_x, need_h, need_w_ih, need_w_hh, need_bias):
     needs = (need_x, need_h, need_w_ih, need_w_hh, need_bias)
     steps, batch, inputs = x.shape
     n = h.shape[1]
     if x.dtype not in TYPES or 0 in (steps, batch, inputs):
         return masked_rnn_op.MASKED_RNN_GRADS.by_reference(
-            grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, output, activations, nonlinearity, leak,
-            reverse, *needs)
+            grad_output, grad_h_n, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, order_x, order_h, output, activations,
+            nonlinearity, leak, reverse, *needs)
     da = torch.empty_like(output)
     dh = torch.empty_like(h) if need_h else None
     passed = None if leak == 1 and lengths is None else torch.empty_like(h, dtype=torch.float32)
