@@ -1,7 +1,7 @@
 """The op that says how the CPU's masked RNN reads a mask: which blocks it finds, and how many strays beside them.
 
-    found_blocks   (4,), int64: the side of the blocks, 16 or 8, or 0 where there are none; the number of blocks; the kept
-                   entries inside them; the kept entries beside them, the strays
+    found_blocks   (4,), int64: the side of the blocks, 16 or 8, or 0 where there are none; the number of blocks; the
+                   kept entries inside them; the kept entries beside them, the strays
 
 Rows and columns are brought into an order, and the mask is cut into squares from its first row and column on. A square
 is a block where so many of its entries are kept that to multiply all of them costs less than its kept entries one by

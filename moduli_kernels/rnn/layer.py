@@ -146,8 +146,8 @@ def _below_autograd() -> contextlib.AbstractContextManager:
 
 class _MaskedRNN(torch.autograd.Function):
     """Forward and backward by two ops: those of ops/masked_rnn.py or ops/blocked_rnn.py, or the reference under their
-    schemas. given and given_back are what the two take between masks and lengths, and where is lengths with what follows
-    it."""
+    schemas. given and given_back are what the two take between masks and lengths, and where is lengths with what
+    follows it."""
 
     @staticmethod
     def forward(ctx, op, grads_op, given, given_back, where, step, x, h, w_ih, w_hh, b_ih, b_hh, mask_ih, mask_hh):

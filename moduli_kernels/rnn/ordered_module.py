@@ -35,7 +35,7 @@ def _order_name(name: str) -> str:
 
 
 def orders_of_layer(module: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """The orders of the inputs (I,) and the neurons (H,) of the layer whose hidden weight is `name`; None where not set.
+    """The orders of the inputs (I,) and the neurons (H,) of the layer whose hidden weight is `name`; None where unset.
 
     module has nn.RNN's attributes. The inputs of a layer are the neurons of all directions of the layer before.
     """
@@ -164,8 +164,8 @@ class OrderedModule(MaskedModule):
         if backends.active(weight.device.type) != "cpp":
             return self._layout_in_words(names[1], weight, batch, counted)
         order_x, order_h = orders_of_layer(self, names[1])
-        words = [self._blocks_in_words(name, order_h, columns, batch) for name, columns in zip(names, (order_x, order_h))]
-        return "".join(words)
+        return "".join(self._blocks_in_words(name, order_h, columns, batch)
+                       for name, columns in zip(names, (order_x, order_h)))
 
     def _blocks_in_words(self, name: str, rows: Tensor | None, columns: Tensor | None, batch: int) -> str:
         mask = get_mask(self, name)
@@ -176,8 +176,9 @@ class OrderedModule(MaskedModule):
         if not side:
             return f"; {name} has no blocks worth multiplying whole"
         order = "their own order" if rows is None and columns is None else "the order set by set_order"
-        return (f"; {name} in {blocks} blocks of {side} x {side}, {100 * inside / (blocks * side**2):.0f} % of them kept, "
-                f"and {strays} stray weights, with neurons in {order}")
+        full = 100 * inside / (blocks * side**2)
+        return (f"; {name} in {blocks} blocks of {side} x {side}, {full:.0f} % of them kept, and {strays} stray weights, "
+                f"with neurons in {order}")
 
     def _layout_in_words(self, name: str, weight: Tensor, batch: int, counted: Counted) -> str:
         if get_mask(self, name) is None or not walks_blocks(weight.device.type, compute_dtype(weight)):

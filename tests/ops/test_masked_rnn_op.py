@@ -59,7 +59,8 @@ def test_opcheck_of_the_gradients(case):
     needs = [(True,) * 5, (False,) * 5, *(tuple(k == j for k in range(5)) for j in range(5))]
     for each, grads in [*((each, given_back) for each in needs), (needs[0], (None, given_back[1]))]:
         torch.library.opcheck(ops.masked_rnn_grads.default, (
-            *grads, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, order_x, order_h, output, activations, *its_step, *each),
+            *grads, x, h, w_ih, w_hh, mask_ih, mask_hh, lengths, order_x, order_h, output, activations, *its_step,
+            *each),
             test_utils=("test_schema", "test_faketensor"))
 
 

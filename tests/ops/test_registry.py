@@ -38,8 +38,8 @@ SCHEMAS = {
         "(Tensor mask, Tensor? row_order, Tensor? column_order, int batch) -> Tensor",
     "masked_rnn_grads":
         "(Tensor? grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? mask_ih, "
-        f"Tensor? mask_hh, Tensor? lengths, Tensor? order_x, Tensor? order_h, Tensor output, Tensor activations, {STEP}, "
-        f"{NEEDS}) "
+        f"Tensor? mask_hh, Tensor? lengths, Tensor? order_x, Tensor? order_h, Tensor output, Tensor activations, "
+        f"{STEP}, {NEEDS}) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "blocked_rnn":
         "(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? mask_ih, Tensor mask_hh, "

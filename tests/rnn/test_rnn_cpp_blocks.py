@@ -1,4 +1,4 @@
-"""The compiled masked RNN where kept weights lie in blocks: against the reference in float64, on every instruction set."""
+"""The compiled masked RNN where kept weights lie in blocks: against the reference, on every instruction set."""
 from __future__ import annotations
 
 import os

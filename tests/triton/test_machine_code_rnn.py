@@ -73,7 +73,8 @@ def test_compressed_rows(n, batch):
     x, h, w_ih, values = torch.empty(50, batch, 16), torch.empty(batch, n), torch.empty(n, 16), torch.empty(entries)
     crow, col = torch.empty(n + 1, dtype=torch.int64), torch.empty(entries, dtype=torch.int64)
     launches = rnn.record(lambda: masked.masked_rnn(
-        x, h, w_ih, values, None, None, None, None, None, None, crow, col, None, None, None, "tanh", 1.0, False, False), 90)
+        x, h, w_ih, values, None, None, None, None, None, None, crow, col, None, None, None, "tanh", 1.0, False,
+        False), 90)
     assert [launch.kernel.__name__ for launch in launches] == ["product_kernel", "forward_kernel"]
     for launch in launches:
         check(rnn.compiled(launch, 90), 90)

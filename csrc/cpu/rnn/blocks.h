@@ -4,6 +4,7 @@
 // and a vector of lanes, once loaded, serves them all.
 #pragma once
 
+#include "cpu/common/transpose.h"
 #include "cpu/rnn/lanes.h"
 #include "cpu/rnn/steps.h"
 
@@ -119,6 +120,35 @@ void sample_blocks(const SampledProduct<T>& p, int64_t begin, int64_t end) {
         for (int c = 0; c < COLUMNS; ++c)
           for (int v = 0; v < R::N; ++v) store_lanes(to + c * SIDE + v * R::LANES, acc[c][v]);
       }
+}
+
+// `side` rows of a block, [row][column], become its columns.
+template <typename T>
+void transpose_block(const T* from, T* to, int64_t side) {
+  if (side == SQUARE) return transpose_square<false>(from, SQUARE, to, SQUARE);
+  for (int64_t c = 0; c < side; ++c)
+    for (int64_t r = 0; r < side; ++r) to[c * side + r] = from[r * side + c];
+}
+
+template <typename T>
+void fill_blocks(const BlockCopy<T>& p, int64_t begin, int64_t end) {
+  const int64_t side = p.blocks.side;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t b = p.blocks.begin[i]; b < p.blocks.begin[i + 1]; ++b) {
+      const int64_t column = p.blocks.column[b] * side, count = p.columns - column < side ? p.columns - column : side;
+      T block[SQUARE * SQUARE] = {};
+      for (int64_t r = 0; r < side && i * side + r < p.rows; ++r) {
+        const int64_t row = i * side + r;
+        const uint64_t kept = p.bits[row * p.words + column / 64] >> column % 64;
+        const T* from = p.weight + (p.row_order ? p.row_order[row] : row) * p.columns;
+        T* to = block + r * side;
+        if (p.column_order)
+          for (int64_t c = 0; c < count; ++c) to[c] = kept >> c & 1 ? from[p.column_order[column + c]] : T(0);
+        else
+          for (int64_t c = 0; c < count; ++c) to[c] = kept >> c & 1 ? from[column + c] : T(0);
+      }
+      transpose_block(block, p.to + b * side * side, side);
+    }
 }
 
 // The function calls run(side) with the side of the blocks as a constant, if there are blocks.

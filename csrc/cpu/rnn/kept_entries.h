@@ -66,22 +66,19 @@ constexpr int64_t SIDES[] = {16, 8};
 constexpr int64_t LEAST_SIDE = 8, MOST_SIDE = 16;
 
 // What a product with a stray costs, where an entry of a block costs 1. It was measured, see benchmarks/NOTES.md.
-inline double cost_of_stray(int64_t width) { return width == 1 ? 8 : 1.75; }
+inline double cost_of_stray(int64_t batch) { return batch == 1 ? 8 : 1.75; }
 
 // The kept entries of a weight with a mask or in compressed rows, as bits, and its squares.
 class KeptEntries {
  public:
-  // `width` is the number of lanes of the widest strip.
   KeptEntries(const Weight& w, int64_t rows, int64_t columns, const Order& row_order, const Order& column_order,
-              int64_t width)
-      : rows(rows),
-        columns(columns),
-        words((columns + MASK_STEP - 1) / MASK_STEP),
+              int64_t batch)
+      : rows(rows), columns(columns), words((columns + MASK_STEP - 1) / MASK_STEP),
         bits_(new uint64_t[std::max<int64_t>(1, rows * words)]()),
         counts_(new uint8_t[std::max<int64_t>(1, squares(rows, LEAST_SIDE) * words * PER_WORD)]) {
     find_bits(w, row_order, column_order);
     count();
-    choose_side(cost_of_stray(width));
+    choose_side(cost_of_stray(batch));
   }
 
   const int64_t rows, columns, words;  // a row's bits are `words` words
@@ -89,6 +86,8 @@ class KeptEntries {
   int64_t side = 0;  // of blocks, or 0 if there are none
   int64_t blocks = 0, strays = 0;  // how many there are of each
   double cost = 0;  // of a product
+  // Whether most of what a product multiplies is in blocks
+  bool mostly_blocks() const { return blocks * side * side > 2 * strays; }
 
   // Entry l of a row is kept if bit l % 64 of word l / 64 is 1.
   const uint64_t* bits(int64_t row) const { return &bits_[row * words]; }

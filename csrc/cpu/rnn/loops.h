@@ -137,6 +137,25 @@ void forward_rows(const ForwardStep<T>& p, int64_t all_begin, int64_t all_end) {
   }
 }
 
+// Numbers begin .. end, whole rows, of da, stays and sum
+template <typename S, Nonlinearity NONLINEARITY, typename T>
+inline void backward_lanes(const BackwardStep<T>& p, int64_t begin, int64_t end) {
+  using V = typename S::V;
+  const V zero{};
+  for (int64_t i = begin; i < end; i += S::LANES) {
+    const V d = load_lanes<V>(p.stays + i);
+    V da = p.leak * slope_at(load_lanes<V>(p.activation + i), NONLINEARITY) * d, stays = (1 - p.leak) * d;
+    if (p.active) {
+      const V active = load_lanes<V>(p.active + i % S::WIDTH);
+      da = active != 0 ? da : zero;
+      stays = active != 0 ? stays : d;
+    }
+    store_lanes(p.da + i, da);
+    store_lanes(p.stays + i, stays);
+    if (p.sum) store_lanes(p.sum + i, load_lanes<V>(p.sum + i) + da);
+  }
+}
+
 template <typename S, typename T>
 void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end) {
   const int64_t together = rows_together(p.hidden_transposed, all_end - all_begin);
@@ -146,17 +165,10 @@ void backward_rows(const BackwardStep<T>& p, int64_t all_begin, int64_t all_end)
     if (p.grad_output)
       for (int64_t i = from; i < to; ++i) p.stays[i] += p.grad_output[i];
     if (p.da_after) add_product<S>(p.hidden_transposed, begin, end, p.da_after, p.stays);
-    for (int64_t i = from; i < to; ++i) {
-      const T d = p.stays[i];
-      p.da[i] = p.leak * slope_at(p.activation[i], p.nonlinearity) * d;
-      p.stays[i] = (1 - p.leak) * d;
-      if (p.active && p.active[i % S::WIDTH] == 0) {
-        p.da[i] = 0;
-        p.stays[i] = d;
-      }
-    }
-    if (p.sum)
-      for (int64_t i = from; i < to; ++i) p.sum[i] += p.da[i];
+    if (p.nonlinearity == Nonlinearity::TANH)
+      backward_lanes<S, Nonlinearity::TANH>(p, from, to);
+    else
+      backward_lanes<S, Nonlinearity::RELU>(p, from, to);
   }
 }
 
@@ -205,11 +217,40 @@ inline int64_t sampled_dense(const SampledProduct<T>& p, int64_t row, int64_t en
   return row;
 }
 
+// The same for one or two columns, with four rows at a time in the place of many columns
+template <typename S, typename T>
+inline int64_t sampled_narrow(const SampledProduct<T>& p, int64_t row, int64_t end) {
+  using V = typename S::V;
+  constexpr int ROWS = GROUP / 2;
+  const int64_t columns = p.matrix.columns;
+  for (; row + ROWS <= end; row += ROWS) {
+    V acc[GROUP]{};
+    for (int64_t k = 0; k < p.steps; ++k) {
+      const T *da = p.da + k * p.da_step + row * S::WIDTH, *other = p.other + k * p.other_step;
+      for (int lane = 0; lane < S::WIDTH; lane += S::LANES) {
+        const V first = load_lanes<V>(other + lane), last = load_lanes<V>(other + (columns - 1) * S::WIDTH + lane);
+        for (int r = 0; r < ROWS; ++r) {
+          const V d = load_lanes<V>(da + r * S::WIDTH + lane);
+          acc[r] += d * first;
+          acc[ROWS + r] += d * last;
+        }
+      }
+    }
+    T sums[GROUP] = {};
+    add_sums_of_eight(acc, sums);
+    for (int64_t r = 0; r < ROWS; ++r)
+      for (int64_t c = 0; c < columns; ++c) p.grad[(row + r) * columns + c] += sums[c * ROWS + r];
+  }
+  return row;
+}
+
 template <typename S, typename T>
 void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
   const Matrix<T>& m = p.matrix;
   if (m.layout != Layout::ENTRIES && S::WIDTH == 1)
     sampled_dense_of_one_lane(p, begin, end);
+  else if (m.layout != Layout::ENTRIES && (m.columns == 1 || m.columns == 2))
+    sampled_dense<S, 1>(p, sampled_narrow<S>(p, begin, end), end);
   else if (m.layout != Layout::ENTRIES)
     sampled_dense<S, 1>(p, sampled_dense<S, GRADIENT_ROWS>(p, begin, end), end);
   else if (m.begin[m.bands * m.rows] > 0)
@@ -277,6 +318,8 @@ constexpr RnnLoops<T> RNN_LOOPS = {
     .from_slab = from_slab<T>,
     .fill_panels = fill_panels<T>,
     .transpose_panels = transpose_panels<T>,
+    .fill_blocks = fill_blocks<T>,
+    .transpose_block = transpose_block<T>,
     .fill_rows = fill_rows<T>,
     .find_kept = find_kept,
     .count_bits = count_bits,

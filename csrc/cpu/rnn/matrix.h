@@ -157,33 +157,74 @@ class StoredMatrix : public OwnedMatrix<T> {
     this->set_bands(kept.rows, kept.columns, kept.strays, width);
     const int64_t wide = this->matrix.band_columns / MASK_STEP, side = kept.side;
     if (side) find_blocks(kept);
-    each_run_of_rows(kept.rows, kept.columns, [&](int64_t first, int64_t end) {
-      const std::unique_ptr<uint64_t[]> strays(new uint64_t[kept.words]);
-      for (int64_t i = first; i < end; ++i) {
-        const uint64_t* bits = kept.bits(i);
-        if (side) {
-          std::copy_n(bits, kept.words, strays.get());
-          clear_blocks(i / side, strays.get());
-          bits = strays.get();
+    const auto each_row_of_strays = [&](auto use) {  // use(row, bits of its strays)
+      each_run_of_rows(kept.rows, kept.columns, [&](int64_t first, int64_t end) {
+        const std::unique_ptr<uint64_t[]> strays(new uint64_t[kept.words]);
+        for (int64_t i = first; i < end; ++i) {
+          std::copy_n(kept.bits(i), kept.words, strays.get());
+          if (side) clear_blocks(i / side, strays.get());
+          use(i, strays.get());
         }
-        for (int64_t b = 0; b < this->matrix.bands; ++b)
-          this->count(b, i) = loops<T>().rnn.count_bits(bits + b * wide, std::min(wide, kept.words - b * wide));
-      }
+      });
+    };
+    each_row_of_strays([&](int64_t i, const uint64_t* bits) {
+      for (int64_t b = 0; b < this->matrix.bands; ++b)
+        this->count(b, i) = loops<T>().rnn.count_bits(bits + b * wide, std::min(wide, kept.words - b * wide));
     });
     this->allocate();
+    if (w.crow) return from_compressed(w, kept, row_order, column_order);
+    if (side) fill_blocks(data<T>(w.weight), kept, row_order, column_order);
+    if (kept.strays == 0) return;
+    each_row_of_strays([&](int64_t i, const uint64_t* bits) {
+      const T* weight = data<T>(w.weight) + row_order.at(i) * kept.columns;
+      for (int64_t b = 0; b < this->matrix.bands; ++b) {
+        int64_t at = this->matrix.begin[b * kept.rows + i];
+        const int64_t first = b * this->matrix.band_columns, words = std::min(wide, kept.words - b * wide);
+        for (int64_t word = 0; word < words; ++word)
+          for (uint64_t left = bits[b * wide + word]; left; left &= left - 1, ++at) {
+            const int64_t j = word * MASK_STEP + __builtin_ctzll(left);
+            this->put(at, j, weight[column_order.at(first + j)]);
+          }
+      }
+    });
+  }
+
+  void fill_blocks(const T* weight, const KeptEntries& kept, const Order& row_order, const Order& column_order) {
+    constexpr int64_t AT_ONCE = 4;  // rows of squares of a task
+    const int64_t count = KeptEntries::squares(kept.rows, kept.side);
+    each_task((count + AT_ONCE - 1) / AT_ONCE, kept.entries, [&](int64_t task) {
+      loops<T>().rnn.fill_blocks({.weight = weight,
+                                  .bits = kept.bits(0),
+                                  .rows = kept.rows,
+                                  .columns = kept.columns,
+                                  .words = kept.words,
+                                  .row_order = row_order.of,
+                                  .column_order = column_order.of,
+                                  .blocks = this->matrix.blocks,
+                                  .to = this->block(0)},
+                                 task * AT_ONCE, std::min(count, (task + 1) * AT_ONCE));
+    });
+  }
+
+  // Compressed rows are sorted by the weight's own columns, so entries come to their places one by one.
+  void from_compressed(const Weight& w, const KeptEntries& kept, const Order& row_order, const Order& column_order) {
+    const auto crow = data<int64_t>(*w.crow), col = data<int64_t>(*w.col);
+    const T* value = data<T>(w.weight);
+    const int64_t side = kept.side;
     each_run_of_rows(kept.rows, kept.columns, [&](int64_t first, int64_t end) {
       std::vector<int64_t> next(this->matrix.bands);
       std::vector<int32_t> block_of(side ? KeptEntries::squares(kept.columns, side) : 0, -1);
       for (int64_t i = first; i < end; ++i) {
         if (side && i % side == 0) blocks_of_row(i / side, block_of);
         for (int64_t b = 0; b < this->matrix.bands; ++b) next[b] = this->matrix.begin[b * kept.rows + i];
-        each_entry(w, kept, row_order.at(i), i, column_order, [&](int64_t j, T value) {
-          const int64_t block = side ? block_of[j / side] : -1;
+        const int64_t row = row_order.at(i);
+        for (int64_t e = crow[row]; e < crow[row + 1]; ++e) {
+          const int64_t j = column_order.place_of(col[e]), block = side ? block_of[j / side] : -1;
           if (block >= 0)
-            this->block(block)[j % side * side + i % side] = value;
+            this->block(block)[j % side * side + i % side] = value[e];
           else
-            this->put(next[j / this->matrix.band_columns]++, j % this->matrix.band_columns, value);
-        });
+            this->put(next[j / this->matrix.band_columns]++, j % this->matrix.band_columns, value[e]);
+        }
       }
     });
   }
@@ -216,25 +257,6 @@ class StoredMatrix : public OwnedMatrix<T> {
     const Blocks<T>& b = this->matrix.blocks;
     std::fill(block_of.begin(), block_of.end(), -1);
     for (int64_t at = b.begin[i]; at < b.begin[i + 1]; ++at) block_of[b.column[at]] = static_cast<int32_t>(at);
-  }
-
-  // The method calls use(column in the order, value) for the kept entries of a row of the weight, which is row i in the
-  // order.
-  template <typename Use>
-  static void each_entry(const Weight& w, const KeptEntries& kept, int64_t row, int64_t i, const Order& column_order,
-                         Use use) {
-    const T* weight = data<T>(w.weight);
-    if (w.crow) {
-      const auto crow = data<int64_t>(*w.crow), col = data<int64_t>(*w.col);
-      for (int64_t e = crow[row]; e < crow[row + 1]; ++e) use(column_order.place_of(col[e]), weight[e]);
-      return;
-    }
-    weight += row * kept.columns;
-    for (int64_t word = 0; word < kept.words; ++word)
-      for (uint64_t left = kept.bits(i)[word]; left; left &= left - 1) {
-        const int64_t j = word * MASK_STEP + __builtin_ctzll(left);
-        use(j, weight[column_order.at(j)]);
-      }
   }
 };
 
@@ -292,11 +314,8 @@ class TransposedMatrix : public OwnedMatrix<T> {
         this->block_column(to) = static_cast<uint16_t>(i);
         from[to] = at;
       }
-    each_row(b.begin[tall], side * side, [&](int64_t i) {
-      const T* block = b.value + from[i] * side * side;
-      for (int64_t c = 0; c < side; ++c)
-        for (int64_t r = 0; r < side; ++r) this->block(i)[r * side + c] = block[c * side + r];
-    });
+    each_row(b.begin[tall], side * side,
+             [&](int64_t i) { loops<T>().rnn.transpose_block(b.value + from[i] * side * side, this->block(i), side); });
   }
 };
 

@@ -34,10 +34,10 @@ template <typename T>
 class Layer {
  public:
   Layer(const Direction& d, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& order_x,
-        const OptionalTensor& order_h, int64_t width, bool transposed_input, bool transposed_hidden)
+        const OptionalTensor& order_h, bool transposed_input, bool transposed_hidden)
       : inputs(order_x, d.input), neurons(order_h, d.hidden) {
     const auto find = [&](std::optional<KeptEntries>& kept, const Weight& w, int64_t columns, const Order& order) {
-      if (w.mask || w.crow) kept.emplace(w, d.hidden, columns, neurons, order, width);
+      if (w.mask || w.crow) kept.emplace(w, d.hidden, columns, neurons, order, d.batch);
     };
     std::optional<KeptEntries> kept_ih, kept_hh;
     find(kept_ih, w_ih, d.input, inputs);
@@ -47,12 +47,15 @@ class Layer {
       find(kept_ih, w_ih, d.input, inputs);
       find(kept_hh, w_hh, d.hidden, neurons);
     }
+    strips = strips_of(d.batch, d.hidden, kept_hh && kept_hh->mostly_blocks());
+    const int64_t width = widest(strips);
     const auto pointer = [](std::optional<KeptEntries>& kept) { return kept ? &*kept : nullptr; };
     input_.emplace(w_ih, pointer(kept_ih), d.hidden, d.input, neurons, inputs, width, transposed_input);
     hidden_.emplace(w_hh, pointer(kept_hh), d.hidden, d.hidden, neurons, neurons, width, transposed_hidden);
   }
 
   Order inputs, neurons;
+  std::vector<Strip> strips;
   const Matrix<T>& input() const { return input_->matrix; }
   const Matrix<T>& hidden() const { return hidden_->matrix; }
 
@@ -65,8 +68,8 @@ void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight&
              const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& lengths,
              const OptionalTensor& order_x, const OptionalTensor& order_h, Tensor& output, Tensor& h_n,
              Tensor* activations) {
-  const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, widest_strip(d.batch, d.hidden), false, false);
-  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons);
+  const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, false, false);
+  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons, layer.strips);
   std::unique_ptr<T[]> bias;
   if (b_ih || b_hh) {
     bias.reset(new T[d.hidden]());
@@ -78,11 +81,12 @@ void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight&
                    mutable_data<T>(h_n), activations ? mutable_data<T>(*activations) : nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_rnn(
-    Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor mask_ih,
-    OptionalTensor mask_hh, OptionalTensor crow_ih, OptionalTensor col_ih, OptionalTensor crow_hh, OptionalTensor col_hh,
-    OptionalTensor lengths, OptionalTensor order_x, OptionalTensor order_h, std::string nonlinearity, double leak,
-    bool reverse, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> masked_rnn(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+                                              OptionalTensor b_hh, OptionalTensor mask_ih, OptionalTensor mask_hh,
+                                              OptionalTensor crow_ih, OptionalTensor col_ih, OptionalTensor crow_hh,
+                                              OptionalTensor col_hh, OptionalTensor lengths, OptionalTensor order_x,
+                                              OptionalTensor order_h, std::string nonlinearity, double leak, bool reverse,
+                                              bool keep) {
   check_type(x);
   const Direction d = direction(x, h, nonlinearity, leak, reverse);
   const auto type = x.scalar_type();
@@ -92,17 +96,18 @@ std::tuple<Tensor, Tensor, Tensor> masked_rnn(
       new_result(need_activations ? std::vector<int64_t>{d.steps, d.batch, d.hidden} : std::vector<int64_t>{0}, type);
   const auto run = type == ScalarType::Double ? forward<double> : forward<float>;
   run(d, x, h, {.weight = w_ih, .mask = mask_ih, .crow = crow_ih, .col = col_ih},
-      {.weight = w_hh, .mask = mask_hh, .crow = crow_hh, .col = col_hh}, b_ih, b_hh, lengths, order_x,
-      order_h, output, h_n, need_activations ? &activations : nullptr);
+      {.weight = w_hh, .mask = mask_hh, .crow = crow_hh, .col = col_hh}, b_ih, b_hh, lengths, order_x, order_h, output, h_n,
+      need_activations ? &activations : nullptr);
   return {output, h_n, activations};
 }
 
 template <typename T>
 void backward(const Direction& d, const OptionalTensor& grad_output, const Tensor& grad_h_n, const Tensor& x,
               const Tensor& h, const Weight& w_ih, const Weight& w_hh, const OptionalTensor& lengths,
-              const OptionalTensor& order_x, const OptionalTensor& order_h, const Tensor& output, const Tensor* activations, Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
-  const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, widest_strip(d.batch, d.hidden), dx != nullptr, true);
-  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons);
+              const OptionalTensor& order_x, const OptionalTensor& order_h, const Tensor& output, const Tensor* activations,
+              Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
+  const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, dx != nullptr, true);
+  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons, layer.strips);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
   sequence.backward(layer.input(), layer.hidden(), data_or_null<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
                     data<T>(output), activations ? data<T>(*activations) : nullptr,
@@ -118,7 +123,8 @@ void backward(const Direction& d, const OptionalTensor& grad_output, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
     OptionalTensor grad_output, Tensor grad_h_n, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, OptionalTensor mask_ih,
     OptionalTensor mask_hh, OptionalTensor lengths, OptionalTensor order_x, OptionalTensor order_h, Tensor output,
-    Tensor activations, std::string nonlinearity, double leak, bool reverse, bool need_x, bool need_h, bool need_w_ih, bool need_w_hh, bool need_bias) {
+    Tensor activations, std::string nonlinearity, double leak, bool reverse, bool need_x, bool need_h, bool need_w_ih,
+    bool need_w_hh, bool need_bias) {
   check_type(x);
   const Direction d = direction(x, h, nonlinearity, leak, reverse);
   const auto type = x.scalar_type();
@@ -131,9 +137,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_rnn_grads(
   const auto run = type == ScalarType::Double ? backward<double> : backward<float>;
   const OptionalTensor none;
   run(d, grad_output, grad_h_n, x, h, {.weight = w_ih, .mask = mask_ih, .crow = none, .col = none},
-      {.weight = w_hh, .mask = mask_hh, .crow = none, .col = none}, lengths, order_x, order_h, output, leak == 1 ? nullptr : &activations,
-      need_x ? &dx : nullptr, need_h ? &dh : nullptr, need_w_ih ? &dw_ih : nullptr, need_w_hh ? &dw_hh : nullptr,
-      need_bias ? &dbias : nullptr);
+      {.weight = w_hh, .mask = mask_hh, .crow = none, .col = none}, lengths, order_x, order_h, output,
+      leak == 1 ? nullptr : &activations, need_x ? &dx : nullptr, need_h ? &dh : nullptr, need_w_ih ? &dw_ih : nullptr,
+      need_w_hh ? &dw_hh : nullptr, need_bias ? &dbias : nullptr);
   return {dx, dh, dw_ih, dw_hh, dbias};
 }
 
@@ -144,7 +150,7 @@ Tensor found_blocks(Tensor mask, OptionalTensor row_order, OptionalTensor column
   const int64_t rows = mask.size(0), columns = mask.size(1);
   const OptionalTensor its = mask, none;
   const KeptEntries kept({.weight = mask, .mask = its, .crow = none, .col = none}, rows, columns, Order(row_order, rows),
-                         Order(column_order, columns), widest_strip(batch, rows));
+                         Order(column_order, columns), batch);
   Tensor result = torch::stable::empty({4}, ScalarType::Long);
   auto* found = mutable_data<int64_t>(result);
   found[0] = kept.side;

@@ -18,8 +18,18 @@ struct Direction {
 template <typename T>
 class Sequence {
  public:
-  Sequence(const Direction& d, const OptionalTensor& lengths, const Order& inputs, const Order& neurons)
-      : Sequence(d, lengths, inputs, neurons, strips_of(d.batch, d.hidden)) {}
+  Sequence(const Direction& d, const OptionalTensor& lengths, const Order& inputs, const Order& neurons,
+           std::vector<Strip> strips)
+      : d_(d), lengths_(lengths), inputs_(inputs), neurons_(neurons), strips_(std::move(strips)), loops_(loops<T>().rnn) {
+    if (!lengths) return;
+    const auto length = data<int64_t>(*lengths);
+    active_ = make_slabs(d.steps, 1);
+    each_step_of_strips(d_.steps, 1, [&](int64_t s, int64_t k) {
+      const Strip& strip = strips_[s];
+      for (int64_t l = 0; l < strip.width; ++l)
+        active_->at(s, k)[l] = l < strip.lanes && time(k) < length[strip.first + l] ? T(1) : T(0);
+    });
+  }
 
   void forward(const Matrix<T>& input, const Matrix<T>& hidden, const T* bias, const T* x, const T* h, T* output, T* h_n,
                T* activations) const {
@@ -37,61 +47,49 @@ class Sequence {
   // grad_output is null if it is 0. activations is null if they are the output.
   void backward(const Matrix<T>& input, const Matrix<T>& hidden, const T* grad_output, const T* grad_h_n, const T* x,
                 const T* h, const T* output, const T* activations, const Grads& grads) const {
-    const TransposedMatrix<T> hidden_transposed(hidden, width());
+    const TransposedMatrix<T> hidden_transposed(hidden, width_);
     std::optional<TransposedMatrix<T>> input_transposed;
-    if (grads.x) input_transposed.emplace(input, width());
+    if (grads.x) input_transposed.emplace(input, width_);
     std::optional<WeightGrad> dw_ih, dw_hh;
     if (grads.w_ih) dw_ih.emplace(input, neurons_, inputs_, grads.w_ih, grads.mask_ih, strips());
     if (grads.w_hh) dw_hh.emplace(hidden, neurons_, neurons_, grads.w_hh, grads.mask_hh, strips());
     const auto sums = grads.bias ? make_slabs(1, d_.hidden) : nullptr;
     const auto has_parts = [&](const std::optional<WeightGrad>& grad) { return !grad || grad->parts == strips(); };
-    strip_by_strip(
-        goes_alone(hidden_transposed.matrix) && has_parts(dw_ih) && has_parts(dw_hh),
-        [&](const Sequence& strips, int64_t first_strip) {
-          strips.backward_steps({.hidden_transposed = hidden_transposed.matrix,
-                                 .input_transposed = input_transposed ? &input_transposed->matrix : nullptr,
-                                 .dw_ih = dw_ih ? &*dw_ih : nullptr,
-                                 .dw_hh = dw_hh ? &*dw_hh : nullptr,
-                                 .sums = sums.get(),
-                                 .first_strip = first_strip},
-                                grad_output, grad_h_n, x, h, output, activations, grads.x, grads.h);
-        });
+    strip_by_strip(goes_alone(hidden_transposed.matrix) && has_parts(dw_ih) && has_parts(dw_hh),
+                   [&](const Sequence& strips, int64_t first_strip) {
+                     strips.backward_steps({.hidden_transposed = hidden_transposed.matrix,
+                                            .input_transposed = input_transposed ? &input_transposed->matrix : nullptr,
+                                            .dw_ih = dw_ih ? &*dw_ih : nullptr,
+                                            .dw_hh = dw_hh ? &*dw_hh : nullptr,
+                                            .sums = sums.get(),
+                                            .first_strip = first_strip},
+                                           grad_output, grad_h_n, x, h, output, activations, grads.x, grads.h);
+                   });
     if (dw_ih) dw_ih->finish();
     if (dw_hh) dw_hh->finish();
     if (sums) sum_lanes(*sums, grads.bias);
   }
 
  private:
-  Sequence(const Direction& d, const OptionalTensor& lengths, const Order& inputs, const Order& neurons,
-           std::vector<Strip> strips)
-      : d_(d), lengths_(lengths), inputs_(inputs), neurons_(neurons), strips_(std::move(strips)), loops_(loops<T>().rnn) {
-    if (!lengths) return;
-    const auto length = data<int64_t>(*lengths);
-    active_ = make_slabs(d.steps, 1);
-    each_step_of_strips(d_.steps, 1, [&](int64_t s, int64_t k) {
-      const Strip& strip = strips_[s];
-      for (int64_t l = 0; l < strip.width; ++l)
-        active_->at(s, k)[l] = l < strip.lanes && time(k) < length[strip.first + l] ? T(1) : T(0);
-    });
-  }
-
   // Whether each strip can go through the whole sequence by itself, on a thread that has its slabs in its own cache. The
-  // rows of a large dense matrix are better shared out, since each thread then reads a part of it alone.
+  // rows of many single entries are better shared out, since each thread then reads a part of them alone.
   bool goes_alone(const Matrix<T>& m) const {
-    return strips() >= torch::stable::get_num_threads() && (m.layout == Layout::ENTRIES || !worth_sharing(m));
+    return strips() >= torch::stable::get_num_threads() && (mostly_blocks(m) || !worth_sharing(m));
   }
   // The method calls run(sequence, first strip) for each strip alone, on torch's threads, or for all of them together.
   template <typename Run>
   void strip_by_strip(bool alone, Run run) const {
     if (!alone) return run(*this, 0);
     each_task(strips(), d_.steps * d_.hidden * lanes(), [&](int64_t s) {
-      run(Sequence(d_, lengths_, inputs_, neurons_, {strips_[s]}), s);
+      Sequence one(d_, lengths_, inputs_, neurons_, {strips_[s]});
+      one.width_ = width_;
+      run(one, s);
     });
   }
 
   void forward_steps(const Matrix<T>& input, const Matrix<T>& hidden, const T* bias, const T* x, const T* h, T* output,
                      T* h_n, T* activations) const {
-    const int64_t at_once = chunk_steps(d_.input, 1);
+    const int64_t at_once = chunk_steps(d_.input, 1, CHUNK_BYTES);
     const auto inputs = make_slabs(at_once, d_.input), state = make_slabs(2, d_.hidden);
     const auto kept = activations ? make_slabs(2, d_.hidden) : nullptr;
     for_strips([&](int64_t s) { read(h, neurons_, d_.hidden, s, state->at(s, 0)); });
@@ -142,9 +140,11 @@ class Sequence {
   // halves of the slabs take turns, since a chunk begins with the last step of the chunk before.
   void backward_steps(const Backward& b, const T* grad_output, const T* grad_h_n, const T* x, const T* h, const T* output,
                       const T* activations, T* dx, T* dh) const {
-    const bool of_lanes = width() > 1 && ((b.dw_ih && b.dw_ih->matrix.blocks.side) || (b.dw_hh && b.dw_hh->matrix.blocks.side));
+    const bool of_lanes =
+        width_ > 1 && ((b.dw_ih && b.dw_ih->matrix.blocks.side) || (b.dw_hh && b.dw_hh->matrix.blocks.side));
     const bool strays = (b.dw_ih && has_strays(b.dw_ih->matrix)) || (b.dw_hh && has_strays(b.dw_hh->matrix));
-    const int64_t at_once = chunk_steps(d_.hidden + (b.dw_ih ? d_.input : 0), strays ? 4 : 1);
+    const int64_t at_once = strays ? chunk_steps(d_.hidden + (b.dw_ih ? d_.input : 0), 4, CHUNK_BYTES)
+                                   : chunk_steps(d_.hidden, 1, CHUNK_BYTES / 4);
     const auto states = make_slabs(2 * at_once, d_.hidden), da = make_slabs(2 * at_once, d_.hidden);
     const auto inputs = make_slabs(b.dw_ih ? at_once : 0, d_.input);
     const auto stays = make_slabs(1, d_.hidden), grad = make_slabs(2, d_.hidden);
@@ -207,13 +207,13 @@ class Sequence {
   }
 
   // How many steps of a strip's slabs are worked on together, so that they stay in the second-level cache, as the slabs of
-  // one band of columns do. The number of strips or threads doesn't matter, since sums are cut there.
-  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 19, CACHED_BYTES = int64_t{1} << 19;
-  int64_t chunk_steps(int64_t rows, int64_t least) const {
-    const int64_t step = std::max<int64_t>(1, width() * rows * static_cast<int64_t>(sizeof(T)));
-    return std::max<int64_t>(1, std::min(d_.steps, std::max(least, CHUNK_BYTES / step)));
+  // one band of columns do. Sums over lanes are made once for a chunk, so that strays want some steps in it. The number of
+  // strips or threads doesn't matter, since results must not depend on them.
+  static constexpr int64_t CHUNK_BYTES = int64_t{1} << 20, CACHED_BYTES = int64_t{1} << 19;
+  int64_t chunk_steps(int64_t rows, int64_t least, int64_t bytes) const {
+    const int64_t step = std::max<int64_t>(1, width_ * rows * static_cast<int64_t>(sizeof(T)));
+    return std::max<int64_t>(1, std::min(d_.steps, std::max(least, bytes / step)));
   }
-  int64_t width() const { return widest_strip(d_.batch, d_.hidden); }
   static bool has_strays(const Matrix<T>& m) { return m.layout != Layout::ENTRIES || strays_of(m) > 0; }
 
   // `steps` slabs of a strip lane by lane, which the gradient of blocks reads: (lanes, rows) with room for whole blocks.
@@ -360,7 +360,8 @@ class Sequence {
       const Slabs<T> slab({strips_[s]}, 1, d_.input);
       const int64_t width = strips_[s].width;
       std::fill_n(slab.at(0, 0), slab.stride(0), T(0));
-      loops_.product({.matrix = input_transposed, .from = da.at(s, first_da + j), .to = slab.at(0, 0), .width = width}, 0, d_.input);
+      loops_.product({.matrix = input_transposed, .from = da.at(s, first_da + j), .to = slab.at(0, 0), .width = width}, 0,
+                     d_.input);
       write(slab.at(0, 0), s, dx + time(first + j) * d_.batch * d_.input, inputs_, d_.input, 0, d_.input);
     });
   }
@@ -377,7 +378,9 @@ class Sequence {
   // Where step k, in the order of computation, is in tensors
   int64_t time(int64_t k) const { return d_.reverse ? d_.steps - 1 - k : k; }
   template <typename U>
-  U* step_of(U* states, int64_t k) const { return states + time(k) * d_.batch * d_.hidden; }
+  U* step_of(U* states, int64_t k) const {
+    return states + time(k) * d_.batch * d_.hidden;
+  }
   const T* active(int64_t s, int64_t k) const { return active_ ? active_->at(s, k) : nullptr; }
   SlabsPointer<T> make_slabs(int64_t steps, int64_t rows) const { return std::make_unique<Slabs<T>>(strips_, steps, rows); }
 
@@ -452,6 +455,7 @@ class Sequence {
   const OptionalTensor& lengths_;
   const Order &inputs_, &neurons_;
   std::vector<Strip> strips_;
+  int64_t width_ = widest(strips_);  // of the widest strip of the batch
   const RnnLoops<T>& loops_;
   SlabsPointer<T> active_;
 };

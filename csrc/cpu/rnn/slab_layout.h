@@ -56,18 +56,28 @@ inline void part_from_slab(const Transposition<T>& p, int64_t lane, int64_t row,
                  lanes, rows);
 }
 
+// Rows of a square are lines of memory that are far apart, of which no processor sees ahead that the next ones will be
+// needed. The function asks for those of the square AHEAD rows further on.
+template <bool WRITE, typename T>
+inline void ask_ahead(const T* lanes_first, int64_t stride) {
+  constexpr int64_t AHEAD = 128;
+  for (int64_t l = 0; l < SQUARE; ++l) __builtin_prefetch(lanes_first + l * stride + AHEAD, WRITE, 2);
+}
+
 // The same between a tensor and a slab whose rows have other places: rows of a square go through a buffer.
 template <typename T>
 void to_places(const Transposition<T>& p, int64_t begin, int64_t end) {
   for (int64_t lane = 0; lane < p.width; lane += SQUARE)
     for (int64_t row = begin; row < end; row += SQUARE) {
-      const int64_t rows = end - row < SQUARE ? end - row : SQUARE, lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+      const int64_t rows = end - row < SQUARE ? end - row : SQUARE,
+                    lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
       const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
       T square[SQUARE * SQUARE];
       const T* from = p.lanes_first + lane * p.stride + row;
-      if (rows == SQUARE && lanes == SQUARE)
+      if (rows == SQUARE && lanes == SQUARE) {
+        ask_ahead<false>(from, p.stride);
         transpose_square<false>(from, p.stride, square, SQUARE);
-      else
+      } else
         transpose_part(from, p.stride, lanes, rows, square, SQUARE, rows, filled);
       with_size(filled, [&](auto size) {
         for (int64_t r = 0; r < rows; ++r)
@@ -79,7 +89,8 @@ template <typename T>
 void from_places(const Transposition<T>& p, int64_t begin, int64_t end) {
   for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
     for (int64_t row = begin; row < end; row += SQUARE) {
-      const int64_t rows = end - row < SQUARE ? end - row : SQUARE, lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
+      const int64_t rows = end - row < SQUARE ? end - row : SQUARE,
+                    lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
       const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
       T square[SQUARE * SQUARE] = {};
       with_size(filled, [&](auto size) {
@@ -87,9 +98,10 @@ void from_places(const Transposition<T>& p, int64_t begin, int64_t end) {
           __builtin_memcpy(square + r * SQUARE, p.slab + p.place[row + r] * p.width + lane, size * sizeof(T));
       });
       T* to = p.lanes_first + lane * p.stride + row;
-      if (rows == SQUARE && lanes == SQUARE)
+      if (rows == SQUARE && lanes == SQUARE) {
+        ask_ahead<true>(to, p.stride);
         transpose_square<false>(square, SQUARE, to, p.stride);
-      else
+      } else
         transpose_part(square, SQUARE, rows, filled, to, p.stride, lanes, rows);
     }
 }
@@ -106,9 +118,11 @@ void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
   if (p.place) return to_places(p, begin, end);
   for (int64_t lane = 0; lane < p.width; lane += SQUARE)
     for (int64_t row = begin; row < end; row += SQUARE)
-      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
-        transpose_square<false>(p.lanes_first + lane * p.stride + row, p.stride, p.slab + row * p.width + lane, p.width);
-      else
+      if (lane + SQUARE <= p.lanes && row + SQUARE <= end) {
+        const T* from = p.lanes_first + lane * p.stride + row;
+        ask_ahead<false>(from, p.stride);
+        transpose_square<false>(from, p.stride, p.slab + row * p.width + lane, p.width);
+      } else
         part_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 
@@ -124,9 +138,11 @@ void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
   if (p.place) return from_places(p, begin, end);
   for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
     for (int64_t row = begin; row < end; row += SQUARE)
-      if (lane + SQUARE <= p.lanes && row + SQUARE <= end)
-        transpose_square<false>(p.slab + row * p.width + lane, p.width, p.lanes_first + lane * p.stride + row, p.stride);
-      else
+      if (lane + SQUARE <= p.lanes && row + SQUARE <= end) {
+        T* to = p.lanes_first + lane * p.stride + row;
+        ask_ahead<true>(to, p.stride);
+        transpose_square<false>(p.slab + row * p.width + lane, p.width, to, p.stride);
+      } else
         part_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
 }
 

@@ -15,12 +15,13 @@ struct Strip {
 };
 
 // The strips of a batch. They depend on sizes alone, not on threads, and so do sums over lanes. There are at least two
-// to share out from 25 lanes on, or from 17 on if each thread can have the weights in its own cache. They are narrower if
-// there are many neurons, so that the few slabs of a step stay in the second-level cache.
-inline std::vector<Strip> strips_of(int64_t batch, int64_t hidden) {
+// to share out from 25 lanes on, or from 17 on if each thread can have the weights in its own cache. `narrow` says that
+// the hidden weight is in blocks, which cost no more for fewer lanes; if there are many neurons, strips are narrower then,
+// so that the few slabs of a step stay in the second-level cache.
+inline std::vector<Strip> strips_of(int64_t batch, int64_t hidden, bool narrow) {
   constexpr int64_t UNIT = 16, CACHED_HIDDEN = 768, MANY_HIDDEN = 2048;
   const int64_t most_in_one = hidden > CACHED_HIDDEN ? 24 : UNIT, units = (batch + UNIT - 1) / UNIT;
-  const int64_t most_units = hidden > MANY_HIDDEN ? 2 : 4;
+  const int64_t most_units = narrow && hidden > MANY_HIDDEN ? 2 : 4;
   const int64_t several = std::max<int64_t>(2, (units + most_units - 1) / most_units);
   const int64_t count = batch == 0 ? 0 : batch <= most_in_one ? 1 : several;
   std::vector<Strip> strips;
@@ -35,9 +36,9 @@ inline std::vector<Strip> strips_of(int64_t batch, int64_t hidden) {
 }
 
 // The number of lanes of the widest strip
-inline int64_t widest_strip(int64_t batch, int64_t hidden) {
+inline int64_t widest(const std::vector<Strip>& strips) {
   int64_t widest = 1;
-  for (const Strip& strip : strips_of(batch, hidden)) widest = std::max(widest, strip.width);
+  for (const Strip& strip : strips) widest = std::max(widest, strip.width);
   return widest;
 }
 
@@ -100,6 +101,11 @@ template <typename T>
 int64_t entries_in_blocks(const Matrix<T>& m) {
   const int64_t side = m.blocks.side;
   return side ? m.blocks.begin[(m.rows + side - 1) / side] * side * side : 0;
+}
+// Whether the products with a matrix are mostly those with its blocks
+template <typename T>
+bool mostly_blocks(const Matrix<T>& m) {
+  return m.layout == Layout::ENTRIES && entries_in_blocks(m) > 2 * strays_of(m);
 }
 // The number of entries that a product with the matrix multiplies
 template <typename T>

@@ -64,6 +64,17 @@ struct DenseCopy {
   T* to;
 };
 
+// Blocks that are filled from a masked weight, its rows and columns brought into an order if there is one.
+template <typename T>
+struct BlockCopy {
+  const T* weight;  // (rows, columns)
+  const uint64_t* bits;  // (rows in the order, words): bit l of word w is 1 if the entry in column 64 w + l is kept
+  int64_t rows, columns, words;
+  const int64_t *row_order, *column_order;  // see DenseCopy
+  Blocks<T> blocks;
+  T* to;  // the blocks' values
+};
+
 // One step of a strip, h' = (1 - leak) h + leak s(bias + input x + hidden h), where s is the nonlinearity. Slabs of
 // hidden neurons are (hidden.rows, width), those of inputs (input.columns, width).
 template <typename T>
@@ -141,6 +152,9 @@ struct RnnLoops {
   // Copies to PANELS, from a weight or from the panels of the transposed matrix
   void (*fill_panels)(const DenseCopy<T>&, int64_t begin, int64_t end);
   void (*transpose_panels)(const Matrix<T>&, T* to, int64_t begin, int64_t end);
+  // Copies to blocks, those in rows begin .. end of squares, and of one block to that of the transposed matrix
+  void (*fill_blocks)(const BlockCopy<T>&, int64_t begin, int64_t end);
+  void (*transpose_block)(const T* from, T* to, int64_t side);
   // Copies to ROWS
   void (*fill_rows)(const DenseCopy<T>&, int64_t begin, int64_t end);
   // For one row of a mask, bit l of bits[w] becomes 1 if entry 64 w + l is kept
