@@ -15,7 +15,7 @@ from .backends import backend
 from .env_report import env_report
 from .geometry import *  # noqa: F403
 from .geometry.inhibitors import CallableInhibitor
-from .masks import holding as _holding
+from .masks import module_hooks as _module_hooks
 from .penalty.attach import Regularization, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
@@ -41,7 +41,7 @@ __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in i
 
 # Pickles of modules with masks ask for these, and pickles of public objects hold the classes below; none is public.
 zero_before_forward, zero_before_saving, zero_after_loading = (
-    _holding.zero_before_forward, _holding.zero_before_saving, _holding.zero_after_loading)
+    _module_hooks.zero_before_forward, _module_hooks.zero_before_saving, _module_hooks.zero_after_loading)
 _IN_PICKLES = (CallableInhibitor, Measured)
 
 
