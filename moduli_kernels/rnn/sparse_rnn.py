@@ -159,7 +159,8 @@ class SparseRNN(PathChoice, RNN):
         Raises:
             ValueError, RuntimeError: input or hx does not fit, in the words of torch.nn.RNN.
         """
-        if torch.compiler.is_compiling():
+        # Without leave for RNNs, torch before 2.15 does not come here, and 2.15 would compile what follows in pieces.
+        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or torch._dynamo.config.allow_rnn):
             return self._forward(input, hx)
         return self._forward_eagerly(input, hx)
 
