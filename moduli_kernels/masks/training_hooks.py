@@ -142,8 +142,10 @@ def mask_changed(module: nn.Module, name: str) -> None:
     stepped the parameter, and at its next step.
 
     On the CPU the latter is seen by itself, where an optimizer has moved masked weights. Some have more to forget at
-    once: schedule-free ones compute the weights from their own copy of them when they go over to evaluation.
+    once: schedule-free ones compute the weights from their own copy of them when they go over to evaluation. Autocast
+    forgets its 16-bit copies of the weights.
     """
+    torch.clear_autocast_cache()
     parameter = module._parameters.get(name)
     for hook in gradient_hooks(parameter):
         if hook.belongs_to(module, name):
