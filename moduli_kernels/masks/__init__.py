@@ -25,7 +25,7 @@ from .buffers import (
 )
 from .copies import copy_masks
 from .effective import effective_weight, origin, parameters_behind
-from .holding import hold, is_held, remove_mask, set_mask, stop_holding
+from .holding import hold, hook_of_modules, is_held, remove_mask, set_mask, stop_holding
 from .loading import MasksWhileLoading
 from .module_hooks import LOADED_UNDER_A_MASK
 from .training_hooks import mask_changed
@@ -33,7 +33,7 @@ from .zeros import is_zero_where_masked, zero_masked_
 
 __all__ = [
     "LOADED_UNDER_A_MASK", "MasksWhileLoading", "buffer_name", "copy_masks", "described", "effective_weight",
-    "get_mask", "hold", "is_held", "is_left_out", "is_mask", "is_zero_where_masked", "leave_out", "live_mask",
-    "mask_changed", "masked_names", "names_pruned_by_torch", "origin", "original_name", "parameters_behind",
-    "remove_mask", "replace_mask", "set_mask", "stop_holding", "zero_masked_",
+    "get_mask", "hold", "hook_of_modules", "is_held", "is_left_out", "is_mask", "is_zero_where_masked", "leave_out",
+    "live_mask", "mask_changed", "masked_names", "names_pruned_by_torch", "origin", "original_name",
+    "parameters_behind", "remove_mask", "replace_mask", "set_mask", "stop_holding", "zero_masked_",
 ]

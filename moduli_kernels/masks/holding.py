@@ -11,6 +11,7 @@ A mask that is set is held by four kinds of hooks:
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .averaging import keep_masks_when_averaging
 from .buffers import buffer_name, get_mask, live_mask, masked_names, parameter_of_mask
-from .module_hooks import release, released_names, zero_after_loading, zero_before_forward, zero_before_saving
+from .module_hooks import (
+    note_held,
+    release,
+    released_names,
+    zero_after_loading,
+    zero_before_forward,
+    zero_before_saving,
+)
 from .training_hooks import gradient_hooks, register_gradient_hook, zero_after_step
 
 # --- setting and removing ---------------------------------------------------------------------------------------
@@ -51,6 +59,7 @@ def hold(module: nn.Module, name: str) -> None:
     _register_once(module._state_dict_pre_hooks, module.register_state_dict_pre_hook, zero_before_saving)
     _register_once(module._load_state_dict_post_hooks, module.register_load_state_dict_post_hook, zero_after_loading)
     register_gradient_hook(module, name)
+    note_held(module)
 
 
 def stop_holding(module: nn.Module, name: str) -> None:
@@ -67,6 +76,18 @@ def is_held(module: nn.Module, name: str) -> bool:
     """Whether hooks keep the masked weights of the parameter `name` at 0."""
     return (name not in released_names(module) and live_mask(module, name) is not None
             and any(hook is zero_before_saving for hook in module._state_dict_pre_hooks.values()))
+
+
+def hook_of_modules(name: str) -> Callable[..., None] | None:
+    """The hook of modules that a pickle asks for by its name; None where there is no such hook.
+
+    A module that comes out of a pickle has masks that nothing has set in this process, and is held as others are.
+    """
+    hook = next((hook for hook in (zero_before_forward, zero_before_saving, zero_after_loading) if hook.name == name),
+                None)
+    if hook is not None:
+        _hold_in_the_process()
+    return hook
 
 
 def _register_once(hooks: dict[int, Any], register: Any, function: Any) -> None:

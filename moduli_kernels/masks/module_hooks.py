@@ -7,6 +7,7 @@ is none (any more), so that one left behind is harmless.
 from __future__ import annotations
 
 import contextlib
+import gc
 import pydoc
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .buffers import buffer_name, get_mask, is_left_out, masked_names, parameter_of_mask
+from .buffers import buffer_name, described, get_mask, is_left_out, masked_names, parameter_of_mask
 from .training_hooks import gradient_hooks, mask_changed, register_gradient_hook
 from .zeros import is_zero_where_masked, zero_masked_
 
 LOADED_UNDER_A_MASK = "weights of the state_dict that was loaded are masked here and are set to 0"
-_RELEASED = "masks_not_held"  # attribute of a module: the parameters whose masks are held no longer
+# Attributes of a module: the parameters whose masks are held no longer; what tells a copy from a module that is held.
+_RELEASED, _HELD = "masks_not_held", "holds_masks"
 
 # --- which masks are held ---------------------------------------------------------------------------------------
 
@@ -34,6 +36,29 @@ def release(module: nn.Module, name: str) -> None:
     vars(module).setdefault(_RELEASED, set()).add(name)
 
 
+class _NotCopied:
+    """An object of which a copy or a pickle holds None."""
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+_not_copied = _NotCopied()
+
+
+def note_held(module: nn.Module) -> None:
+    """Notes that hooks of the module's gradients are registered, which are not in a copy or a pickle of it."""
+    vars(module)[_HELD] = _not_copied
+
+
+def is_copy(module: nn.Module) -> bool:
+    """Whether a module with masks came out of a copy or a pickle of one, and nothing has held it since."""
+    return vars(module).get(_HELD) is None
+
+
 def _held_names(module: nn.Module) -> list[str]:
     return [name for name in masked_names(module) if name not in released_names(module)]
 
@@ -44,7 +69,8 @@ class _ModuleHook:
     """A function that is registered as a hook of a module. There is one object of each kind in the process.
 
     A copy of the module keeps the object. A pickle of the module, which must be readable without this package, holds an
-    expression that gives the object where the package is installed, and a function that does nothing elsewhere.
+    expression that gives the object where the package is installed, which it asks for moduli_kernels.<name>, and a
+    function that does nothing elsewhere.
     """
 
     def __init__(self, name: str, function: Callable[..., None]):
@@ -128,7 +154,13 @@ zero_after_loading = _ModuleHook("zero_after_loading", _zero_after_loading)
 
 
 def _zero_in_graph(module: nn.Module) -> None:
-    """Sets masked weights to 0 in a graph of torch.compile or torch.export, whatever they hold when it runs."""
+    """Sets masked weights to 0 in a graph of torch.compile or torch.export, whatever they hold when it runs.
+
+    A graph registers no hooks, so those of the gradients of a copied module are registered when it is compiled. What
+    torch.export makes by dynamo (strict) holds the weights as they are, which are set to 0 then as well.
+    """
+    if torch.compiler.is_dynamo_compiling() and (torch.compiler.is_exporting() or is_copy(module)):
+        _hold_while_compiling(id(module))
     for name in _held_names(module):
         parameter, mask = cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name))
         if not torch.compiler.is_exporting():
@@ -138,19 +170,36 @@ def _zero_in_graph(module: nn.Module) -> None:
             _use_masked_copy(module, name)
 
 
+def _hold_while_compiling(address: int) -> None:
+    """Sets masked weights to 0 and registers hooks of their gradients while dynamo follows the forward pass of a module.
+
+    Dynamo runs this function with constants alone, such as the address of the module, which is searched for among all
+    objects there are.
+    """
+    module = next(each for each in gc.get_objects() if id(each) == address)
+    for name in _held_names(module):
+        zero_masked_(cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name)))
+        register_gradient_hook(module, name)
+
+
+_hold_while_compiling._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def _zero_eagerly(module: nn.Module) -> None:
     """Sets the masked weights of a module to 0 for the forward pass that begins. It runs at every step, so it looks at
     each mask once."""
     released = released_names(module)
     for key, mask in list(module._buffers.items()):
         name = parameter_of_mask(key)
-        if name is None or mask is None or mask.dtype != torch.bool or name in released:
+        if name is None or mask is None or name in released:
             continue
         parameter = module._parameters.get(name)
         if parameter is None:
             _check_not_lost(module, name, mask)
-        elif parameter.shape == mask.shape:
+        elif mask.dtype == torch.bool and parameter.shape == mask.shape:
             _zero_for_call(module, name, parameter, mask)
+        else:
+            _check_not_held(module, name, parameter, mask)
 
 
 def _zero_for_call(module: nn.Module, name: str, parameter: Tensor, mask: Tensor) -> None:
@@ -189,12 +238,24 @@ def _use_masked_copy(module: nn.Module, name: str) -> None:
 
 def _check_not_lost(module: nn.Module, name: str, mask: Tensor) -> None:
     """Raises where something has replaced the masked Parameter, so that its mask no longer counts."""
+    if mask.dtype != torch.bool:  # of torch.nn.utils.prune
+        return
     value = None if getattr(module, "_is_replica", False) else getattr(module, name, None)  # of nn.DataParallel
     if isinstance(value, Tensor) and value.shape == mask.shape:
         raise RuntimeError(
             f"{name} of {type(module).__name__} must be a plain Parameter while it has a mask, got one that a "
             f"parametrization or another hook computes, which the mask does not reach; del module.{buffer_name(name)} "
             "to go on without it, or use a SparseRNN, which multiplies computed weights by their masks."
+        )
+
+
+def _check_not_held(module: nn.Module, name: str, parameter: Tensor, mask: Tensor) -> None:
+    """Raises where a buffer that is no mask of the Parameter has taken the place of one that is held."""
+    if any(hook.belongs_to(module, name) for hook in gradient_hooks(parameter)):
+        key, kind, shape = buffer_name(name), type(module).__name__, tuple(parameter.shape)
+        raise RuntimeError(
+            f"{key} of {kind} must be a torch.bool mask {shape}, got {described(mask)}, which would mask nothing; "
+            f"assign e.g. mask.bool().expand({shape}).contiguous(), or del module.{key} to go on without it."
         )
 
 

@@ -353,6 +353,20 @@ def test_a_mask_that_would_count_no_more_is_an_error(parametrized):
     layer(torch.ones(2, 3))
 
 
+@pytest.mark.parametrize(("mask", "words"), [
+    (torch.rand(2, 3), r"torch.float32 \(2, 3\)"), (torch.ones(2, 1, dtype=torch.bool), r"torch.bool \(2, 1\)")])
+def test_a_buffer_in_the_place_of_a_mask_that_would_mask_nothing_is_an_error(mask, words):
+    layer = nn.Linear(3, 2)
+    mk.MagnitudePruner([(layer, "weight")]).step_to(0.5)
+    layer.weight_mask = mask
+    with pytest.raises(RuntimeError, match=rf"^weight_mask of Linear must be a torch.bool mask \(2, 3\), got {words}"):
+        layer(torch.ones(2, 3))
+    layer.weight_mask = mask.bool().expand(2, 3).contiguous()
+    layer(torch.ones(2, 3))
+    del layer.weight_mask
+    layer(torch.ones(2, 3))
+
+
 # --- torch.nn.utils.prune over our masks -------------------------------------------------------------------------
 
 METHODS = {
