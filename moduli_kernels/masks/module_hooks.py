@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..graphs import constant_at_compile_time, is_exporting
 from .buffers import buffer_name, described, get_mask, is_left_out, masked_names, parameter_of_mask
 from .training_hooks import gradient_hooks, mask_changed, register_gradient_hook
 from .zeros import is_zero_where_masked, zero_masked_
@@ -159,19 +160,20 @@ def _zero_in_graph(module: nn.Module) -> None:
     A graph registers no hooks, so those of the gradients of a copied module are registered when it is compiled. What
     torch.export makes by dynamo (strict) holds the weights as they are, which are set to 0 then as well.
     """
-    if torch.compiler.is_dynamo_compiling() and (torch.compiler.is_exporting() or is_copy(module)):
+    if torch.compiler.is_dynamo_compiling() and (is_exporting() or is_copy(module)):
         _hold_while_compiling(id(module))
     for name in _held_names(module):
         parameter, mask = cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name))
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             with torch.no_grad():  # the op, since its write does not count in the tensor's version
                 torch.ops.moduli_kernels.zero_masked_(parameter, mask)
         elif not torch.compiler.is_dynamo_compiling():  # an exported program should write no parameter
             _use_masked_copy(module, name)
 
 
+@constant_at_compile_time
 def _hold_while_compiling(address: int) -> None:
-    """Sets masked weights to 0 and registers hooks of their gradients while dynamo follows the forward pass of a module.
+    """Sets masked weights to 0 and registers hooks of their gradients while dynamo follows a module's forward pass.
 
     Dynamo runs this function with constants alone, such as the address of the module, which is searched for among all
     objects there are.
@@ -180,9 +182,6 @@ def _hold_while_compiling(address: int) -> None:
     for name in _held_names(module):
         zero_masked_(cast(Tensor, module._parameters[name]), cast(Tensor, get_mask(module, name)))
         register_gradient_hook(module, name)
-
-
-_hold_while_compiling._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _zero_eagerly(module: nn.Module) -> None:
