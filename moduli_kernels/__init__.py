@@ -8,6 +8,7 @@ Importing touches neither CUDA nor Triton, and works without a compiler; `mk.env
 """
 import inspect
 import sys
+from typing import Any
 
 from . import geometry, plots
 from ._version import __version__
@@ -15,7 +16,7 @@ from .backends import backend
 from .env_report import env_report
 from .geometry import *  # noqa: F403
 from .geometry.inhibitors import CallableInhibitor
-from .masks import holding as _holding
+from .masks import hook_of_modules as _hook_of_modules
 from .penalty.attach import Regularization, regularize
 from .penalty.function import moduli_penalty
 from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
@@ -39,9 +40,7 @@ __all__ = [
 __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
 
 
-# Pickles of modules with masks ask for these, and pickles of public objects hold the classes below; none is public.
-zero_before_forward, zero_before_saving, zero_after_loading = (
-    _holding.zero_before_forward, _holding.zero_before_saving, _holding.zero_after_loading)
+# Pickles of public objects hold these, which are not public.
 _IN_PICKLES = (CallableInhibitor, Measured)
 
 
@@ -62,3 +61,11 @@ def _name_after_the_package() -> None:
 
 
 _name_after_the_package()
+
+
+def __getattr__(name: str) -> Any:
+    """Gives the hooks that pickles of modules with masks ask for; none is public."""
+    hook = _hook_of_modules(name)
+    if hook is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return hook

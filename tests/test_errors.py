@@ -305,6 +305,14 @@ def replaced_module():
     return reg()
 
 
+def untied_weights():
+    model = nn.RNN(3, 3, num_layers=2)
+    model.weight_hh_l1 = model.weight_hh_l0
+    reg = mk.regularize(model)
+    model.weight_hh_l1 = nn.Parameter(torch.zeros(3, 3))
+    return reg()
+
+
 def several_strengths() -> float:
     rnn = nn.RNN(2, 3, num_layers=2)
     reg = mk.regularize(rnn)
@@ -377,6 +385,10 @@ REGULARIZE = {
     "replaced": Case(lambda: replaced_module(), ValueError,
         "0.weight_hh_l0 must still be a weight of the Sequential that was regularized, got another module without its "
         "Parameters at '0'; call regularize again, and give the optimizer the new parameters."),
+    "untied": Case(lambda: untied_weights(), ValueError,
+        "weight_hh_l1 must still be the Parameter of weight_hh_l0, with which it was regularized as one weight, got "
+        "another one (load_state_dict(assign=True) unties weights, for instance); tie them again, or call regularize "
+        "again."),
     "replaced_in_graph": Case(lambda: checks.replaced_in_graph("rnn.weight_hh_l0"), ValueError,
         "rnn.weight_hh_l0 must be where it was when a compiled step is traced, got another module there; call reg() "
         "once outside of the compiled step, which follows or explains the change."),

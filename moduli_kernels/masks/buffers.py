@@ -83,11 +83,6 @@ def original_name(name: str) -> str:
     return name + _ORIGINAL
 
 
-def plain_name(name: str) -> str:
-    """The name of a parameter before torch.nn.utils.prune renamed it; `name` itself where it did not."""
-    return name.removesuffix(_ORIGINAL)
-
-
 # --- checks -----------------------------------------------------------------------------------------------------
 
 def is_mask(value: Any, parameter: Tensor) -> bool:

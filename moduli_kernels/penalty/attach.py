@@ -219,7 +219,8 @@ def regularize(
         device: the device of the points. None: each weight's own.
 
     Weights are read at each call as the module's forward pass uses them: behind torch.nn.utils.parametrize and the
-    older spectral_norm and weight_norm, pruned by torch.nn.utils.prune, masked. Weights that are one tensor count once.
+    older spectral_norm and weight_norm, pruned by torch.nn.utils.prune, masked. Weights that are one tensor count once,
+    and it is an error of a later call where they are one Parameter no more.
 
     Returns:
         Regularization: reg() is 0-d and differentiable.
@@ -243,20 +244,23 @@ def regularize(
                 "strength": strength, "trainable": trainable, "generator": generator}
     names = {id(module): name for name, module in model.named_modules()}
     made: dict[str, tuple[Place, nn.Module]] = {}
-    seen: list[_Seen] = []
+    seen: list[tuple[_Seen, Place]] = []
     for target in found:
         weight = check_weight(target)
         checks.target_columns(target.name, target.columns)
         here = _Seen(target, weight)
-        if any(here.is_tied_to(other) for other in seen):
-            continue
-        seen.append(here)
         path = names.get(id(target.module))
         title = type(target.module).__name__ if path is None else path
         name = f"{title}.{target.name}" if title else target.name
-        points = {"dtype": dtype or compute_dtype(weight), "device": weight.device if device is None else device}
+        first = next((place for other, place in seen if here.is_tied_to(other)), None)
+        if first is not None:
+            first.tie(Place(target, model, path, name))
+            continue
         name = _unused(name, made)
-        made[name] = (Place(target, model, path, name), _regularizer(target, weight, {**settings, **points}))
+        place = Place(target, model, path, name)
+        seen.append((here, place))
+        points = {"dtype": dtype or compute_dtype(weight), "device": weight.device if device is None else device}
+        made[name] = (place, _regularizer(target, weight, {**settings, **points}))
     return Regularization(made)
 
 

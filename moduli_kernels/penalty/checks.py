@@ -297,6 +297,14 @@ def replaced(title: str, path: str, model: str) -> NoReturn:
     )
 
 
+def untied(title: str, other: str) -> NoReturn:
+    """Raises for two weights that were one Parameter, and were regularized as one."""
+    raise ValueError(
+        f"{other} must still be the Parameter of {title}, with which it was regularized as one weight, got another one "
+        "(load_state_dict(assign=True) unties weights, for instance); tie them again, or call regularize again."
+    )
+
+
 def replaced_in_graph(title: str) -> NoReturn:
     """Raises for a weight whose module was taken out of the model, in code that torch.compile traces."""
     raise ValueError(

@@ -57,8 +57,8 @@ class Regularizer(nn.Module):
         """
         saved = state.unpacked(state_tensor)
         for name, value in self._settings().items():
-            if not state.same_setting(saved.get(name), value):
-                checks.saved_setting(name, saved.get(name), value)
+            if name in saved and not state.same_setting(saved[name], value):
+                checks.saved_setting(name, saved[name], value)
         if "strength" in saved:  # a state that was saved without one leaves it
             self.strength = saved["strength"]
 
@@ -90,8 +90,8 @@ class ModuliRegularizer(Regularizer):
         dtype: the dtype of the points. None: torch's default.
         device: the device of the points. None: the generator's, else torch's default.
 
-    The state dict holds the points, the strength, and the manifold, inhibitor and power that they were used with.
-    Loading it takes the strength over; loading it into a regularizer that differs in the other settings raises
+    The state dict holds the points, the strength, and the manifold, inhibitor, power and reduction that they were used
+    with. Loading it takes the strength over; loading it into a regularizer that differs in the other settings raises
     ValueError. Points that rows and columns share are saved once, so that safetensors' save_file takes the state dict.
 
     Raises:
@@ -196,7 +196,7 @@ class ModuliRegularizer(Regularizer):
 
     def _settings(self) -> dict[str, Any]:
         return {"manifold": state.described(self.manifold), "inhibitor": state.described(self.inhibitor),
-                "power": self.power}
+                "power": self.power, "reduction": self.reduction}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Accepts states that were saved while shared points stood in them twice, under rows and under cols."""
@@ -223,6 +223,8 @@ class CoefficientRegularizer(Regularizer):
         reduction: "mean" over entries, or "sum" (eq. 5).
         strength: lambda, at least 0 and finite. The attribute may be set at any time, and is part of the state dict.
 
+    Loading a state dict takes coefficients and strength over; one of another power or reduction raises ValueError.
+
     Coefficients that are made on the meta device are NaN after `to_empty`, until a state dict is loaded.
 
     Raises:
@@ -240,6 +242,9 @@ class CoefficientRegularizer(Regularizer):
         self.reduction = one_of("reduction", reduction, checks.REDUCTIONS)
         self.register_buffer("coefficients", coefficients.detach().clone(memory_format=torch.contiguous_format))
         self.strength = strength
+
+    def _settings(self) -> dict[str, Any]:
+        return {"power": self.power, "reduction": self.reduction}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **settings: Any) -> CoefficientRegularizer:
         was_meta = self.coefficients.is_meta

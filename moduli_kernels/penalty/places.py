@@ -97,18 +97,27 @@ class Place:
         self._model = None if model is None or path is None else weakref.ref(model)
         self._path = () if not path else tuple(path.split("."))
         self.parameters = parameters_behind(target.module, target.name)
+        self._tied: list[Place] = []
         self._copied = False
+
+    def tie(self, other: Place) -> None:
+        """Notes that the weight at the other place is this one, so that it is not penalized for itself. `read` is an
+        error once it is made of other Parameters."""
+        if self.parameters and _same(self.parameters, other.parameters):
+            self._tied.append(other)
 
     def kept(self) -> dict[str, Any]:
         """What a copy or a pickle takes along, in plain Python: the module and the model are in it themselves."""
         model = None if self._model is None else self._model()
-        return {**self.__dict__, "_module": self._module(), "_model": model}
+        tied = [each.kept() for each in self._tied]
+        return {**self.__dict__, "_module": self._module(), "_model": model, "_tied": tied}
 
     @classmethod
     def restored(cls, kept: dict[str, Any]) -> Place:
         """The place from what `kept` gave. It refers to module and model weakly again."""
         place = cls.__new__(cls)
         place.__dict__.update(kept)
+        place._tied = [cls.restored(each) for each in kept.get("_tied", [])]
         module, model = kept["_module"], kept["_model"]
         place._module = _gone if module is None else weakref.ref(module)
         place._model = None if model is None else weakref.ref(model)
@@ -124,8 +133,13 @@ class Place:
         return Target(self._find(), self.name, self.columns, self.blocks, self.recurrent)
 
     def read(self) -> Tensor:
-        """The columns to regularize of the weight as it is now. Errors are those of `target` and `weight_of`."""
-        return weight_of(self.target())
+        """The columns to regularize of the weight as it is now. Errors are those of `target` and `weight_of`, and a
+        ValueError where a weight that was tied to it is so no more."""
+        target = self.target()
+        for other in self._tied if not torch.compiler.is_compiling() else ():
+            if not _same(parameters_behind(target.module, self.name), parameters_behind(other._find(), other.name)):
+                checks.untied(self.title, other.title)
+        return weight_of(target)
 
     def is_there(self) -> bool:
         """Whether `target` finds the weight."""
@@ -158,7 +172,9 @@ class Place:
     def _note_parameters(self, module: nn.Module) -> None:
         parameter = module._parameters.get(self.name)
         if parameter is None or len(self.parameters) != 1 or self.parameters[0] is not parameter:
-            self.parameters = parameters_behind(module, self.name)
+            found = parameters_behind(module, self.name)
+            if all(isinstance(each, nn.Parameter) for each in found):  # torch.func.functional_call lends other tensors
+                self.parameters = found
 
     def _find_again(self, model: nn.Module | None, module: nn.Module | None) -> nn.Module:
         """The module at another path of the model, else one that has the same Parameters."""
@@ -180,11 +196,15 @@ class Place:
 
     def _has(self, module: nn.Module, parameters: list[nn.Parameter]) -> bool:
         own = parameters_behind(module, self.name) if "_parameters" in module.__dict__ else []
-        return len(own) == len(parameters) > 0 and all(a is b for a, b in zip(own, parameters))
+        return len(own) > 0 and _same(own, parameters)
 
     def _take(self, module: nn.Module, path: str) -> nn.Module:
         self._module, self._path = weakref.ref(module), tuple(path.split(".")) if path else ()
         return module
+
+
+def _same(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
+    return len(a) == len(b) and all(one is other for one, other in zip(a, b))
 
 
 def _gone() -> None:

@@ -34,7 +34,7 @@ def described(setting: Manifold | Inhibitor) -> str:
 
 def same_setting(saved: Any, mine: Any) -> bool:
     """Whether two settings are equal by value: Circle(radius=5) and Circle(radius=5.0) are, and a function is the same
-    wherever it lay in memory. A setting that was not saved (None) equals none."""
+    wherever it lay in memory."""
     if isinstance(saved, str) and isinstance(mine, str):
         return _canonical(saved) == _canonical(mine)
     return saved == mine

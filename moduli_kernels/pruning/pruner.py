@@ -68,8 +68,10 @@ class MagnitudePruner:
     pass of their module, before its state_dict is made and after one is loaded (a dense checkpoint included). What an
     optimizer has gathered of weights that become masked (momentum) is set to 0 at its next step. AveragedModel, with
     what is built on it, takes masks as they are. Weights that are used without a forward pass of their module (of
-    nn.MultiheadAttention's out_proj, say) are masked after steps and loading. `torch.jit.script` compiles no hooks:
-    script a copy after `make_permanent()`.
+    nn.MultiheadAttention's out_proj, say) are masked after steps and loading. So are those of a model that
+    torch.compile compiled before its pruner was made, and of one for which it has the graph of a dense model of that
+    class: it looks for hooks only where torch._dynamo.config.skip_nnmodule_hook_guards = False is set before.
+    `torch.jit.script` compiles no hooks: script a copy after `make_permanent()`.
 
     What holds a mask belongs to the weights, not to this object: the net stays masked when the pruner is dropped, and
     in copies and pickles of it; `remove_hooks()` ends it. A pruner is for the modules that it was made with: make a

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import RNNCell  # torch's own class, also where torch.nn.RNNCell is replaced by SparseRNNCell later
 
 from ..checks import one_of
+from ..graphs import is_exporting
 from ..reference import compute_dtype
 from ..reference.rnn import Step, kept
 from . import checks
@@ -129,7 +130,7 @@ class SparseRNNCell(MaskedModule, RNNCell):
         checks.cell_input(input, hx, self.hidden_size, self.input_size, self.nonlinearity)
         if hx is None:
             hx = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
-        if self._leak == 1 and torch.compiler.is_exporting():
+        if self._leak == 1 and is_exporting():
             run = torch._VF.rnn_tanh_cell if self.nonlinearity == "tanh" else torch._VF.rnn_relu_cell
             batched = [t if t.dim() == 2 else t[None] for t in (input, hx)]
             found = [kept(weight, masks[name]) for name, weight in weights.items()] + [None] * (4 - len(weights))

@@ -15,12 +15,13 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..autograd import only_once
+from ..graphs import constant_at_compile_time, is_exporting
 from ..ops import blocked_rnn as blocked_rnn_op, masked_rnn as masked_rnn_op, torch_ops
 from ..ops.block_layout import BlockLayout
 from ..reference import compute_dtype
 from ..reference.rnn import Step
 from . import checks
-from .tracing import constant_at_compile_time, is_taken_over
+from .tracing import is_taken_over
 
 
 class Weights(NamedTuple):
@@ -108,7 +109,7 @@ def masked_rnn(x: Tensor, h: Tensor, weights: Weights, lengths: Tensor | None, s
         op, grads_op = blocked_rnn_op.BLOCKED_RNN, blocked_rnn_op.BLOCKED_RNN_GRADS
         given = given_back = [blocked_rnn_op.flat(weights.layout), weights.layout.side]
         where = [lengths]
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # as the op, which any backend serves later
+    recorded = torch.jit.is_tracing() or is_exporting()  # as the op, which any backend serves later
     if backends.active(x.device.type) == "reference" and not recorded:
         op, grads_op = op.by_reference, grads_op.by_reference
     else:

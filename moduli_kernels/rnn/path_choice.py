@@ -10,12 +10,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import backends
 from ..checks import positive_int
+from ..graphs import constant_at_compile_time
 from ..masks import get_mask
 from . import crossovers, timing
 from .layer import autocast_dtype, has_kernel
 from .masked_module import Counted, kept_share, used_weight
 from .ordered_module import OrderedModule
-from .tracing import constant_at_compile_time
 
 MANY_ZEROS = 0.9  # explain() advises a mask where at most this share of a weight differs from 0
 

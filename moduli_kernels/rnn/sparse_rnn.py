@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import RNN  # torch's own class, also where torch.nn.RNN is replaced by SparseRNN later
 from torch.nn.utils.rnn import PackedSequence
 
+from ..graphs import is_exporting
 from ..masks import get_mask, is_zero_where_masked, set_mask
 from ..reference.rnn import kept
 from . import checks, crossovers, stack
@@ -159,7 +160,8 @@ class SparseRNN(PathChoice, RNN):
         Raises:
             ValueError, RuntimeError: input or hx does not fit, in the words of torch.nn.RNN.
         """
-        if torch.compiler.is_compiling():
+        # Without leave for RNNs, torch before 2.15 does not come here, and 2.15 would compile what follows in pieces.
+        if torch.compiler.is_compiling() and (is_exporting() or torch._dynamo.config.allow_rnn):
             return self._forward(input, hx)
         return self._forward_eagerly(input, hx)
 
@@ -189,7 +191,7 @@ class SparseRNN(PathChoice, RNN):
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (batch.data, batch.hx, *weights))
         dtype = autocast_dtype(weight.device.type, weight) or weight.dtype
         counted: Counted | None = None
-        if compiling and not torch.compiler.is_exporting():
+        if compiling and not is_exporting():
             from torch.fx.experimental.symbolic_shapes import has_static_value
 
             sizes = [size if has_static_value(size) else None for size in (batch.size, batch.steps)]

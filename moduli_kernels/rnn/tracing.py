@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from ..graphs import is_exporting
+
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -39,17 +41,11 @@ def untraced(function: Callable) -> Callable:
     return call
 
 
-def constant_at_compile_time(function: Callable) -> Callable:
-    """Does what torch.compiler.assume_constant_result does, without importing the compiler."""
-    function._dynamo_marked_constant = True
-    return function
-
-
 def is_recorded_or_transformed() -> bool:
     """Whether something else than autograd's backward mode follows this call: torch.export, torch.jit.trace,
     torch.func, forward-mode derivatives, make_fx, or a mode of fake tensors."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     kinds = torch._C._TorchDispatchModeKey

@@ -213,6 +213,40 @@ def test_a_backward_pass_through_two_calls_of_one_module(write):
         assert grad[~mask].eq(0).all() and grad[mask].ne(0).any()
 
 
+def channels_last(net):
+    return net.to(memory_format=torch.channels_last)
+
+
+def transposed(net):
+    net.weight = nn.Parameter(net.weight.detach().transpose(2, 3).contiguous().transpose(2, 3))
+    return net
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("layout", [channels_last, transposed])
+def test_a_backward_pass_through_two_calls_whatever_the_layout_of_the_weights(layout, early):
+    net = nn.Conv2d(4, 4, 3, padding=1)
+    if early:
+        layout(net)
+    mk.MagnitudePruner([(net, "weight")]).step_to(0.5)
+    layout(net)
+    assert not net.weight.is_contiguous()
+    net.weight.data.add_(1)
+    net(net(torch.randn(2, 4, 5, 5))).sum().backward()
+    assert net.state_dict()["weight"][~net.weight_mask].eq(0).all() and net.weight.grad[~net.weight_mask].eq(0).all()
+
+
+def test_autocast_forgets_the_weights_that_it_has_rounded_before_more_were_masked():
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    pruner = mk.MagnitudePruner([(layer, "weight")])
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        pruner.step_to(0.9)
+        within = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), within)
+
+
 def test_the_sparsity_is_what_the_weights_are_with_one_warning_where_they_differ():
     net, pruner = pruned()
     masked = {key: int((~mask).sum()) for key, mask in pruner.masks.items()}
@@ -315,6 +349,20 @@ def test_a_mask_that_would_count_no_more_is_an_error(parametrized):
         layer(torch.ones(2, 3))
     with pytest.raises(RuntimeError, match="has lost its parameter"):
         pruner.step_to(0.6)
+    del layer.weight_mask
+    layer(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(("mask", "words"), [
+    (torch.rand(2, 3), r"torch.float32 \(2, 3\)"), (torch.ones(2, 1, dtype=torch.bool), r"torch.bool \(2, 1\)")])
+def test_a_buffer_in_the_place_of_a_mask_that_would_mask_nothing_is_an_error(mask, words):
+    layer = nn.Linear(3, 2)
+    mk.MagnitudePruner([(layer, "weight")]).step_to(0.5)
+    layer.weight_mask = mask
+    with pytest.raises(RuntimeError, match=rf"^weight_mask of Linear must be a torch.bool mask \(2, 3\), got {words}"):
+        layer(torch.ones(2, 3))
+    layer.weight_mask = mask.bool().expand(2, 3).contiguous()
+    layer(torch.ones(2, 3))
     del layer.weight_mask
     layer(torch.ones(2, 3))
 

@@ -197,6 +197,27 @@ def test_weights_loaded_by_assignment_are_read():
     assert is_about(reg, model.rnn)
 
 
+def test_tensors_that_a_functional_call_has_lent_are_not_kept():
+    """They have a graph, and such tensors cannot be copied."""
+    model = Model()
+    model.reg = mk.regularize(model)
+    lent = {name: 2 * parameter for name, parameter in model.named_parameters()}
+
+    class Penalty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return self.model.reg()
+
+    value = torch.func.functional_call(Penalty(), {f"model.{name}": each for name, each in lent.items()})
+    torch.testing.assert_close(value, 2 * model.reg())
+    torch.func.functional_call(Penalty(), {f"model.{name}": each for name, each in lent.items()})
+    twin = copy.deepcopy(model)
+    assert is_about(twin.reg, twin.rnn) and not is_about(twin.reg, model.rnn)
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_conversions_of_the_model_are_followed(swap):
     model = Model()
@@ -243,3 +264,50 @@ def test_targets_outside_of_the_model():
     assert [name for name, _ in reg.items()] == ["RNN.weight_hh_l0"] and is_about(reg, outside)
     pair = copy.deepcopy((outside, reg))
     assert is_about(pair[1], pair[0])
+
+
+# --- weights that are tied no more --------------------------------------------------------------------------------
+
+def tied_layers():
+    rnn = nn.RNN(6, 6, num_layers=2)
+    rnn.weight_hh_l1 = rnn.weight_hh_l0
+    return rnn
+
+
+def replaced(rnn):
+    rnn.weight_hh_l1 = nn.Parameter(torch.ones(6, 6))
+
+
+def replaced_the_first(rnn):
+    rnn.weight_hh_l0 = nn.Parameter(torch.ones(6, 6))
+
+
+def loaded_by_assignment(rnn):
+    rnn.load_state_dict({key: value.clone() for key, value in rnn.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("how", [None, *COPIES])
+@pytest.mark.parametrize("untie", [replaced, replaced_the_first, loaded_by_assignment])
+def test_a_weight_that_counted_as_another_and_is_another_now_is_an_error(untie, how):
+    """It would not be penalized any more."""
+    rnn = tied_layers()
+    reg = mk.regularize(rnn)
+    if how is not None:
+        rnn, reg = COPIES[how]((rnn, reg))
+    assert list(reg.losses()) == ["weight_hh_l0"]
+    untie(rnn)
+    for call in (reg, reg.losses):
+        with pytest.raises(ValueError, match="^weight_hh_l1 must still be the Parameter of weight_hh_l0, with which"):
+            call()
+    rnn.weight_hh_l1 = rnn.weight_hh_l0
+    reg()
+    rnn.weight_hh_l1 = nn.Parameter(torch.ones(6, 6))
+    assert list(mk.regularize(rnn).losses()) == ["weight_hh_l0", "weight_hh_l1"]
+
+
+def test_tied_weights_of_a_module_that_is_replaced_with_the_same_parameters():
+    model = nn.ModuleDict({"rnn": tied_layers()})
+    reg = mk.regularize(model)
+    before = reg()
+    model["rnn"] = mk.SparseRNN.from_rnn(model["rnn"])
+    assert torch.equal(reg(), before)

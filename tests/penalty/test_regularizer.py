@@ -300,12 +300,11 @@ def test_refuses_another_table():
         other.load_state_dict(one.state_dict())
 
 
-def test_strength_is_state_and_blocks_and_reduction_are_not():
+def test_strength_is_state_and_blocks_are_not():
     """Blocks follow from the weight."""
-    one, other = regularizer(3, strength=1.0), mk.ModuliRegularizer(3, strength=2.0, reduction="sum",
-                                                                    blocks=2)
+    one, other = regularizer(3, strength=1.0), mk.ModuliRegularizer(3, strength=2.0, blocks=2)
     other.load_state_dict(one.state_dict())
-    assert (other.strength, other.reduction, other.blocks) == (1.0, "sum", 2)
+    assert (other.strength, other.blocks) == (1.0, 2)
 
 
 @pytest.mark.parametrize("inhibitor", INHIBITORS)

@@ -119,6 +119,20 @@ def test_equal_settings_are_equal_however_they_are_written(case):
     assert "np." not in repr(one) and repr(one) == repr(other)
 
 
+COEFFICIENTS = torch.ones(4, 4)
+
+
+@pytest.mark.parametrize(("saved", "mine", "name"), [
+    (mk.ModuliRegularizer(4, reduction="sum", strength=1e-3), mk.ModuliRegularizer(4), "reduction"),
+    (mk.CoefficientRegularizer(COEFFICIENTS, reduction="sum"), mk.CoefficientRegularizer(COEFFICIENTS), "reduction"),
+    (mk.CoefficientRegularizer(COEFFICIENTS, power=2), mk.CoefficientRegularizer(COEFFICIENTS), "power"),
+])
+def test_a_strength_is_not_taken_over_to_another_reduction_or_power(saved, mine, name):
+    with pytest.raises(ValueError, match=f"^{name} of the saved regularizer must equal this one's"):
+        mine.load_state_dict(saved.state_dict())
+    assert mine.strength == 1
+
+
 def with_settings(regularizer, **settings):
     """Its state as an earlier release saved it, with the text that the settings then had, and without a strength."""
     state = regularizer.state_dict()

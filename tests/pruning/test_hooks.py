@@ -116,6 +116,47 @@ def test_a_compiled_model_trains_masked():
             assert module.weight.grad[~module.weight_mask].eq(0).all()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", [lambda layer: layer, copy.deepcopy])
+def test_a_compiled_model_sees_masked_weights_whoever_wrote_them(how, grad):
+    torch._dynamo.reset()
+    layer = nn.Linear(6, 8)
+    MagnitudePruner([(layer, "weight")]).step_to(0.5)
+    net = nn.Sequential(how(layer), nn.Tanh())
+    run, x = torch.compile(net, backend="aot_eager", fullgraph=True), torch.randn(4, 6)
+    for value in (1.0, 2.0):
+        net[0].weight.data.fill_(value)
+        with torch.set_grad_enabled(grad):
+            seen = run(x)
+        torch.testing.assert_close(seen, nn.functional.linear(x, value * net[0].weight_mask, net[0].bias).tanh())
+
+
+@pytest.mark.parametrize("looks_for_hooks", [False, True])
+@pytest.mark.parametrize("before", [lambda net, run: run(net), lambda net, run: run(Net())])
+def test_a_model_that_was_compiled_dense_before(before, looks_for_hooks):
+    """torch.compile runs the old graph of the model, or of another one of its class, unless it looks for hooks."""
+    torch._dynamo.reset()
+    net, x = Net(), torch.ones(2, 3)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not looks_for_hooks):
+        compiled = torch.compile(lambda net, x: net.encoder(x) * 1, backend="aot_eager")
+        before(net, lambda each: compiled(each, x))
+        pruner = MagnitudePruner([(net.encoder, "weight")])
+        pruner.step_to(0.5)
+        weight, mask = net.encoder.weight, net.encoder.weight_mask
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            compiled(net, x).sum().backward()
+            assert weight.grad[~mask].eq(0).all() and weight.grad[mask].ne(0).all()
+            optimizer.step()
+            assert weight[~mask].eq(0).all()
+        weight.data.fill_(1)
+        if not looks_for_hooks:
+            pruner.apply()
+        seen = compiled(net, x)
+        torch.testing.assert_close(seen, nn.functional.linear(x, mask.float(), net.encoder.bias))
+
+
 # --- gradients ----------------------------------------------------------------------------------------------
 
 def test_gradients_are_masked_before_clipping_as_torch_prune_does():

@@ -89,6 +89,19 @@ def test_the_reference(rnns_allowed):
         train(net, torch.compile(net, fullgraph=True, backend="aot_eager"), steps=3)
 
 
+@pytest.mark.parametrize("path", ["auto", *PATHS])
+def test_the_path_in_a_graph_is_that_of_eager_mode(rnns_allowed, path):
+    net, called = mk.SparseRNN(4, 6, path=path), []
+
+    def note(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with mk.backend("reference"):  # with which "auto" is sparse
+        torch.compile(net, fullgraph=True, backend=note)(draw(5, 3, 4))
+        assert any("rnn_tanh" in name for name in called) == net.explain().startswith("dense") == (path == "dense")
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shapes", [[(3, 4, 4)], [(4, 4)], [(4, 4), (2, 6)]], ids=["batch", "one", "one_hx"])
 def test_inference_and_kinds_of_input(rnns_allowed, path, shapes):

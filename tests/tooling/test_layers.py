@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[2] / "moduli_kernels"
 
 # Each floor imports from the floors below it alone. A room is a folder of the package, or a single file in it.
 FLOORS = [
-    {"_version", "autograd", "checks", "distributed", "runtime"},
+    {"_version", "autograd", "checks", "distributed", "graphs", "runtime"},
     {"backends", "masks", "models"},
     {"geometry"},
     {"pruning", "reference"},
