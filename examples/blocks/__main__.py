@@ -11,7 +11,6 @@ in runs/, alone on the machine if the numbers are to be used. `report` writes th
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -59,7 +58,7 @@ def train_all(trials: list[Trial], ledger: Ledger, root: Path, jobs: int) -> Non
             train_chain(chain, ledger, root, lambda line: print(line, flush=True))
         return
     failures: list[BaseException] = []
-    with ProcessPoolExecutor(jobs, mp_context=SPAWN, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
         for future in as_completed([pool.submit(_quietly, chain, ledger.path, root) for chain in made]):
             error = future.exception()
             if error is not None:
@@ -125,5 +124,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    multiprocessing.freeze_support()
     sys.exit(main())

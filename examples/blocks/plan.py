@@ -86,7 +86,7 @@ class Protocol:
 
 
 FULL = {
-    "ring": Protocol(RingTask, {"hidden": 512, "landmarks": 64, "width": 10.0, "steps": 30, "batch": 32,
+    "ring": Protocol(RingTask, {"hidden": 512, "landmarks": 64, "width": 10.0, "steps": 20, "batch": 32,
                                 "spread": 30.0}, manifold="circle", lr=2e-3, cut_lr=1e-3),
     "navigation": Protocol(NavigationTask, {**NAVIGATION, "hidden": 512}, manifold="torus", lr=2e-3, cut_lr=1e-3,
                            most=6000),

@@ -29,7 +29,7 @@ def write(task: str, options: argparse.Namespace, ledger: Ledger) -> str:
     text = table(task, protocol, results, command(task, options))
     quick = "-quick" if options.quick else ""
     folder = options.out / "results"
-    files.write_text(folder / "tables" / f"blocks-{task}{quick}.md", text)
+    files.write_text(folder / "blocks" / f"{task}{quick}.md", text)
     if results.curves:
         speed_picture(protocol, results, folder / "blocks" / f"{task}{quick}-speed.png")
         masks_picture(task, results, options, folder / "blocks" / f"{task}{quick}-masks.png")

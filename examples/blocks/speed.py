@@ -91,12 +91,11 @@ def measure(task: str, options: argparse.Namespace, ledger: Ledger) -> None:
     where = environment()
     rounds = 3 if options.quick else ROUNDS
     for trial in (t for seed in range(options.seeds) for t in reported(task, seed, strengths, options.quick)):
-        layers = nets(trial.protocol)
         for sparsity, order, mask in _masks(trial, options):
-            sparse = layers[0]
+            sparse, *others = nets(trial.protocol)
             sparse.set_mask(WEIGHT, mask)
             sparse.set_order(WEIGHT, order)
-            line = record(trial, sparsity, times(*layers, rounds=rounds), where)
+            line = record(trial, sparsity, times(sparse, *others, rounds=rounds), where)
             ledger.add(line)
             print(f"{trial.in_words()}, {100 * sparsity:g} %: training {line['training_ratio']:.1f} x, inference "
                   f"{line['inference_ratio']:.1f} x", flush=True)

@@ -142,16 +142,15 @@ class Training:
 
     def _until_converged(self) -> None:
         protocol, progress = self.protocol, self.progress
-        while progress.steps < protocol.most:
+        while True:
             rate = rate_after([error for _, _, error in progress.history], protocol)
             progress.converged = rate is None
-            if rate is None:
+            if rate is None or progress.steps >= protocol.most:
                 break
             self._leg(protocol.every, rate * protocol.lr)
             progress.history.append([progress.steps, round(progress.seconds, 2), _digits(self.task.error())])
             self._save()
-        last = rate_after([error for _, _, error in progress.history], protocol) or 0.5**protocol.halvings
-        self._leg(protocol.settle, last * protocol.lr, to_zero=True)
+        self._leg(protocol.settle, (rate or 0.5**protocol.halvings) * protocol.lr, to_zero=True)
         progress.error = _digits(self.task.error())
 
     def _through_the_cuts(self, pruner: mk.MagnitudePruner) -> None:

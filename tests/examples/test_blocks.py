@@ -399,7 +399,7 @@ def test_the_command_trains_measures_and_reports_and_trains_nothing_twice(tmp_pa
     assert command.main(["report", *arguments]) == 0
     text = capsys.readouterr().out
     assert "too few seeds for a verdict" in text and "## Sparse from the start" in text
-    assert (tmp_path / "results" / "tables" / "blocks-ring-quick.md").read_text() in text
+    assert (tmp_path / "results" / "blocks" / "ring-quick.md").read_text() in text
     for picture in ("speed", "masks"):
         assert (tmp_path / "results" / "blocks" / f"ring-quick-{picture}.png").stat().st_size > 10_000
 
