@@ -169,11 +169,11 @@ def masks_picture(task: str, results: Results, options: argparse.Namespace, path
             trial = Trial(task, cut, drawn, 0, results.strengths[drawn, cut], quick=options.quick)
             kept = masks_of(trial.folder(root))
             points = results.curves.get((drawn, cut), {}).get(0)
-            if PICTURED not in kept or points is None:
+            if kept is None or PICTURED not in kept[1] or points is None:
                 axis.set_axis_off()
                 continue
-            order = kept["order"] if drawn == family else _order_learned(trial, root)
-            axis.imshow(kept[PICTURED][np.ix_(order, order)], cmap="Greys", interpolation="nearest")
+            order = kept[0] if drawn == family else _order_learned(trial, root)
+            axis.imshow(kept[1][PICTURED][np.ix_(order, order)], cmap="Greys", interpolation="nearest")
             error = points[protocol.stops.index(PICTURED)].error
             axis.set_title(f"{family}\n{error:.{protocol.task.DIGITS}f} {protocol.task.UNIT}", fontsize=8)
         line[0].set_ylabel("weight by weight" if cut == "scattered" else f"blocks of {SIDE}")

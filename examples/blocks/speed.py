@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,9 +105,8 @@ def measure(task: str, options: argparse.Namespace, ledger: Ledger) -> None:
 def _masks(trial: Trial, options: argparse.Namespace) -> list[tuple[float, Tensor, Tensor]]:
     """Returns (sparsity, order, mask) of each mask of a trial; none where it has not been trained here."""
     if trial.kind in CUTS:
-        kept = masks_of(trial.folder(options.out / "runs"))
-        order = kept.pop("order", None)
-        return [(sparsity, torch.from_numpy(order), torch.from_numpy(mask)) for sparsity, mask in kept.items()]
+        order, masks = masks_of(trial.folder(options.out / "runs")) or (np.empty(0), {})
+        return [(sparsity, torch.from_numpy(order), torch.from_numpy(mask)) for sparsity, mask in masks.items()]
     if trial.kind == "start":
         geometry = Geometry(trial, trial.protocol.options["hidden"])
         return [(1 - trial.density, geometry.order, start_mask(trial, geometry))]

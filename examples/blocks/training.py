@@ -232,16 +232,15 @@ class Training:
         self.task.generator.set_state(tensors["rng.task"])
 
 
-def masks_of(folder: Path) -> dict[str, Any]:
-    """Reads a trial's masks: {"order": (n,) int64, sparsity as a float: (n, n) bool, ...}; empty without a file."""
+def masks_of(folder: Path) -> tuple[np.ndarray, dict[float, np.ndarray]] | None:
+    """Reads a cut's order of the neurons, (n,) int64, and its masks: sparsity -> (n, n) bool; None without a file."""
     path = folder / MASKS
     if not path.exists():
-        return {}
+        return None
     with np.load(path) as stored:
         order = stored["order"]
-        masks = {float(key.removeprefix("mask_")): np.unpackbits(stored[key], axis=1, count=len(order)).astype(bool)
-                 for key in stored if key.startswith("mask_")}
-    return {"order": order, **masks}
+        packed = {float(key.removeprefix("mask_")): stored[key] for key in stored if key.startswith("mask_")}
+    return order, {stop: np.unpackbits(bits, axis=1, count=len(order)).astype(bool) for stop, bits in packed.items()}
 
 
 def train(trial: Trial, root: Path) -> dict[str, Any]:

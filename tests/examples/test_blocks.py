@@ -151,8 +151,8 @@ def test_a_cut_records_its_stops_and_keeps_their_masks(tmp_path, family):
     its = trial(family=family)
     training.train(its.dense(), tmp_path)
     record = training.train(its, tmp_path)
-    kept = training.masks_of(its.folder(tmp_path))
-    order = torch.from_numpy(kept["order"])
+    order, kept = training.masks_of(its.folder(tmp_path))
+    order = torch.from_numpy(order)
     before = np.ones((128, 128), dtype=bool)
     for stop in record["stops"]:
         mask = kept[stop["sparsity"]]
