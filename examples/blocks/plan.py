@@ -78,7 +78,7 @@ class Protocol:
     events: tuple[int, ...] = (16, 6, 6, 6)
     between: int = 25
     starts: tuple[float, ...] = (0.05, 0.02)  # densities of the nets that are sparse from the start
-    strengths: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)  # see penalties.py
+    strengths: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)  # see penalties.py
 
     def described(self) -> dict[str, Any]:
         """Returns the fields as JSON."""
