@@ -51,7 +51,7 @@ def geometric_mask(rows: Tensor, cols: Tensor | None = None, *, manifold: Manifo
     Examples:
         >>> rnn, points = mk.SparseRNN(2, 64), mk.FlatTorus().sample(64)
         >>> mask = mk.geometric_mask(points, manifold="torus", density=0.25, block=8)
-        >>> rnn.weight_hh_l0.data *= 2  # 1 / sqrt(density)
+        >>> rnn.weight_hh_l0.data /= 0.5  # the root of the density
         >>> rnn.set_mask("weight_hh_l0", mask)
         >>> rnn.set_order("weight_hh_l0", mk.manifold_order(points, "torus"))
         >>> int(mask.sum())
