@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from ..training import checkpoint
 from ..training.config import EXAMPLES
 from ..training.ledger import Ledger
 from ..training.workers import SPAWN, cores
@@ -27,9 +26,6 @@ def train_chain(chain: list[Trial], ledger: Ledger, root: Path, say: Callable[[s
     """Trains the trials of a chain one after the other, and records each as it ends."""
     from .training import train
 
-    known = ledger.trials()
-    if all(trial.key in known for trial in chain):
-        return
     for trial in chain:
         if trial.key in ledger.trials() and trial.kind != "dense":
             continue
@@ -53,18 +49,21 @@ def train_all(trials: list[Trial], ledger: Ledger, root: Path, jobs: int) -> Non
     Raises RuntimeError at the end if some chains failed, with the reason of the first.
     """
     made = [chain for chain in chains(trials) if any(trial.key not in ledger.trials() for trial in chain)]
+    failures: list[BaseException] = []
     if jobs == 1:
         for chain in made:
-            train_chain(chain, ledger, root, lambda line: print(line, flush=True))
-        return
-    failures: list[BaseException] = []
-    with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
-        for future in as_completed([pool.submit(_quietly, chain, ledger.path, root) for chain in made]):
-            error = future.exception()
-            if error is not None:
+            try:
+                train_chain(chain, ledger, root, lambda line: print(line, flush=True))
+            except (RuntimeError, OSError) as error:  # a net that another process trains among them
                 failures.append(error)
-            else:
-                print("\n".join(future.result()), flush=True)
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
+            for future in as_completed([pool.submit(_quietly, chain, ledger.path, root) for chain in made]):
+                error = future.exception()
+                if error is not None:
+                    failures.append(error)
+                else:
+                    print("\n".join(future.result()), flush=True)
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(made)} chains failed; the first: {failures[0]}") from failures[0]
 
@@ -117,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoints.")
         return 130
-    except (RuntimeError, OSError, checkpoint.Held) as error:
+    except (RuntimeError, OSError) as error:
         print(f"\nFailed: {error}. What is recorded stays; the same command goes on.", file=sys.stderr)
         return 1
     return 0

@@ -44,6 +44,7 @@ class Results:
     curves: (family, cut) -> seed -> the points of its stops.
     uncut: seed -> errors of the net that was trained on without a cut, at the same steps.
     starts: (family, density) -> seed -> record of the net that was sparse from the start.
+    collapsed: nets whose training ended early, in words; they are in none of the above.
     """
 
     strengths: dict[Curve, float] | None

@@ -404,6 +404,15 @@ def test_the_command_trains_measures_and_reports_and_trains_nothing_twice(tmp_pa
         assert (tmp_path / "results" / "blocks" / f"ring-quick-{picture}.png").stat().st_size > 10_000
 
 
+def test_one_net_that_fails_stops_no_other(tmp_path):
+    ledger = Ledger(tmp_path / "results" / "blocks-quick.jsonl")
+    trials = plan.cut_trials("ring", "manifold", "blocks", 0, (1.0, 10.0), quick=True)
+    with checkpoint.only_writer(trials[0].dense().folder(tmp_path / "runs")):
+        with pytest.raises(RuntimeError, match="1 of 2 chains failed; the first: .* is being trained by another"):
+            command.train_all(trials, ledger, tmp_path / "runs", 1)
+    assert set(ledger.trials()) == {trials[1].dense().key, trials[1].key}
+
+
 @pytest.mark.slow
 def test_several_nets_are_trained_at_once(tmp_path):
     arguments = ["--tasks", "ring", "--seeds", "1", "--quick", "--out", str(tmp_path)]
