@@ -68,7 +68,7 @@ class GroupLasso(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the penalty of a weight (n, n), 0-d."""
-        ordered = weight[self.order][:, self.order]
+        ordered = weight.index_select(0, self.order).index_select(1, self.order)
         blocks = ordered.unflatten(0, (-1, self.side)).unflatten(2, (-1, self.side))
         return self.side * torch.linalg.vector_norm(blocks, dim=(1, 3)).sum() / weight.numel()
 
