@@ -78,11 +78,12 @@ class Protocol:
     events: tuple[int, ...] = (16, 6, 6, 6)
     between: int = 25
     starts: tuple[float, ...] = (0.05, 0.02)  # densities of the nets that are sparse from the start
-    strengths: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)  # see penalties.py
+    strengths: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)  # see penalties.py
 
     def described(self) -> dict[str, Any]:
-        """Returns the fields as JSON."""
-        return {**asdict(self), "task": self.task.__name__}
+        """Returns, as JSON, the fields that matter to a trial: not which other trials there are."""
+        fields = {**asdict(self), "task": self.task.__name__}
+        return {name: value for name, value in fields.items() if name not in ("starts", "strengths")}
 
 
 FULL = {

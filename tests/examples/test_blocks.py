@@ -284,8 +284,10 @@ def test_chains_begin_with_the_dense_net_that_the_others_need():
     assert [each.family for each in shared[1:]] == ["l1_matched", "learned_order", "l1_matched"]
 
 
-def test_keys_depend_on_the_protocol(monkeypatch):
+def test_keys_depend_on_the_protocol_and_not_on_which_other_trials_there_are(monkeypatch):
     before = trial().key
+    monkeypatch.setitem(plan.QUICK, "ring", replace(plan.QUICK["ring"], strengths=(5.0,), starts=(0.1,)))
+    assert trial().key == before
     monkeypatch.setitem(plan.QUICK, "ring", replace(plan.QUICK["ring"], settle=11))
     assert trial().key != before
 
