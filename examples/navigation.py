@@ -110,14 +110,14 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 class PathIntegrator(nn.Module):
     """Encoder (start -> state), ReLU net (moves -> states), decoder (states -> landmarks); no biases."""
 
-    def __init__(self, landmarks: int, hidden: int) -> None:
+    def __init__(self, landmarks: int, hidden: int, inputs: int = 2) -> None:
         super().__init__()
         self.encoder = nn.Linear(landmarks, hidden, bias=False)
-        self.rnn = mk.SparseRNN(2, hidden, nonlinearity="relu", bias=False)
+        self.rnn = mk.SparseRNN(inputs, hidden, nonlinearity="relu", bias=False)
         self.decoder = nn.Linear(hidden, landmarks, bias=False)
 
     def forward(self, start: Tensor, moves: Tensor) -> Tensor:
-        """Maps start (batch, landmarks) and moves (steps, batch, 2) m to logits (steps, batch, landmarks)."""
+        """Maps start (batch, landmarks) and moves (steps, batch, inputs) to logits (steps, batch, landmarks)."""
         states, _ = self.rnn(moves, self.encoder(start)[None])
         return self.decoder(states)
 

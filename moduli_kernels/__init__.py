@@ -23,6 +23,7 @@ from .penalty.in_place import accumulate_penalty_grad_, proximal_step_
 from .penalty.modules import CoefficientRegularizer, ModuliRegularizer
 from .penalty.places import Target
 from .pruning.checkpoints import load_pruned_
+from .pruning.geometric import geometric_mask
 from .pruning.lottery import reinitialize_, rewind_
 from .pruning.pruner import MagnitudePruner
 from .pruning.schedules import linear_schedule
@@ -33,9 +34,9 @@ from .rnn.sparse_rnn import SparseRNN
 
 __all__ = [
     "CoefficientRegularizer", "CompressedRNN", "MagnitudePruner", "ModuliRegularizer", "Regularization", "SparseRNN",
-    "SparseRNNCell", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report", "linear_schedule",
-    "load_pruned_", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize", "reinitialize_",
-    "rewind_",
+    "SparseRNNCell", "Target", "__version__", "accumulate_penalty_grad_", "backend", "env_report", "geometric_mask",
+    "linear_schedule", "load_pruned_", "masked_rnn_step", "moduli_penalty", "plots", "proximal_step_", "regularize",
+    "reinitialize_", "rewind_",
 ]
 __all__ += geometry.__all__  # so that a new manifold or inhibitor is named in its own file only
 

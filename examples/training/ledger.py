@@ -52,8 +52,15 @@ class Ledger:
         return self._trials
 
     def append(self, config: Config, result: Result) -> None:
-        """Adds a line. Raises OSError where it cannot be written whole; the lines before it stay as they are."""
-        line = (json.dumps(_record(config, result)) + "\n").encode()
+        """Adds the line of a run. Raises OSError as `add` does."""
+        self.add(_record(config, result))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds a line; the record must be JSON and have a "key".
+
+        Raises OSError where the line cannot be written whole; the lines before it stay as they are.
+        """
+        line = (json.dumps(record) + "\n").encode()
         with files.locked(self.path.with_name(f"{self.path.name}.lock")), open(self.path, "a+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end:

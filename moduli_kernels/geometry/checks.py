@@ -34,21 +34,24 @@ def distance_arguments(manifold: Manifold, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}; move one with .to().")
 
 
-def embedding_points(points: Tensor, n: int, manifold: Manifold) -> None:
-    """Raises an error unless points (n, ambient_dim) are finite, floating point, and points of the manifold."""
+def embedding_points(points: Tensor, n: int, manifold: Manifold, name: str = "points") -> None:
+    """Raises an error unless points (n, ambient_dim) are finite, floating point, and points of the manifold.
+
+    name: what errors call the points.
+    """
     if not isinstance(points, Tensor):
-        raise TypeError(f"points must be a tensor, got {shown(points)}; pass torch.as_tensor(points).")
+        raise TypeError(f"{name} must be a tensor, got {shown(points)}; pass torch.as_tensor({name}).")
     if tuple(points.shape) != (n, manifold.ambient_dim):
         raise ValueError(
-            f"points must have shape ({n}, {manifold.ambient_dim}) for n={n} on {manifold}, got "
+            f"{name} must have shape ({n}, {manifold.ambient_dim}) for n={n} on {manifold}, got "
             f"{tuple(points.shape)}; give one row a neuron."
         )
     if points.dtype not in FLOATING:
-        raise TypeError(f"points must be floating point, got {points.dtype}; convert them with .float().")
+        raise TypeError(f"{name} must be floating point, got {points.dtype}; convert them with .float().")
     if points.is_meta:  # there are no values to look at
         return
     if not bool(torch.isfinite(points).all()):
-        raise ValueError("points must be finite, got NaN or infinity among them; clean the rows first.")
+        raise ValueError(f"{name} must be finite, got NaN or infinity among them; clean the rows first.")
     manifold.check_points(points)
 
 
@@ -62,11 +65,11 @@ def points_to_restore(given: Tensor | None) -> Tensor:
     return given
 
 
-def points_with_values(points: Tensor) -> None:
-    """Raises an error for points on the meta device."""
+def points_with_values(points: Tensor, name: str = "points") -> None:
+    """Raises an error for points, called `name`, on the meta device."""
     if points.is_meta:
         raise ValueError(
-            "points must have values, got a tensor on the meta device; call reset_parameters() after to_empty().")
+            f"{name} must have values, got a tensor on the meta device; call reset_parameters() after to_empty().")
 
 
 def zero_vectors(points: Tensor, manifold: Manifold) -> None:
