@@ -161,7 +161,7 @@ class OrderedModule(MaskedModule):
 
     def _layouts_in_words(self, names: list[str], weight: Tensor, batch: int, counted: Counted) -> str:
         """Describes for explain() how the masked weights of a layer, W_ih and W_hh, are read on the sparse path."""
-        if backends.active(weight.device.type) != "cpp":
+        if backends.active(weight.device.type) != "cpp" or walks_blocks(weight.device.type, compute_dtype(weight)):
             return self._layout_in_words(names[1], weight, batch, counted)
         order_x, order_h = orders_of_layer(self, names[1])
         return "".join(self._blocks_in_words(name, order_h, columns, batch)
@@ -177,8 +177,8 @@ class OrderedModule(MaskedModule):
             return f"; {name} has no blocks worth multiplying whole"
         order = "their own order" if rows is None and columns is None else "the order set by set_order"
         full = 100 * inside / (blocks * side**2)
-        return (f"; {name} in {blocks} blocks of {side} x {side}, {full:.0f} % of them kept, and {strays} stray weights, "
-                f"with neurons in {order}")
+        return (f"; {name} in {blocks} blocks of {side} x {side}, {full:.0f} % of them kept, and {strays} stray "
+                f"weights, with neurons in {order}")
 
     def _layout_in_words(self, name: str, weight: Tensor, batch: int, counted: Counted) -> str:
         if get_mask(self, name) is None or not walks_blocks(weight.device.type, compute_dtype(weight)):

@@ -135,9 +135,12 @@ class StoredMatrix : public OwnedMatrix<T> {
   }
 
  private:
+  // Whether the whole weight is multiplied faster. Blocks must be clearly better, since squares in which a little more
+  // than the half is kept by chance are not.
   static bool whole_is_best(const KeptEntries& kept, double most) {
+    constexpr double CLEARLY = 0.75;
     const double all = static_cast<double>(kept.rows * kept.columns);
-    return kept.side ? kept.cost >= all : static_cast<double>(kept.entries) > most * all;
+    return static_cast<double>(kept.entries) > most * all && !(kept.side && kept.cost < CLEARLY * all);
   }
 
   void dense(const DenseCopy<T>& w, int64_t width) {
