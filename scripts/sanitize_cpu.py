@@ -39,13 +39,14 @@ UNDEFINED = "runtime error: "  # each line that UndefinedBehaviorSanitizer repor
 # These tests cover every op, manifold, inhibitor, dtype, kind of mask and size of strip. They run on the machine's
 # newest instruction set.
 TESTS = ["tests/penalty/test_mirrored.py", "tests/penalty/test_kept_entries.py", "tests/penalty/test_in_place.py",
-         "tests/penalty/test_grouped.py", "tests/rnn/test_rnn_cpp.py", "tests/ops/test_masked_rnn_op.py",
-         "tests/rnn/test_sparse_rnn.py", "tests/penalty/test_penalty.py"]
+         "tests/penalty/test_grouped.py", "tests/rnn/test_rnn_cpp.py", "tests/rnn/test_rnn_cpp_blocks.py",
+         "tests/ops/test_masked_rnn_op.py", "tests/rnn/test_sparse_rnn.py", "tests/penalty/test_penalty.py"]
 # Left out are tests of plain PyTorch, of autograd alone, of gigabytes and of large matrices.
 SELECTION = ("not fallback and not callable and not opcheck and not gradcheck and not derivatives and not beyond_2_31 "
              "and not past_the_caches and not at_size and not thousand_steps and not other_instruction_sets")
 OTHER_ISAS = ("avx2", "portable")  # the same loops, compiled for older machines, run fewer tests
-FEWER_TESTS = ["tests/penalty/test_mirrored.py", "tests/penalty/test_kept_entries.py", "tests/rnn/test_rnn_cpp.py"]
+FEWER_TESTS = ["tests/penalty/test_mirrored.py", "tests/penalty/test_kept_entries.py", "tests/rnn/test_rnn_cpp.py",
+               "tests/rnn/test_rnn_cpp_blocks.py"]
 FEWER = "not sparse_masks_and_compressed_rows"  # only the newest instruction set runs this test, and not with --quick
 
 

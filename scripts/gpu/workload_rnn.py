@@ -41,14 +41,15 @@ def run(n: int, batch: int, step: Step, threshold: int | None) -> list[tuple[str
     lengths = None if lengths is None else lengths.cuda()
     if threshold is None:
         masks, forward, backward, compressed = (mask_ih, mask_hh), ops.masked_rnn, ops.masked_rnn_grads, [None] * 4
+        where = [lengths, None, None]  # without orders
     else:
         order = torch.randperm(n, generator=generator).cuda()
         layout = blocked_rnn_op.flat(lay_out_blocks(mask_hh, order, order, side=SIDE, threshold=threshold))
-        masks, compressed = (mask_ih, mask_hh, layout, SIDE), []
+        masks, compressed, where = (mask_ih, mask_hh, layout, SIDE), [], [lengths]
         forward, backward = ops.blocked_rnn, ops.blocked_rnn_grads
-    output, h_n, *kept = forward(x, h, w_ih, w_hh, b_ih, b_hh, *masks, *compressed, lengths, *step, True)
+    output, h_n, *kept = forward(x, h, w_ih, w_hh, b_ih, b_hh, *masks, *compressed, *where, *step, True)
     kept = [output, *kept] if threshold is None else kept
-    found = backward(*grads, x, h, w_ih, w_hh, *masks, lengths, *kept, *step, *[True] * 5)
+    found = backward(*grads, x, h, w_ih, w_hh, *masks, *where, *kept, *step, *[True] * 5)
     return list(zip(NAMES, (output, h_n, *found), (*want[:2], *wanted)))
 
 
