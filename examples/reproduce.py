@@ -10,6 +10,7 @@ processes, and several machines that share examples/, may run it at once: each t
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from .paper.claims import verdicts
 from .paper.table_report import write
 from .paper.tables import Table, all_tables
-from .training.command_line import task_options
+from .training.command_line import resumable, task_options
 from .training.config import EXAMPLES, PRECISIONS, TASKS, Config, task_module
 from .training.ledger import Ledger
 from .training.workers import train_each
@@ -94,14 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.show:
             configs = missing(its, seeds, options.preset, ledger, options.rows, **changes)
             print(f"{task}: {len(configs)} trials to train", flush=True)
-            try:
-                run(configs, ledger, options.out / "runs", options.jobs)
-            except KeyboardInterrupt:
-                print("\nStopped. The same command goes on from the last checkpoints.")
-                return 130
-            except (RuntimeError, OSError) as error:
-                print(f"\nFailed: {error}. What is recorded stays; the same command goes on.", file=sys.stderr)
-                return 1
+            status = resumable(functools.partial(run, configs, ledger, options.out / "runs", options.jobs))
+            if status:
+                return status
         what = task_module(task).PRESETS[options.preset].what
         for table in its:
             found = verdicts([table.name], options.preset, ledger, seeds, **changes)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from ..training.command_line import resumable
 from ..training.config import EXAMPLES
 from ..training.ledger import Ledger
 from ..training.workers import SPAWN, cores
@@ -94,32 +95,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def run(options: argparse.Namespace) -> None:
+    """Trains, measures or reports the tasks that were asked for."""
+    quick = "-quick" if options.quick else ""
+    ledger = Ledger(options.out / "results" / f"blocks{quick}.jsonl")
+    for task in options.tasks:
+        if options.what == "train":
+            train_task(task, options, ledger)
+        elif options.what == "speed":
+            from .speed import measure
+
+            measure(task, options, ledger)
+        if options.what != "speed":
+            from .report import write
+
+            print(write(task, options, ledger), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Does what was asked for and returns the exit status."""
     options = parser().parse_args(arguments)
     if options.seeds < 1 or options.jobs < 1:
         parser().error(f"seeds and jobs must be at least 1, got {options.seeds} and {options.jobs}")
-    quick = "-quick" if options.quick else ""
-    ledger = Ledger(options.out / "results" / f"blocks{quick}.jsonl")
-    try:
-        for task in options.tasks:
-            if options.what == "train":
-                train_task(task, options, ledger)
-            elif options.what == "speed":
-                from .speed import measure
-
-                measure(task, options, ledger)
-            if options.what != "speed":
-                from .report import write
-
-                print(write(task, options, ledger), flush=True)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoints.")
-        return 130
-    except (RuntimeError, OSError) as error:
-        print(f"\nFailed: {error}. What is recorded stays; the same command goes on.", file=sys.stderr)
-        return 1
-    return 0
+    return resumable(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,11 @@ QUICK = {
 }
 
 
+def protocol_of(task: str, quick: bool) -> Protocol:
+    """Returns how the nets of a task are trained."""
+    return (QUICK if quick else FULL)[task]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One net. `strength` is that of the family's penalty, `density` the share that a "start" mask keeps."""
@@ -117,7 +122,7 @@ class Trial:
     @property
     def protocol(self) -> Protocol:
         """How it is trained."""
-        return (QUICK if self.quick else FULL)[self.task]
+        return protocol_of(self.task, self.quick)
 
     @property
     def key(self) -> str:
@@ -156,7 +161,7 @@ def families(cut: str) -> list[str]:
 
 def search(task: str, quick: bool) -> list[Trial]:
     """Returns the trials from which strengths are picked: the same strengths for every family that has one."""
-    strengths = (QUICK if quick else FULL)[task].strengths
+    strengths = protocol_of(task, quick).strengths
     return [trial for cut in CUTS for family in families(cut) if family != "none"
             for trial in cut_trials(task, family, cut, SEARCH_SEED, strengths, quick)]
 
@@ -186,7 +191,7 @@ def reported(task: str, seed: int, strengths: dict[tuple[str, str], float], quic
     trials += [trial for cut in CUTS for family in families(cut)
                for trial in cut_trials(task, family, cut, seed, [strengths[family, cut]], quick)]
     trials += [Trial(task, "start", family, seed, density=density, quick=quick)
-               for density in (QUICK if quick else FULL)[task].starts for family in STARTS]
+               for density in protocol_of(task, quick).starts for family in STARTS]
     return trials
 
 

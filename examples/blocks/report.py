@@ -14,7 +14,7 @@ import torch
 from ..training import checkpoint, files
 from ..training.ledger import Ledger
 from .penalties import learned_order
-from .plan import CUTS, FAMILIES, FULL, PENALTY_OF, QUICK, SIDE, Protocol, Trial, families
+from .plan import CUTS, FAMILIES, PENALTY_OF, SIDE, Protocol, Trial, families, protocol_of
 from .results import ENOUGH, NEAR_DENSE, OURS, Curve, Results, interval, reached, read, verdict
 from .training import WEIGHT, masks_of
 
@@ -24,7 +24,7 @@ COLOURS = dict(zip(FAMILIES, ("tab:red", "black", "tab:blue", "tab:green", "tab:
 
 def write(task: str, options: argparse.Namespace, ledger: Ledger) -> str:
     """Writes the table, and the pictures as far as there is something to draw; returns the table."""
-    protocol = (QUICK if options.quick else FULL)[task]
+    protocol = protocol_of(task, options.quick)
     results = read(task, options.quick, options.seeds, ledger)
     text = table(task, protocol, results, command(task, options))
     quick = "-quick" if options.quick else ""
@@ -159,7 +159,7 @@ def masks_picture(task: str, results: Results, options: argparse.Namespace, path
 
     assert results.strengths is not None
     root = options.out / "runs"
-    protocol = (QUICK if options.quick else FULL)[task]
+    protocol = protocol_of(task, options.quick)
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     for line, cut in zip(figure.subplots(2, len(FAMILIES)), reversed(CUTS)):
         for axis, family in zip(line, FAMILIES):

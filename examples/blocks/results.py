@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..training.ledger import Ledger
-from .plan import CUTS, FULL, QUICK, STARTS, Trial, families, picked
+from .plan import CUTS, STARTS, Trial, families, picked, protocol_of
 from .speed import latest
 
 DRAWS = 10_000  # of the bootstrap
@@ -63,7 +63,7 @@ class Results:
 def read(task: str, quick: bool, seeds: int, ledger: Ledger) -> Results:
     """Reads what the ledger has of a task's seeds 0, 1, ..., `seeds` - 1."""
     known, measured = ledger.trials(), latest(ledger)
-    protocol = (QUICK if quick else FULL)[task]
+    protocol = protocol_of(task, quick)
     found = Results(picked(task, quick, known))
     if found.strengths is None:
         return found
@@ -101,12 +101,17 @@ def _point(stop: dict[str, float], speed: dict[str, Any] | None) -> Point:
 
 # --- statistics ------------------------------------------------------------------------------------------------
 
-def interval(values: Sequence[float], statistic: Callable[[np.ndarray], float] = np.mean) -> tuple[float, float]:
-    """Returns the bootstrap's 95 % interval (percentiles) of a statistic of values, one a seed."""
+def interval(values: Sequence[float] | np.ndarray,
+             statistic: Callable[[np.ndarray], np.ndarray] = lambda drawn: drawn.mean(1)) -> tuple[float, float]:
+    """Returns the bootstrap's 95 % interval (percentiles) of a statistic.
+
+    Args:
+        values: one a seed, (seeds,) or (seeds, ...).
+        statistic: gives (draws,) of what was drawn, (draws, seeds) or (draws, seeds, ...); by default the mean.
+    """
     values = np.asarray(values, dtype=float)
     drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.percentile([statistic(values[each]) for each in drawn] if statistic is not np.mean
-                              else values[drawn].mean(1), [2.5, 97.5])
+    low, high = np.percentile(statistic(values[drawn]), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -174,7 +179,7 @@ def verdict(results: Results, speed: str) -> str:
     rivals, ratios = advantages(results, speed)
     worst = int(ratios.mean(1).argmin())
     times = float(np.exp(ratios[worst].mean()))
-    low, high = (float(np.exp(end)) for end in interval(ratios.T, lambda drawn: drawn.mean(0).min()))
+    low, high = (float(np.exp(end)) for end in interval(ratios.T, lambda drawn: drawn.mean(1).min(1)))
     family, cut = rivals[worst]
     step = "a training step" if speed == "training" else "an inference step"
     said = (f"At equal error, {step} of geometric blocks is {times:.2f} times as fast as that of the best of the "

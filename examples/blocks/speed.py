@@ -11,7 +11,6 @@ Every net is measured anew at each call of the command, and the last record of a
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import moduli_kernels as mk
 from moduli_kernels.env_report import environment
+from moduli_kernels.rnn.timing import alternating
 
 from ..training.ledger import Ledger
 from .penalties import Geometry, start_mask
@@ -29,7 +29,6 @@ from .plan import CUTS, Protocol, Trial, picked, reported
 from .training import WEIGHT, masks_of
 
 ROUNDS = 25
-WARM = 3  # rounds before them
 Timed = dict[str, float]
 
 
@@ -59,18 +58,11 @@ def times(sparse: nn.RNN, dense: nn.RNN, moves: Tensor, state: Tensor, rounds: i
         with torch.inference_mode():
             net(moves, state)
 
-    work: dict[str, Callable[[], None]] = {
+    work: dict[str, Callable[[], object]] = {
         "training": lambda: training(sparse), "dense_training": lambda: training(dense),
         "inference": lambda: inference(sparse), "dense_inference": lambda: inference(dense),
     }
-    spent: dict[str, list[float]] = {name: [] for name in work}
-    for round_ in range(WARM + rounds):
-        for name, run in work.items():
-            begun = time.perf_counter()
-            run()
-            if round_ >= WARM:
-                spent[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(seconds) for name, seconds in spent.items()}
+    return alternating(work, torch.device("cpu"), rounds)
 
 
 def record(trial: Trial, sparsity: float, timed: Timed, where: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,19 @@ def in_words(config: Config, result: Result) -> str:
     lines += [f"for comparison, {name}: {with_unit(value)}" for name, value in result.references.items()]
     lines.append(f"{result.seconds / 60:.1f} minutes; of the training steps: {shares(result.parts)}")
     return "\n".join(lines)
+
+
+def resumable(work: Callable[[], object]) -> int:
+    """Does work that goes on where it stopped if it is asked for again, and returns the exit status of the command."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoints.")
+        return 130
+    except (RuntimeError, OSError) as error:
+        print(f"\nFailed: {error}. What is recorded stays; the same command goes on.", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(task: str, arguments: list[str] | None = None) -> int:

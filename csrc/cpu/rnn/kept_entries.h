@@ -62,6 +62,14 @@ void each_row(int64_t rows, int64_t columns, Run run) {
   });
 }
 
+// The function sets `count` numbers to 0, on torch's threads.
+template <typename T>
+void set_to_zero(T* to, int64_t count) {
+  constexpr int64_t A_TASK = int64_t{1} << 16;
+  each_task((count + A_TASK - 1) / A_TASK, count,
+            [&](int64_t task) { std::fill(to + task * A_TASK, to + std::min(count, (task + 1) * A_TASK), T(0)); });
+}
+
 constexpr int64_t SIDES[] = {16, 8};
 constexpr int64_t LEAST_SIDE = 8, MOST_SIDE = 16;
 
@@ -75,7 +83,7 @@ class KeptEntries {
               int64_t batch)
       : rows(rows), columns(columns), words((columns + MASK_STEP - 1) / MASK_STEP),
         bits_(new uint64_t[std::max<int64_t>(1, rows * words)]()),
-        counts_(new uint8_t[std::max<int64_t>(1, squares(rows, LEAST_SIDE) * words * PER_WORD)]) {
+        counts_(new uint8_t[std::max<int64_t>(1, 2 * squares(rows, MOST_SIDE) * words * PER_WORD)]()) {
     find_bits(w, row_order, column_order);
     count();
     choose_side(cost_of_stray(batch));
@@ -86,8 +94,14 @@ class KeptEntries {
   int64_t side = 0;  // of blocks, or 0 if there are none
   int64_t blocks = 0, strays = 0;  // how many there are of each
   double cost = 0;  // of a product
-  // Whether most of what a product multiplies is in blocks
-  bool mostly_blocks() const { return blocks * side * side > 2 * strays; }
+  // Whether blocks are clearly faster than the whole weight; squares in which a little more than the half is kept by
+  // chance are not.
+  bool blocks_are_clearly_best() const {
+    constexpr double CLEARLY = 0.75;
+    return side && cost < CLEARLY * static_cast<double>(rows * columns);
+  }
+  // Whether a product multiplies blocks, and little else
+  bool mostly_blocks() const { return blocks_are_clearly_best() && blocks * side * side > 2 * strays; }
 
   // Entry l of a row is kept if bit l % 64 of word l / 64 is 1.
   const uint64_t* bits(int64_t row) const { return &bits_[row * words]; }
@@ -134,8 +148,8 @@ class KeptEntries {
   int64_t count_of(int64_t side, int64_t i, int64_t j) const {
     const int64_t wide = words * PER_WORD;
     if (side == LEAST_SIDE) return counts_[i * wide + j];
-    const int64_t above = 2 * i * wide + 2 * j, below = (2 * i + 1) * LEAST_SIDE < rows ? above + wide : -1;
-    return counts_[above] + counts_[above + 1] + (below < 0 ? 0 : counts_[below] + counts_[below + 1]);
+    const uint8_t *above = &counts_[2 * i * wide + 2 * j], *below = above + wide;
+    return above[0] + above[1] + below[0] + below[1];
   }
 
   // The method takes the side with which a product costs least, or no blocks.
@@ -145,10 +159,9 @@ class KeptEntries {
     for (const int64_t with : SIDES) {
       const int64_t area = with * with, least = static_cast<int64_t>(static_cast<double>(area) / stray) + 1;
       std::atomic<int64_t> found{0}, inside{0};
-      each_task(row_tasks(rows), rows * words, [&](int64_t task) {
-        const int64_t end = squares(std::min(rows, (task + 1) * ROWS_A_TASK), with);
+      each_run_of_rows(rows, words, [&](int64_t first, int64_t end) {
         int64_t its = 0, its_inside = 0;
-        for (int64_t i = task * ROWS_A_TASK / with; i < end; ++i)
+        for (int64_t i = first / with; i < squares(end, with); ++i)
           for (int64_t j = 0; j < squares(columns, with); ++j) {
             const int64_t kept = count_of(with, i, j);
             its += kept >= least;
@@ -166,7 +179,7 @@ class KeptEntries {
   }
 
   std::unique_ptr<uint64_t[]> bits_;
-  std::unique_ptr<uint8_t[]> counts_;  // (squares of 8 x 8): how many entries each keeps
+  std::unique_ptr<uint8_t[]> counts_;  // how many entries each square of 8 x 8 keeps, in an even number of rows
   int64_t least_ = 0;  // kept entries of a block
 };
 

@@ -100,7 +100,7 @@ inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T*
     add_dense_of_one_lane(m, begin, end, slab, sum);
   else if (m.layout == Layout::PANELS)
     add_dense<S>(m, begin, end, slab, sum);
-  else if (m.begin[m.bands * m.rows] > 0)
+  else if (strays_of(m) > 0)
     for (int64_t b = 0; b < m.bands; ++b) {
       const int64_t* first = m.begin + b * m.rows;
       const T* share = slab + b * m.band_columns * S::WIDTH;
@@ -111,10 +111,10 @@ inline void add_product(const Matrix<T>& m, int64_t begin, int64_t end, const T*
 }
 
 // The number of rows that go through all parts of a step together. It is small, so that their sums stay in the
-// first-level cache, unless each band of columns, or each column, should be read once for all rows.
+// first-level cache, unless the matrix is to be read once.
 template <typename T>
 inline int64_t rows_together(const Matrix<T>& m, int64_t rows) {
-  return m.bands > 1 || m.layout == Layout::COLUMNS ? rows : 8 * PANEL;
+  return is_read_once(m) ? rows : 8 * PANEL;
 }
 
 template <typename S, typename T>
@@ -253,7 +253,7 @@ void sampled_rows(const SampledProduct<T>& p, int64_t begin, int64_t end) {
     sampled_dense<S, 1>(p, sampled_narrow<S>(p, begin, end), end);
   else if (m.layout != Layout::ENTRIES)
     sampled_dense<S, 1>(p, sampled_dense<S, GRADIENT_ROWS>(p, begin, end), end);
-  else if (m.begin[m.bands * m.rows] > 0)
+  else if (strays_of(m) > 0)
     for (int64_t b = 0; b < m.bands; ++b)
       for (int64_t row = begin; row < end; ++row) {
         const int64_t e = m.begin[b * m.rows + row], count = m.begin[b * m.rows + row + 1] - e;

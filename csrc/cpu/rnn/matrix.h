@@ -59,7 +59,7 @@ class OwnedMatrix {
     value_->data()[at] = value;
   }
 
-  // The method makes room for blocks of 0, of which each row of squares has as many as counted.
+  // The method makes room for blocks, of which each row of squares has as many as counted.
   void allocate_blocks(int64_t side, const std::vector<int64_t>& counts) {
     block_begin_.reset(new int64_t[counts.size() + 1]());
     std::partial_sum(counts.begin(), counts.end(), block_begin_.get() + 1);
@@ -68,7 +68,6 @@ class OwnedMatrix {
     block_value_ = std::make_unique<Aligned<T>>(blocks * side * side);
     matrix.blocks = {
         .side = side, .begin = block_begin_.get(), .column = block_column_.get(), .value = block_value_->data()};
-    each_row(blocks, side * side, [&](int64_t i) { std::fill_n(block(i), side * side, T(0)); });
   }
   uint16_t& block_column(int64_t block) { return block_column_[block]; }
   T* block(int64_t i) { return block_value_->data() + i * matrix.blocks.side * matrix.blocks.side; }
@@ -135,12 +134,9 @@ class StoredMatrix : public OwnedMatrix<T> {
   }
 
  private:
-  // Whether the whole weight is multiplied faster. Blocks must be clearly better, since squares in which a little more
-  // than the half is kept by chance are not.
   static bool whole_is_best(const KeptEntries& kept, double most) {
-    constexpr double CLEARLY = 0.75;
     const double all = static_cast<double>(kept.rows * kept.columns);
-    return static_cast<double>(kept.entries) > most * all && !(kept.side && kept.cost < CLEARLY * all);
+    return static_cast<double>(kept.entries) > most * all && !kept.blocks_are_clearly_best();
   }
 
   void dense(const DenseCopy<T>& w, int64_t width) {
@@ -170,26 +166,27 @@ class StoredMatrix : public OwnedMatrix<T> {
         }
       });
     };
-    each_row_of_strays([&](int64_t i, const uint64_t* bits) {
-      for (int64_t b = 0; b < this->matrix.bands; ++b)
-        this->count(b, i) = loops<T>().rnn.count_bits(bits + b * wide, std::min(wide, kept.words - b * wide));
-    });
+    if (kept.strays)
+      each_row_of_strays([&](int64_t i, const uint64_t* bits) {
+        for (int64_t b = 0; b < this->matrix.bands; ++b)
+          this->count(b, i) = loops<T>().rnn.count_bits(bits + b * wide, std::min(wide, kept.words - b * wide));
+      });
     this->allocate();
     if (w.crow) return from_compressed(w, kept, row_order, column_order);
     if (side) fill_blocks(data<T>(w.weight), kept, row_order, column_order);
-    if (kept.strays == 0) return;
-    each_row_of_strays([&](int64_t i, const uint64_t* bits) {
-      const T* weight = data<T>(w.weight) + row_order.at(i) * kept.columns;
-      for (int64_t b = 0; b < this->matrix.bands; ++b) {
-        int64_t at = this->matrix.begin[b * kept.rows + i];
-        const int64_t first = b * this->matrix.band_columns, words = std::min(wide, kept.words - b * wide);
-        for (int64_t word = 0; word < words; ++word)
-          for (uint64_t left = bits[b * wide + word]; left; left &= left - 1, ++at) {
-            const int64_t j = word * MASK_STEP + __builtin_ctzll(left);
-            this->put(at, j, weight[column_order.at(first + j)]);
-          }
-      }
-    });
+    if (kept.strays)
+      each_row_of_strays([&](int64_t i, const uint64_t* bits) {
+        const T* weight = data<T>(w.weight) + row_order.at(i) * kept.columns;
+        for (int64_t b = 0; b < this->matrix.bands; ++b) {
+          int64_t at = this->matrix.begin[b * kept.rows + i];
+          const int64_t first = b * this->matrix.band_columns, words = std::min(wide, kept.words - b * wide);
+          for (int64_t word = 0; word < words; ++word)
+            for (uint64_t left = bits[b * wide + word]; left; left &= left - 1, ++at) {
+              const int64_t j = word * MASK_STEP + __builtin_ctzll(left);
+              this->put(at, j, weight[column_order.at(first + j)]);
+            }
+        }
+      });
   }
 
   void fill_blocks(const T* weight, const KeptEntries& kept, const Order& row_order, const Order& column_order) {
@@ -214,6 +211,7 @@ class StoredMatrix : public OwnedMatrix<T> {
     const auto crow = data<int64_t>(*w.crow), col = data<int64_t>(*w.col);
     const T* value = data<T>(w.weight);
     const int64_t side = kept.side;
+    if (side) set_to_zero(this->block(0), kept.blocks * side * side);
     each_run_of_rows(kept.rows, kept.columns, [&](int64_t first, int64_t end) {
       std::vector<int64_t> next(this->matrix.bands);
       std::vector<int32_t> block_of(side ? KeptEntries::squares(kept.columns, side) : 0, -1);
@@ -281,7 +279,7 @@ class TransposedMatrix : public OwnedMatrix<T> {
 
  private:
   void transpose_strays(const Matrix<T>& m, int64_t width) {
-    const int64_t strays = m.begin[m.bands * m.rows];
+    const int64_t strays = strays_of(m);
     this->set_bands(m.columns, m.rows, strays, width);
     const int64_t wide = this->matrix.band_columns;
     // Each task has its own columns, which become rows.

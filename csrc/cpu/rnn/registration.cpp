@@ -47,7 +47,8 @@ class Layer {
       find(kept_ih, w_ih, d.input, inputs);
       find(kept_hh, w_hh, d.hidden, neurons);
     }
-    strips = strips_of(d.batch, d.hidden, kept_hh && kept_hh->mostly_blocks());
+    mostly_blocks = kept_hh && kept_hh->mostly_blocks();
+    strips = strips_of(d.batch, d.hidden, mostly_blocks);
     const int64_t width = widest(strips);
     const auto pointer = [](std::optional<KeptEntries>& kept) { return kept ? &*kept : nullptr; };
     input_.emplace(w_ih, pointer(kept_ih), d.hidden, d.input, neurons, inputs, width, transposed_input);
@@ -56,6 +57,7 @@ class Layer {
 
   Order inputs, neurons;
   std::vector<Strip> strips;
+  bool mostly_blocks = false;  // in products with the hidden weight
   const Matrix<T>& input() const { return input_->matrix; }
   const Matrix<T>& hidden() const { return hidden_->matrix; }
 
@@ -69,7 +71,7 @@ void forward(const Direction& d, const Tensor& x, const Tensor& h, const Weight&
              const OptionalTensor& order_x, const OptionalTensor& order_h, Tensor& output, Tensor& h_n,
              Tensor* activations) {
   const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, false, false);
-  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons, layer.strips);
+  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons, layer.strips, layer.mostly_blocks);
   std::unique_ptr<T[]> bias;
   if (b_ih || b_hh) {
     bias.reset(new T[d.hidden]());
@@ -107,7 +109,7 @@ void backward(const Direction& d, const OptionalTensor& grad_output, const Tenso
               const OptionalTensor& order_x, const OptionalTensor& order_h, const Tensor& output, const Tensor* activations,
               Tensor* dx, Tensor* dh, Tensor* dw_ih, Tensor* dw_hh, Tensor* dbias) {
   const Layer<T> layer(d, w_ih, w_hh, order_x, order_h, dx != nullptr, true);
-  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons, layer.strips);
+  const Sequence<T> sequence(d, lengths, layer.inputs, layer.neurons, layer.strips, layer.mostly_blocks);
   const auto pointer = [](Tensor* tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
   sequence.backward(layer.input(), layer.hidden(), data_or_null<T>(grad_output), data<T>(grad_h_n), data<T>(x), data<T>(h),
                     data<T>(output), activations ? data<T>(*activations) : nullptr,

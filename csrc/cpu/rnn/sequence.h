@@ -1,7 +1,7 @@
 // A sequence through one layer in one direction: the order of the steps, and what is done with each strip of the batch.
 #pragma once
 
-#include "cpu/rnn/slabs.h"
+#include "cpu/rnn/weight_grad.h"
 
 namespace moduli {
 namespace {
@@ -14,13 +14,15 @@ struct Direction {
 };
 
 // Tensors are (steps, batch, input), (steps, batch, hidden) and (batch, hidden). lengths (batch), if given, are the
-// steps of each sample. Slabs and matrices have inputs and neurons in their orders, tensors in their own.
+// steps of each sample. Slabs and matrices have inputs and neurons in their orders, tensors in their own. mostly_blocks
+// says that products with the hidden weight are mostly those with its blocks.
 template <typename T>
 class Sequence {
  public:
   Sequence(const Direction& d, const OptionalTensor& lengths, const Order& inputs, const Order& neurons,
-           std::vector<Strip> strips)
-      : d_(d), lengths_(lengths), inputs_(inputs), neurons_(neurons), strips_(std::move(strips)), loops_(loops<T>().rnn) {
+           std::vector<Strip> strips, bool mostly_blocks)
+      : d_(d), lengths_(lengths), inputs_(inputs), neurons_(neurons), strips_(std::move(strips)),
+        mostly_blocks_(mostly_blocks), loops_(loops<T>().rnn) {
     if (!lengths) return;
     const auto length = data<int64_t>(*lengths);
     active_ = make_slabs(d.steps, 1);
@@ -50,11 +52,11 @@ class Sequence {
     const TransposedMatrix<T> hidden_transposed(hidden, width_);
     std::optional<TransposedMatrix<T>> input_transposed;
     if (grads.x) input_transposed.emplace(input, width_);
-    std::optional<WeightGrad> dw_ih, dw_hh;
+    std::optional<WeightGrad<T>> dw_ih, dw_hh;
     if (grads.w_ih) dw_ih.emplace(input, neurons_, inputs_, grads.w_ih, grads.mask_ih, strips());
     if (grads.w_hh) dw_hh.emplace(hidden, neurons_, neurons_, grads.w_hh, grads.mask_hh, strips());
     const auto sums = grads.bias ? make_slabs(1, d_.hidden) : nullptr;
-    const auto has_parts = [&](const std::optional<WeightGrad>& grad) { return !grad || grad->parts == strips(); };
+    const auto has_parts = [&](const std::optional<WeightGrad<T>>& grad) { return !grad || grad->parts == strips(); };
     strip_by_strip(goes_alone(hidden_transposed.matrix) && has_parts(dw_ih) && has_parts(dw_hh),
                    [&](const Sequence& strips, int64_t first_strip) {
                      strips.backward_steps({.hidden_transposed = hidden_transposed.matrix,
@@ -74,14 +76,14 @@ class Sequence {
   // Whether each strip can go through the whole sequence by itself, on a thread that has its slabs in its own cache. The
   // rows of many single entries are better shared out, since each thread then reads a part of them alone.
   bool goes_alone(const Matrix<T>& m) const {
-    return strips() >= torch::stable::get_num_threads() && (mostly_blocks(m) || !worth_sharing(m));
+    return strips() >= torch::stable::get_num_threads() && (mostly_blocks_ || !worth_sharing(m));
   }
   // The method calls run(sequence, first strip) for each strip alone, on torch's threads, or for all of them together.
   template <typename Run>
   void strip_by_strip(bool alone, Run run) const {
     if (!alone) return run(*this, 0);
     each_task(strips(), d_.steps * d_.hidden * lanes(), [&](int64_t s) {
-      Sequence one(d_, lengths_, inputs_, neurons_, {strips_[s]});
+      Sequence one(d_, lengths_, inputs_, neurons_, {strips_[s]}, mostly_blocks_);
       one.width_ = width_;
       run(one, s);
     });
@@ -127,11 +129,10 @@ class Sequence {
 
   // What strips need and give in backward. The gradients of weights and `sums`, that of the bias lane by lane, are of all
   // strips, of which those at hand begin with number first_strip. Pointers are null for gradients that aren't needed.
-  struct WeightGrad;
   struct Backward {
     const Matrix<T>& hidden_transposed;
     const Matrix<T>* input_transposed;
-    WeightGrad *dw_ih, *dw_hh;
+    WeightGrad<T>*dw_ih, *dw_hh;
     const Slabs<T>* sums;
     int64_t first_strip;
   };
@@ -149,7 +150,7 @@ class Sequence {
     const auto inputs = make_slabs(b.dw_ih ? at_once : 0, d_.input);
     const auto stays = make_slabs(1, d_.hidden), grad = make_slabs(2, d_.hidden);
     const auto kept = activations ? make_slabs(2, d_.hidden) : nullptr;
-    const auto da_of_lanes = of_lanes ? std::make_unique<LanesFirst>(*this, at_once) : nullptr;
+    const auto da_of_lanes = of_lanes ? std::make_unique<LanesFirst<T>>(strips_, at_once, d_.hidden) : nullptr;
     const auto read_state = [&](int64_t s, int64_t k, T* slab, int64_t begin, int64_t end) {  // the state before step k
       read(k ? step_of(output, k - 1) : h, neurons_, d_.hidden, s, slab, begin, end);
     };
@@ -186,7 +187,7 @@ class Sequence {
                          .nonlinearity = d_.nonlinearity,
                          .leak = T(d_.leak)},
                         begin, end);
-        if (da_of_lanes) da_of_lanes->fill(s, j, da->at(s, half + j), begin, end);
+        if (da_of_lanes) loops_.from_slab(da_of_lanes->from(s, j, da->at(s, half + j)), begin, end);
       });
       if (dx) input_grad(*b.input_transposed, *da, half, first, steps, dx);
       if (b.dw_hh) add_weight_grad(*b.dw_hh, b.first_strip, *da, half, da_of_lanes.get(), *states, half, steps);
@@ -216,99 +217,9 @@ class Sequence {
   }
   static bool has_strays(const Matrix<T>& m) { return m.layout != Layout::ENTRIES || strays_of(m) > 0; }
 
-  // `steps` slabs of a strip lane by lane, which the gradient of blocks reads: (lanes, rows) with room for whole blocks.
-  class LanesFirst {
-   public:
-    LanesFirst(const Sequence& sequence, int64_t steps)
-        : sequence_(sequence), steps_(steps), memory_(steps * sequence.lanes() * stride()) {}
-    int64_t stride() const { return rounded_up(sequence_.d_.hidden); }
-    T* at(int64_t s, int64_t step) const {
-      const Strip& strip = sequence_.strips_[s];
-      return memory_.data() + (steps_ * (strip.first - sequence_.strips_[0].first) + step * strip.lanes) * stride();
-    }
-    void fill(int64_t s, int64_t step, T* slab, int64_t begin, int64_t end) const {
-      const Strip& strip = sequence_.strips_[s];
-      sequence_.loops_.from_slab({.lanes_first = at(s, step),
-                                  .stride = stride(),
-                                  .lanes = strip.lanes,
-                                  .slab = slab,
-                                  .width = strip.width,
-                                  .place = nullptr},
-                                 begin, end);
-    }
-
-   private:
-    const Sequence& sequence_;
-    int64_t steps_;
-    Aligned<T> memory_;
-  };
-
-  // The gradient of a weight while it is summed up: (parts, strays and entries of blocks) for kept entries, (parts, rows,
-  // columns) for a dense matrix. Each strip has a part of its own, unless parts would take much memory; then there is one,
-  // which for a dense matrix in the weight's own order is `whole` itself.
-  struct WeightGrad {
-    WeightGrad(const Matrix<T>& m, const Order& rows, const Order& columns, T* whole, const uint8_t* mask, int64_t strips)
-        : matrix(m), rows(rows), columns(columns), whole(whole), mask(mask) {
-      constexpr int64_t MOST_KEPT = int64_t{1} << 24, MOST_DENSE = int64_t{1} << 18;
-      parts = strips > 0 && strips * size() <= (m.begin ? MOST_KEPT : MOST_DENSE) ? strips : 1;
-      each_row(m.rows, m.columns, [&](int64_t i) { std::fill_n(whole + i * m.columns, m.columns, T(0)); });
-      if (!m.begin && !rows.of && !columns.of && parts == 1) return;
-      entries.emplace(parts * size());
-      each_row(parts, size(), [&](int64_t part) { std::fill_n(of(part), size(), T(0)); });
-    }
-    int64_t size() const { return entries_of(matrix); }
-    T* of(int64_t part) { return entries ? entries->data() + part * size() : whole; }
-    void finish() {
-      if (matrix.begin) return spread();
-      if (!mask && !entries) return;
-      each_row(matrix.rows, matrix.columns, [&](int64_t i) {
-        const int64_t to = rows.at(i) * matrix.columns;
-        for (int64_t part = 0; part < parts; ++part) {
-          const T* from = of(part) + i * matrix.columns;
-          for (int64_t j = 0; j < matrix.columns; ++j) {
-            const int64_t at = to + columns.at(j);
-            const T before = part ? whole[at] : T(0);
-            whole[at] = !mask || mask[at] ? before + from[j] : T(0);
-          }
-        }
-      });
-    }
-    const Matrix<T>& matrix;
-    const Order &rows, &columns;
-    T* whole;
-    const uint8_t* mask;  // (rows, columns), 0 where the gradient must be 0; or null
-    int64_t parts = 1;
-    std::optional<Aligned<T>> entries;
-
-   private:
-    void spread() {
-      const int64_t side = matrix.blocks.side;
-      each_row(matrix.rows, matrix.columns, [&](int64_t i) {
-        const int64_t row = rows.at(i) * matrix.columns;
-        for (int64_t part = 0; part < parts; ++part) {
-          const T* from = of(part);
-          for (int64_t b = 0; b < matrix.bands; ++b) {
-            const int64_t first = b * matrix.band_columns, at = b * matrix.rows + i;
-            for (int64_t e = matrix.begin[at]; e < matrix.begin[at + 1]; ++e)
-              whole[row + columns.at(first + matrix.column[e])] += from[e];
-          }
-          if (!side) continue;
-          const T* blocks = from + strays_of(matrix);
-          for (int64_t b = matrix.blocks.begin[i / side]; b < matrix.blocks.begin[i / side + 1]; ++b) {
-            const int64_t first = matrix.blocks.column[b] * side, end = std::min(matrix.columns, first + side);
-            for (int64_t j = first; j < end; ++j) {
-              const int64_t at = row + columns.at(j);
-              whole[at] += mask[at] ? blocks[(b * side + j - first) * side + i % side] : T(0);
-            }
-          }
-        }
-      });
-    }
-  };
-
   // The gradient gets what `steps` slabs of da and `other` add to it, from slabs first_da and first_other on.
-  void add_weight_grad(WeightGrad& grad, int64_t first_strip, const Slabs<T>& da, int64_t first_da,
-                       const LanesFirst* da_of_lanes, const Slabs<T>& other, int64_t first_other, int64_t steps) const {
+  void add_weight_grad(WeightGrad<T>& grad, int64_t first_strip, const Slabs<T>& da, int64_t first_da,
+                       const LanesFirst<T>* da_of_lanes, const Slabs<T>& other, int64_t first_other, int64_t steps) const {
     const Matrix<T>& m = grad.matrix;
     const int64_t parts = grad.parts > 1 ? strips() : 1, a_part = strips() / parts;
     // strips have different widths, but chunks of rows of all strips take equal time
@@ -424,7 +335,7 @@ class Sequence {
     const bool share_rows = torch::stable::get_num_threads() > 1 && rows >= 2 * SQUARE && worth_sharing(m);
     const auto in_runs = [&](int64_t s, int64_t k, int64_t first, int64_t end) {
       constexpr int64_t CACHED_NUMBERS = 4096;
-      const int64_t run = m.bands > 1 || m.layout == Layout::COLUMNS
+      const int64_t run = is_read_once(m)
                               ? std::max<int64_t>(1, rows)
                               : std::max<int64_t>(MOST_SIDE, CACHED_NUMBERS / strips_[s].width / MOST_SIDE * MOST_SIDE);
       for (int64_t begin = first; begin < end; begin += run) step(s, k, begin, std::min(end, begin + run));
@@ -455,6 +366,7 @@ class Sequence {
   const OptionalTensor& lengths_;
   const Order &inputs_, &neurons_;
   std::vector<Strip> strips_;
+  bool mostly_blocks_;
   int64_t width_ = widest(strips_);  // of the widest strip of the batch
   const RnnLoops<T>& loops_;
   SlabsPointer<T> active_;

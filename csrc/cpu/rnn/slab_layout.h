@@ -40,20 +40,16 @@ inline void transpose_part(const T* from, int64_t from_stride, int64_t lines, in
   with_size(to_length, [&](auto size) { copy_runs(transposed, SQUARE, to, to_stride, to_lines, size); });
 }
 
-// The part of a square that a slab or a tensor has; lanes that only fill up the slab become 0 there.
+// The part of the square at a lane and a row that there is: `rows` rows up to the end, `lanes` lanes of the tensor, and
+// `filled` lanes of the slab, of which the last ones may only fill it up.
+struct Part {
+  int64_t rows, lanes, filled;
+  bool is_whole() const { return rows == SQUARE && lanes == SQUARE; }
+};
 template <typename T>
-inline void part_to_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
-  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-  transpose_part(p.lanes_first + lane * p.stride + row, p.stride, lanes, rows, p.slab + row * p.width + lane, p.width, rows,
-                 filled);
-}
-template <typename T>
-inline void part_from_slab(const Transposition<T>& p, int64_t lane, int64_t row, int64_t rows) {
-  const int64_t lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-  const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-  transpose_part(p.slab + row * p.width + lane, p.width, rows, filled, p.lanes_first + lane * p.stride + row, p.stride,
-                 lanes, rows);
+inline Part part_at(const Transposition<T>& p, int64_t lane, int64_t row, int64_t end) {
+  const auto most = [](int64_t left) { return left < SQUARE ? left : SQUARE; };
+  return {.rows = most(end - row), .lanes = most(p.lanes - lane), .filled = most(p.width - lane)};
 }
 
 // Rows of a square are lines of memory that are far apart, of which no processor sees ahead that the next ones will be
@@ -64,46 +60,20 @@ inline void ask_ahead(const T* lanes_first, int64_t stride) {
   for (int64_t l = 0; l < SQUARE; ++l) __builtin_prefetch(lanes_first + l * stride + AHEAD, WRITE, 2);
 }
 
-// The same between a tensor and a slab whose rows have other places: rows of a square go through a buffer.
+// From a square of the tensor to lines of lanes; lanes that only fill up the slab become 0 there.
 template <typename T>
-void to_places(const Transposition<T>& p, int64_t begin, int64_t end) {
-  for (int64_t lane = 0; lane < p.width; lane += SQUARE)
-    for (int64_t row = begin; row < end; row += SQUARE) {
-      const int64_t rows = end - row < SQUARE ? end - row : SQUARE,
-                    lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-      const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-      T square[SQUARE * SQUARE];
-      const T* from = p.lanes_first + lane * p.stride + row;
-      if (rows == SQUARE && lanes == SQUARE) {
-        ask_ahead<false>(from, p.stride);
-        transpose_square<false>(from, p.stride, square, SQUARE);
-      } else
-        transpose_part(from, p.stride, lanes, rows, square, SQUARE, rows, filled);
-      with_size(filled, [&](auto size) {
-        for (int64_t r = 0; r < rows; ++r)
-          __builtin_memcpy(p.slab + p.place[row + r] * p.width + lane, square + r * SQUARE, size * sizeof(T));
-      });
-    }
+inline void square_to_lines(const T* from, int64_t from_stride, const Part& part, T* to, int64_t to_stride) {
+  if (!part.is_whole())
+    return transpose_part(from, from_stride, part.lanes, part.rows, to, to_stride, part.rows, part.filled);
+  ask_ahead<false>(from, from_stride);
+  transpose_square<false>(from, from_stride, to, to_stride);
 }
 template <typename T>
-void from_places(const Transposition<T>& p, int64_t begin, int64_t end) {
-  for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
-    for (int64_t row = begin; row < end; row += SQUARE) {
-      const int64_t rows = end - row < SQUARE ? end - row : SQUARE,
-                    lanes = p.lanes - lane < SQUARE ? p.lanes - lane : SQUARE;
-      const int64_t filled = p.width - lane < SQUARE ? p.width - lane : SQUARE;
-      T square[SQUARE * SQUARE] = {};
-      with_size(filled, [&](auto size) {
-        for (int64_t r = 0; r < rows; ++r)
-          __builtin_memcpy(square + r * SQUARE, p.slab + p.place[row + r] * p.width + lane, size * sizeof(T));
-      });
-      T* to = p.lanes_first + lane * p.stride + row;
-      if (rows == SQUARE && lanes == SQUARE) {
-        ask_ahead<true>(to, p.stride);
-        transpose_square<false>(square, SQUARE, to, p.stride);
-      } else
-        transpose_part(square, SQUARE, rows, filled, to, p.stride, lanes, rows);
-    }
+inline void lines_to_square(const T* from, int64_t from_stride, const Part& part, T* to, int64_t to_stride) {
+  if (!part.is_whole())
+    return transpose_part(from, from_stride, part.rows, part.filled, to, to_stride, part.lanes, part.rows);
+  ask_ahead<true>(to, to_stride);
+  transpose_square<false>(from, from_stride, to, to_stride);
 }
 
 template <typename T>
@@ -115,15 +85,21 @@ void to_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
       __builtin_memcpy(p.slab + begin, p.lanes_first + begin, (end - begin) * sizeof(T));
     return;
   }
-  if (p.place) return to_places(p, begin, end);
   for (int64_t lane = 0; lane < p.width; lane += SQUARE)
-    for (int64_t row = begin; row < end; row += SQUARE)
-      if (lane + SQUARE <= p.lanes && row + SQUARE <= end) {
-        const T* from = p.lanes_first + lane * p.stride + row;
-        ask_ahead<false>(from, p.stride);
-        transpose_square<false>(from, p.stride, p.slab + row * p.width + lane, p.width);
-      } else
-        part_to_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
+    for (int64_t row = begin; row < end; row += SQUARE) {
+      const Part part = part_at(p, lane, row, end);
+      const T* from = p.lanes_first + lane * p.stride + row;
+      if (!p.place) {
+        square_to_lines(from, p.stride, part, p.slab + row * p.width + lane, p.width);
+        continue;
+      }
+      T lines[SQUARE * SQUARE];  // which go to their places one by one
+      square_to_lines(from, p.stride, part, lines, SQUARE);
+      with_size(part.filled, [&](auto size) {
+        for (int64_t r = 0; r < part.rows; ++r)
+          __builtin_memcpy(p.slab + p.place[row + r] * p.width + lane, lines + r * SQUARE, size * sizeof(T));
+      });
+    }
 }
 
 template <typename T>
@@ -135,15 +111,21 @@ void from_slab(const Transposition<T>& p, int64_t begin, int64_t end) {
       __builtin_memcpy(p.lanes_first + begin, p.slab + begin, (end - begin) * sizeof(T));
     return;
   }
-  if (p.place) return from_places(p, begin, end);
   for (int64_t lane = 0; lane < p.lanes; lane += SQUARE)
-    for (int64_t row = begin; row < end; row += SQUARE)
-      if (lane + SQUARE <= p.lanes && row + SQUARE <= end) {
-        T* to = p.lanes_first + lane * p.stride + row;
-        ask_ahead<true>(to, p.stride);
-        transpose_square<false>(p.slab + row * p.width + lane, p.width, to, p.stride);
-      } else
-        part_from_slab(p, lane, row, end - row < SQUARE ? end - row : SQUARE);
+    for (int64_t row = begin; row < end; row += SQUARE) {
+      const Part part = part_at(p, lane, row, end);
+      T* to = p.lanes_first + lane * p.stride + row;
+      if (!p.place) {
+        lines_to_square(p.slab + row * p.width + lane, p.width, part, to, p.stride);
+        continue;
+      }
+      T lines[SQUARE * SQUARE];  // which come from their places one by one
+      with_size(part.filled, [&](auto size) {
+        for (int64_t r = 0; r < part.rows; ++r)
+          __builtin_memcpy(lines + r * SQUARE, p.slab + p.place[row + r] * p.width + lane, size * sizeof(T));
+      });
+      lines_to_square(lines, SQUARE, part, to, p.stride);
+    }
 }
 
 }  // namespace

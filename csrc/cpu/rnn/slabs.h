@@ -74,6 +74,34 @@ class Slabs {
   Aligned<T> memory_;
 };
 
+// `steps` slabs of each strip lane by lane, (lanes, rows), which the gradient of blocks reads.
+template <typename T>
+class LanesFirst {
+ public:
+  LanesFirst(const std::vector<Strip>& strips, int64_t steps, int64_t rows)
+      : strips_(strips), steps_(steps), stride_(rounded_up(rows)),
+        memory_(steps * (strips.back().first + strips.back().lanes - strips[0].first) * stride_) {}
+  int64_t stride() const { return stride_; }  // elements from lane to lane
+  T* at(int64_t strip, int64_t step) const {
+    const Strip& its = strips_[strip];
+    return memory_.data() + (steps_ * (its.first - strips_[0].first) + step * its.lanes) * stride_;
+  }
+  // What brings a slab of the strip here
+  Transposition<T> from(int64_t strip, int64_t step, T* slab) const {
+    return {.lanes_first = at(strip, step),
+            .stride = stride_,
+            .lanes = strips_[strip].lanes,
+            .slab = slab,
+            .width = strips_[strip].width,
+            .place = nullptr};
+  }
+
+ private:
+  const std::vector<Strip>& strips_;
+  int64_t steps_, stride_;
+  Aligned<T> memory_;
+};
+
 template <typename T>
 using SlabsPointer = std::unique_ptr<Slabs<T>>;
 
@@ -92,20 +120,11 @@ inline int64_t chunks_a_group(int64_t rows, int64_t groups, int64_t a_thread) {
   return std::max<int64_t>(1, std::min(threads * a_thread, rows / SQUARE));
 }
 
-template <typename T>
-int64_t strays_of(const Matrix<T>& m) {
-  return m.begin[m.bands * m.rows];
-}
 // The number of entries in blocks, those that are masked there included
 template <typename T>
 int64_t entries_in_blocks(const Matrix<T>& m) {
   const int64_t side = m.blocks.side;
-  return side ? m.blocks.begin[(m.rows + side - 1) / side] * side * side : 0;
-}
-// Whether the products with a matrix are mostly those with its blocks
-template <typename T>
-bool mostly_blocks(const Matrix<T>& m) {
-  return m.layout == Layout::ENTRIES && entries_in_blocks(m) > 2 * strays_of(m);
+  return side ? m.blocks.begin[KeptEntries::squares(m.rows, side)] * side * side : 0;
 }
 // The number of entries that a product with the matrix multiplies
 template <typename T>

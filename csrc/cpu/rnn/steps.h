@@ -54,6 +54,20 @@ struct Matrix {
   Blocks<T> blocks;
 };
 
+namespace {
+
+template <typename T>
+inline int64_t strays_of(const Matrix<T>& m) {
+  return m.begin[m.bands * m.rows];
+}
+// Whether each band of columns, or each column, should be read once for all rows.
+template <typename T>
+inline bool is_read_once(const Matrix<T>& m) {
+  return m.bands > 1 || m.layout == Layout::COLUMNS;
+}
+
+}  // namespace
+
 // A masked weight that is copied to a dense layout, its rows and columns brought into an order if there is one.
 template <typename T>
 struct DenseCopy {
